@@ -1,0 +1,56 @@
+"""Exact, task-batched second-order meta-learning for PyTorch.
+
+Every public name is loaded when it is first used (PEP 562), so that ``import fastmeta`` costs next to nothing and a
+command that needs only a part of the package loads only that part.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastmeta import algorithms as algorithms
+    from fastmeta import inner as inner
+    from fastmeta import learner as learner
+    from fastmeta import ops as ops
+    from fastmeta import tasks as tasks
+    from fastmeta.algorithms.maml import MAML as MAML
+    from fastmeta.algorithms.maml import MetaOutput as MetaOutput
+    from fastmeta.learner import models as models
+    from fastmeta.ops.inner_update.op import inner_update as inner_update
+    from fastmeta.tasks.batch import TaskBatch as TaskBatch
+
+_ATTRIBUTES = {
+    "MAML": "fastmeta.algorithms.maml",
+    "MetaOutput": "fastmeta.algorithms.maml",
+    "TaskBatch": "fastmeta.tasks.batch",
+    "inner_update": "fastmeta.ops.inner_update",
+}
+_MODULES = {
+    "algorithms": "fastmeta.algorithms",
+    "inner": "fastmeta.inner",
+    "learner": "fastmeta.learner",
+    "models": "fastmeta.learner.models",
+    "ops": "fastmeta.ops",
+    "tasks": "fastmeta.tasks",
+}
+
+__all__ = ["MAML", "MetaOutput", "TaskBatch", "__version__", "inner_update", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        raise AttributeError(f"module 'fastmeta' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

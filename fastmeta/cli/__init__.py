@@ -1,0 +1,1 @@
+"""The command line: train, eval, demo, doctor."""

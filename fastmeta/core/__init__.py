@@ -1,0 +1,1 @@
+"""What every storey stands on: checks, environment, native loader, dispatch. No maths."""

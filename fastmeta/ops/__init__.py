@@ -1,0 +1,1 @@
+"""Task-batched operations, one folder each."""
