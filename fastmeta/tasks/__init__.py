@@ -1,0 +1,28 @@
+"""Task batches and where they come from: sine waves, few-shot episodes, Omniglot, handwritten digits."""
+
+from __future__ import annotations
+
+from fastmeta.tasks.batch import TaskBatch
+from fastmeta.tasks.digits import Digits, load_digits_pools
+from fastmeta.tasks.download import cache_folder, fetch
+from fastmeta.tasks.episodes import EpisodeSampler, SquareSymmetries, to_unit
+from fastmeta.tasks.omniglot import Omniglot, load_omniglot
+from fastmeta.tasks.pool import ClassPool
+from fastmeta.tasks.sampler import TaskSampler
+from fastmeta.tasks.sinusoid import Sinusoid
+
+__all__ = [
+    "ClassPool",
+    "Digits",
+    "EpisodeSampler",
+    "Omniglot",
+    "Sinusoid",
+    "SquareSymmetries",
+    "TaskBatch",
+    "TaskSampler",
+    "cache_folder",
+    "fetch",
+    "load_digits_pools",
+    "load_omniglot",
+    "to_unit",
+]
