@@ -1,0 +1,413 @@
+"""Model-agnostic meta-learning: the exact second-order meta-gradient of a batch of tasks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastmeta.algorithms.adapted import AdaptedModel
+from fastmeta.core.packing import Packing
+from fastmeta.engine import autodiff, running_stats
+from fastmeta.engine.compiler import Compiler, Programs
+from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
+from fastmeta.engine.function import MetaStep, Step
+from fastmeta.engine.objective import Objective
+from fastmeta.engine.trace import NotTraceable
+from fastmeta.engine.unroll import adjoint, unroll
+from fastmeta.engine.work import Work, require_finite
+from fastmeta.inner.sgd import Rate, Rates
+from fastmeta.tasks.batch import TaskBatch
+
+Engine = Literal["auto", "program", "autodiff"]
+
+
+class MetaOutput(NamedTuple):
+    """Result of a meta-step.
+
+    Attributes:
+        loss: mean query loss, ``[]``, eq. (4).
+        task_losses: query loss of each task, ``[T]``.
+        logits: the adapted model's outputs on the query set, ``[T, Nq, ...]``, or the pytree the model returns.
+        support_losses: support loss before each inner step, ``[K, T]``; never differentiable.
+
+    ``loss``, ``task_losses`` and ``logits`` may all be differentiated.
+    """
+
+    loss: Tensor
+    task_losses: Tensor
+    logits: Any
+    support_losses: Tensor
+
+
+class MAML(nn.Module):
+    """MAML's meta-gradient (C. Finn, P. Abbeel, S. Levine, ICML 2017), exact and batched over tasks.
+
+    For each task ``phi_0 = theta``, ``phi_{k+1} = phi_k - alpha_k * grad ls(phi_k)``, and the meta-loss is
+    ``J = mean_t lq(phi_K)``. The gradient of ``J`` is computed by the adjoint of that loop with forward-over-reverse
+    Hessian-vector products; autograd never sees the loop. Differentiable once; a third derivative raises, unless
+    ``engine="autodiff"``.
+
+    Args:
+        model: any module.
+        loss: ``loss(outputs, targets)`` for batches ``(inputs, targets)``, or ``loss(model, batch)`` for any other
+            batch, returning the loss or ``(loss, outputs)``; see :class:`fastmeta.TaskBatch`. A scalar for one task.
+            A loss that is a module may have parameters of its own; their names start with ``loss.``.
+        lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step; or a mapping from
+            the name of every adapting parameter to a number or a tensor that broadcasts to its shape. Tensors that
+            require grad get their meta-gradient; those that are ``nn.Parameter`` become parameters of this module.
+        steps: K, the number of inner steps.
+        first_order: drop the Hessian (FOMAML).
+        parameters: which parameters adapt: ``None`` for all that require grad, an iterable of names or ``fnmatch``
+            patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if
+            they require grad. A parameter named explicitly adapts even if it does not require grad.
+        allow_unused: let adapting parameters that the support loss does not use keep their value.
+        update_running_stats: after a meta-step in training mode, leave in batch norm's running statistics what a loop
+            over the tasks would have left. By default a meta-step never writes a buffer. Either way batch norm in
+            training mode normalises by the statistics of the set it is given (transductive on the query set).
+        check_finite: raise as soon as a tensor of the tasks or a loss is not finite, naming task and step. Costs a
+            synchronisation a step on a GPU.
+        engine: ``"program"`` runs the traced program and raises where that is impossible; ``"autodiff"`` runs plain
+            autograd over tasks, to any order; ``"auto"`` takes the program if the model can be traced, and otherwise
+            autodiff, with one warning that names the cause.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: negative steps, no adapting parameter, or a rate that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Any],
+        lr: Rate = 0.01,
+        steps: int = 1,
+        *,
+        first_order: bool = False,
+        parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
+        allow_unused: bool = False,
+        update_running_stats: bool = False,
+        check_finite: bool = False,
+        engine: Engine = "auto",
+    ) -> None:
+        super().__init__()
+        if engine not in ("auto", "program", "autodiff"):
+            raise ValueError(f"MAML: engine must be 'auto', 'program' or 'autodiff', got {engine!r}")
+        self._objective = Objective(model, loss)
+        self._selection = parameters
+        self._compiler = Compiler()
+        self._warned: set[str] = set()
+        self.model = model
+        if isinstance(loss, nn.Module):
+            self.loss = loss
+        self.lr = _register_rates(lr)
+        self.steps = _checked_steps(steps)
+        self.first_order = first_order
+        self.allow_unused = allow_unused
+        self.update_running_stats = update_running_stats
+        self.check_finite = check_finite
+        self.engine = engine
+        self._rates_of(self._packing(self._objective.parameters()))
+
+    def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
+        """Adapt to every task's support set and evaluate on its query set.
+
+        Args:
+            tasks: the tasks, on the model's device and in its dtype.
+            steps: another number of inner steps than the module's, for evaluation.
+
+        Returns:
+            Losses and outputs; ``out.loss.backward()`` gives the meta-gradient.
+
+        Raises:
+            TypeError: ``tasks`` is no TaskBatch, or its dtype is not the model's.
+            ValueError: no query, another device, an unused parameter, a loss or input that is not finite.
+            RuntimeError: ``engine="program"`` and the model cannot be traced.
+        """
+        work, programs = self._prepare(tasks, steps, need_query=True)
+        if programs is None:
+            return self._autodiff(work)
+        assert programs.query is not None
+        step = Step(work, programs.support, programs.query, [])
+        loss, task_losses, support_losses, *leaves = MetaStep.apply(step, work.alpha, *work.parameters.values())
+        self._follow(programs.query, work, step.mutations)
+        return MetaOutput(loss, task_losses, _outputs(programs, leaves), support_losses)
+
+    def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean query loss and its meta-gradient, without autograd in between.
+
+        Args:
+            tasks: the tasks.
+            steps: another number of inner steps than the module's.
+
+        Returns:
+            The loss ``[]`` and the gradients by parameter name, in the parameters' shapes. Learned rates appear under
+            ``lr`` or ``lr.<name>``.
+
+        Raises:
+            As :meth:`forward`.
+        """
+        work, programs = self._prepare(tasks, steps, need_query=True)
+        if programs is None:
+            out = self._autodiff(work)
+            inputs = {n: p for n, p in work.parameters.items() if p.requires_grad}
+            inputs.update(self._learned_rates())
+            d = torch.autograd.grad(out.loss, list(inputs.values()), allow_unused=True)
+            return out.loss.detach(), {
+                n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
+            }
+        assert programs.query is not None
+        learned = work.alpha.requires_grad
+        with torch.no_grad():
+            trajectory = unroll(
+                work, programs.support, programs.query, keep_tapes=not work.first_order, keep_gradients=learned
+            )
+            assert trajectory.query is not None
+            losses = trajectory.query.loss
+            d_loss = torch.full_like(losses, 1 / losses.shape[0])
+            result = adjoint(work, programs.support, programs.query, trajectory, d_loss)
+            self._follow(programs.query, work, trajectory.mutations)
+        gradients: dict[str, Tensor] = {}
+        adapted = dict(zip(work.packing.names, work.packing.unpack_shared(result.theta), strict=True))
+        outer = dict(zip(programs.query.outer, result.outer, strict=True))
+        for name, parameter in work.parameters.items():
+            if parameter.requires_grad:
+                g = adapted.get(name) if name in adapted else outer.get(name)
+                gradients[name] = torch.zeros_like(parameter) if g is None else g
+        if learned:
+            rates = self._learned_rates()
+            d_rates = torch.autograd.grad(work.alpha, list(rates.values()), result.alpha)
+            gradients.update(zip(rates, d_rates, strict=True))
+        return losses.mean(), gradients
+
+    def adapt(self, support: Any, *, steps: int | None = None) -> AdaptedModel:
+        """Adapt to one task, or to all tasks of a batch, without meta-gradients.
+
+        Args:
+            support: the support set of one task, without task axis, in a form :class:`fastmeta.TaskBatch` knows; or a
+                TaskBatch, of which every task's support set is taken.
+            steps: another number of inner steps than the module's.
+
+        Returns:
+            The adapted model, a callable.
+
+        Raises:
+            As :meth:`forward`.
+        """
+        single = not isinstance(support, TaskBatch)
+        tasks = TaskBatch(pytree.tree_map(_unsqueeze, support)) if single else TaskBatch(support.support)
+        with torch.no_grad():
+            work, programs = self._prepare(tasks, steps, need_query=False)
+            if programs is None:
+                result = autodiff.run(work, keep_buffers=False, allow_unused=self.allow_unused)
+                phi, losses = result.phi, result.support_losses
+            else:
+                trajectory = unroll(work, programs.support, None, keep_tapes=False, keep_gradients=False)
+                losses = trajectory.support_losses
+                if trajectory.phi is None:
+                    phi = work.packing.pack_shared(work.theta).expand(tasks.size, -1)
+                else:
+                    phi = trajectory.phi
+        adapted = dict(zip(work.packing.names, work.packing.unpack(phi.contiguous()), strict=True))
+        return AdaptedModel(self.model, adapted, losses, single=single)
+
+    def explain(self, tasks: TaskBatch, *, steps: int | None = None) -> Explanation:
+        """What runs for these tasks: for every call its operation, backend, cost and memory, and why.
+
+        Runs one inner step to count what is kept.
+        """
+        work, programs = self._prepare(tasks, steps, need_query=True, check_unused=False)
+        if programs is None:
+            return explain_autodiff(work, self._why_autodiff(work))
+        return explain_programs(work, programs)
+
+    def retrace(self) -> None:
+        """Forget every trace, after a change a trace cannot see (a Python attribute the forward pass branches on)."""
+        self._compiler.clear()
+
+    def extra_repr(self) -> str:
+        """Settings, for ``print``."""
+        return f"steps={self.steps}, first_order={self.first_order}, engine={self.engine!r}"
+
+    def _prepare(
+        self, tasks: TaskBatch, steps: int | None, *, need_query: bool, check_unused: bool = True
+    ) -> tuple[Work, Programs | None]:
+        if not isinstance(tasks, TaskBatch):
+            raise TypeError(f"MAML: tasks must be a TaskBatch, got {type(tasks).__name__}")
+        if need_query and tasks.query is None:
+            raise ValueError("MAML: tasks must have a query set, got None")
+        parameters = self._objective.parameters()
+        packing = self._packing(parameters)
+        count = self.steps if steps is None else _checked_steps(steps)
+        theta = [parameters[name] for name in packing.names]
+        if len({(p.dtype, p.device) for p in theta}) > 1:
+            raise ValueError("MAML: adapting parameters must share one dtype and device; choose them by parameters=")
+        rates = self._rates_of(packing)
+        work = Work(
+            self._objective,
+            dict(parameters),
+            self._objective.buffers(),
+            packing,
+            tasks.support,
+            tasks.query,
+            count,
+            rates.alpha(theta[0], count),
+            rates.segments,
+            self.first_order,
+            self.check_finite,
+        )
+        _check_tensors(work)
+        programs = self._programs(work)
+        if programs is not None:
+            if check_unused and not self.allow_unused and count and programs.support.unused:
+                raise autodiff.unused_error(programs.support.unused)
+            _check_masks(work, programs)
+        return work, programs
+
+    def _programs(self, work: Work) -> Programs | None:
+        if self.engine == "autodiff":
+            return None
+        try:
+            return self._compiler.compile(work)
+        except NotTraceable as reason:
+            if self.engine == "program":
+                raise RuntimeError(f"MAML: engine='program' needs a model that can be traced: {reason}") from reason
+            return None
+
+    def _why_autodiff(self, work: Work) -> str:
+        if self.engine == "autodiff":
+            return "it was asked for"
+        try:
+            self._compiler.compile(work)
+        except NotTraceable as reason:
+            return str(reason)
+        raise AssertionError("the work can be compiled")
+
+    def _autodiff(self, work: Work) -> MetaOutput:
+        result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
+        if self.update_running_stats:
+            _write_buffers(self._objective.buffers(), result.buffers)
+        if self.engine == "auto":
+            reason = self._why_autodiff(work)
+            if reason not in self._warned:
+                self._warned.add(reason)
+                warnings.warn(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
+        assert result.task_losses is not None
+        return MetaOutput(result.task_losses.mean(), result.task_losses, result.outputs, result.support_losses)
+
+    def _follow(self, program: Any, work: Work, mutations: list[dict[str, Tensor]]) -> None:
+        if self.update_running_stats and mutations:
+            with torch.no_grad():
+                _write_buffers(self._objective.buffers(), running_stats.updated(program, work.buffers, mutations))
+        mutations.clear()
+
+    def _packing(self, parameters: Mapping[str, nn.Parameter]) -> Packing:
+        names = _select(parameters, self._selection)
+        if not names:
+            raise ValueError("MAML: at least one parameter must adapt, got none; check requires_grad and parameters=")
+        return Packing.of({name: parameters[name] for name in names})
+
+    def _rates_of(self, packing: Packing) -> Rates:
+        return Rates(self.lr.as_mapping() if isinstance(self.lr, _RateTable) else self.lr, packing)
+
+    def _learned_rates(self) -> dict[str, Tensor]:
+        if isinstance(self.lr, _RateTable):
+            table = self.lr.as_mapping()
+            return {f"lr.{n}": v for n, v in table.items() if isinstance(v, Tensor) and v.requires_grad}
+        return {"lr": self.lr} if isinstance(self.lr, Tensor) and self.lr.requires_grad else {}
+
+
+class _RateTable(nn.Module):
+    """Rates by parameter name; those that are parameters are registered, under names without dots."""
+
+    def __init__(self, rates: Mapping[str, float | Tensor]) -> None:
+        super().__init__()
+        self._names = {name: name.replace(".", "/") for name in rates}
+        for name, value in rates.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(self._names[name], value)
+            elif isinstance(value, Tensor) and not value.requires_grad:
+                self.register_buffer(self._names[name], value)
+            else:
+                self.__dict__[self._names[name]] = value
+
+    def as_mapping(self) -> dict[str, float | Tensor]:
+        """Rates by the parameters' own names."""
+        return {name: getattr(self, key) for name, key in self._names.items()}
+
+
+def _register_rates(lr: Rate) -> Any:
+    return _RateTable(lr) if isinstance(lr, Mapping) else lr
+
+
+def _checked_steps(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"MAML: steps must be an int, got {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"MAML: steps must not be negative, got {steps}")
+    return steps
+
+
+def _select(
+    parameters: Mapping[str, nn.Parameter], selection: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+) -> list[str]:
+    if selection is None:
+        return [n for n, p in parameters.items() if p.requires_grad and not n.startswith("loss.")]
+    if callable(selection):
+        return [n for n, p in parameters.items() if selection(n, p)]
+    patterns = [selection] if isinstance(selection, str) else list(selection)
+    unmatched = [s for s in patterns if not any(fnmatchcase(name, s) for name in parameters)]
+    if unmatched:
+        raise ValueError(f"MAML: parameters must name parameters of the model, got {unmatched}; known: {list(parameters)}")
+    return [name for name in parameters if any(fnmatchcase(name, s) for s in patterns)]
+
+
+def _check_tensors(work: Work) -> None:
+    """Device, dtype, grad and finiteness of what comes in."""
+    dtypes = {p.dtype for p in work.parameters.values() if p.is_floating_point()}
+    device = work.theta[0].device
+    for name, tree in (("support", work.support), ("query", work.query)):
+        for leaf in pytree.tree_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf.device != device:
+                raise ValueError(f"MAML: {name} must be on the model's device {device}, got {leaf.device}; use tasks.to")
+            if leaf.is_floating_point() and len(dtypes) == 1 and leaf.dtype not in dtypes:
+                raise TypeError(
+                    f"MAML: {name} must have the model's dtype {dtypes.pop()}, got {leaf.dtype}; use tasks.to(dtype=...)"
+                )
+            if work.check_finite and leaf.is_floating_point():
+                bad = torch.where(torch.isfinite(leaf).flatten(1).all(1), 0.0, torch.nan)
+                require_finite(bad, f"values of {name}")
+
+
+def _check_masks(work: Work, programs: Programs) -> None:
+    """Batch norm sees padded samples, weights or not: zero weights would be silently wrong."""
+    for name, tree, program in (("support", work.support, programs.support), ("query", work.query, programs.query)):
+        if program is not None and isinstance(tree, tuple) and len(tree) == 3 and program.batch_statistics:
+            if bool((tree[2] == 0).any()):
+                raise ValueError(
+                    f"MAML: {name} has zero weights, but batch norm would count the masked samples in its statistics; "
+                    "use tasks of equal size, or layer or group norm"
+                )
+
+
+def _outputs(programs: Programs, leaves: list[Tensor]) -> Any:
+    assert programs.query is not None
+    spec = programs.query.graph.outputs_spec
+    given = iter(leaves)
+    return pytree.tree_unflatten([next(given) if kept else None for kept in programs.query.graph.outputs_kept], spec)
+
+
+def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        buffers[name].copy_(value)
+
+
+def _unsqueeze(leaf: Any) -> Any:
+    return leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,141 @@
+"""The autodiff engine: plain autograd over tasks, one by one. Slower, exact, and able to run what cannot be traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta.core.packing import Packing
+from fastmeta.engine.work import Work, require_finite, task_of
+
+
+@dataclass(frozen=True)
+class AutodiffResult:
+    """Results over all tasks; losses and outputs are attached to autograd's graph where grad mode is on.
+
+    Attributes:
+        task_losses: ``[T]``, or ``None`` without a query.
+        outputs: pytree with leaves ``[T, ...]``.
+        support_losses: ``[K, T]``, detached.
+        phi: adapted parameters, packed ``[T, P]``.
+        buffers: the buffers as the last forward left them.
+    """
+
+    task_losses: Tensor | None
+    outputs: Any
+    support_losses: Tensor
+    phi: Tensor
+    buffers: dict[str, Tensor]
+
+
+def run(work: Work, *, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
+    """Adapt and evaluate each task by autograd, eq. (2)-(4).
+
+    Differentiable to any order in the parameters, the rates and the tasks' tensors.
+
+    Args:
+        work: the meta-step.
+        keep_buffers: let each forward see the buffers the one before left; otherwise each sees the original.
+        allow_unused: treat the gradient of a parameter the loss does not use as zero.
+
+    Raises:
+        ValueError: a parameter is unused and ``allow_unused`` is false, or a loss is not finite.
+    """
+    create_graph = torch.is_grad_enabled()
+    buffers = {name: b.clone() for name, b in work.buffers.items()}
+    adapted = set(work.packing.names)
+    fixed = {name: p for name, p in work.parameters.items() if name not in adapted}
+    losses, outputs, supports, phis = [], [], [], []
+    for t in range(work.tasks):
+        support = task_of(work.support, t)
+        phi, task_supports = list(work.theta), []
+        for k in range(work.steps):
+            with torch.enable_grad():
+                if not all(p.requires_grad for p in phi):
+                    phi = [p if p.requires_grad else p.detach().requires_grad_() for p in phi]
+                loss, _ = work.objective(
+                    {**fixed, **dict(zip(work.packing.names, phi, strict=True))}, _seen(buffers, keep_buffers), support
+                )
+                if not loss.requires_grad:
+                    raise ValueError("MAML: the support loss depends on no adapting parameter; see parameters=")
+                if work.check_finite:
+                    _require_finite(loss, t, f"support loss at inner step {k}")
+                g = torch.autograd.grad(
+                    loss, phi, create_graph=create_graph and not work.first_order, allow_unused=True
+                )
+            task_supports.append(loss.detach())
+            phi = _step(work, phi, g, k, allow_unused)
+            if not create_graph:
+                phi = [p.detach() for p in phi]
+        supports.append(torch.stack(task_supports) if task_supports else phi[0].new_empty(0))
+        phis.append(work.packing.pack_shared(phi))
+        if work.query is not None:
+            loss, output = work.objective(
+                {**fixed, **dict(zip(work.packing.names, phi, strict=True))},
+                _seen(buffers, keep_buffers),
+                task_of(work.query, t),
+            )
+            if work.check_finite:
+                _require_finite(loss, t, "query loss")
+            losses.append(loss)
+            outputs.append(output)
+    return AutodiffResult(
+        torch.stack(losses) if losses else None,
+        _stack(outputs) if outputs else None,
+        torch.stack(supports, dim=1),
+        torch.stack(phis),
+        buffers,
+    )
+
+
+def _step(work: Work, phi: list[Tensor], g: tuple[Tensor | None, ...], k: int, allow_unused: bool) -> list[Tensor]:
+    """Eq. (3), parameter by parameter; independent of the packed kernels, which are tested against it."""
+    alpha = work.alpha[k if work.alpha.shape[0] > 1 else 0]
+    rates = _rates(alpha, work.packing, by_parameter=work.segments is not None)
+    stepped = []
+    for name, p, d, rate in zip(work.packing.names, phi, g, rates, strict=True):
+        if d is None:
+            if not allow_unused:
+                raise unused_error([name])
+            stepped.append(p)
+        else:
+            stepped.append(p - rate * d)
+    return stepped
+
+
+def _rates(alpha: Tensor, packing: Packing, *, by_parameter: bool) -> list[Tensor]:
+    if by_parameter:
+        return list(alpha.unbind())
+    if alpha.numel() == 1:
+        return [alpha.reshape(())] * len(packing.names)
+    return packing.unpack_shared(alpha)
+
+
+def _seen(buffers: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    return buffers if keep else {name: b.clone() for name, b in buffers.items()}
+
+
+def _stack(outputs: list[Any]) -> Any:
+    flat = [pytree.tree_flatten(o) for o in outputs]
+    columns = zip(*[leaves for leaves, _ in flat], strict=True)
+    stacked = [torch.stack(c) if isinstance(c[0], Tensor) else None for c in columns]
+    return pytree.tree_unflatten(stacked, flat[0][1])
+
+
+def _require_finite(loss: Tensor, task: int, what: str) -> None:
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"MAML: the {what} must be finite, got {loss.item()} for task {task}; lower lr or check the input"
+        )
+
+
+def unused_error(names: list[str]) -> ValueError:
+    """The error for adapting parameters that get no gradient, with the mend."""
+    return ValueError(
+        f"MAML: the support loss does not use the adapting parameters {names}; leave them out by parameters=, or pass "
+        "allow_unused=True"
+    )

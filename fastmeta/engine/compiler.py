@@ -1,0 +1,87 @@
+"""Traces and plans once per signature, and remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta.engine.plan import plan
+from fastmeta.engine.program import Program
+from fastmeta.engine.trace import Graph, NotTraceable, trace
+from fastmeta.engine.work import Work, task_of
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The programs of one meta-step: the same objective at the support's and at the query's shapes."""
+
+    support: Program
+    query: Program | None
+
+
+class Compiler:
+    """Cache of graphs by what a trace depends on, and of programs by what a plan depends on.
+
+    A trace depends on the shapes, dtypes and device of the batch, the parameters and the buffers, on each module's
+    training flag and on autocast. Anything else a forward pass branches on (a Python attribute, say) is fixed at the
+    first trace; :meth:`clear` forgets it.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[Any, Graph | NotTraceable] = {}
+        self._programs: dict[Any, Program] = {}
+
+    def clear(self) -> None:
+        """Forget every trace."""
+        self._graphs.clear()
+        self._programs.clear()
+
+    def compile(self, work: Work) -> Programs:
+        """The programs of ``work``.
+
+        Raises:
+            NotTraceable: with the reason; remembered like a success.
+        """
+        support = self._program(work, work.support)
+        return Programs(support, None if work.query is None else self._program(work, work.query))
+
+    def _program(self, work: Work, batch: Any) -> Program:
+        key = self._signature(work, batch)
+        plan_key = (key, work.packing.names, work.outer_names)
+        program = self._programs.get(plan_key)
+        if program is None:
+            program = self._programs[plan_key] = plan(self._graph(work, batch, key), work.packing.names, work.outer_names)
+        return program
+
+    def _graph(self, work: Work, batch: Any, key: Any) -> Graph:
+        graph = self._graphs.get(key)
+        if graph is None:
+            try:
+                graph = trace(work.objective, work.parameters, work.buffers, task_of(batch, 0))
+            except NotTraceable as reason:
+                graph = reason
+            self._graphs[key] = graph
+        if isinstance(graph, NotTraceable):
+            raise graph
+        return graph
+
+    def _signature(self, work: Work, batch: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(batch)
+        device = leaves[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (
+            str(spec),
+            tuple(_kind(leaf)[1:] + (leaf.shape[1:],) for leaf in leaves),
+            tuple(_kind(p) for p in work.parameters.values()),
+            tuple(_kind(b) for b in work.buffers.values()),
+            work.objective.modes(),
+            autocast,
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device

@@ -1,0 +1,211 @@
+"""The reference executor: runs any program, task-batched, with the operations' own maps.
+
+It is the oracle of the executors to come, and on a CPU it is already ahead of autograd: no graph is built, shared
+weights are multiplied once for all tasks, and each pass is one call an operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fastmeta.core.task_op import Tensors, plus
+from fastmeta.engine.program import Instruction, Program, Route
+
+
+@dataclass
+class Tape:
+    """What one pass over the program leaves for the passes that follow.
+
+    Attributes:
+        first: whether tasks still shared their weights.
+        loss: ``[T]``.
+        outputs: the model's output tensors, ``[T, ...]``.
+        mutations: new values of buffers, ``[T, ...]``.
+        saved: what each instruction's maps need.
+        d_y: the cotangents each instruction's backward was given.
+    """
+
+    first: bool
+    loss: Tensor
+    outputs: tuple[Tensor, ...]
+    mutations: dict[str, Tensor]
+    saved: list[Tensors] = field(default_factory=list)
+    d_y: list[Tensors | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Cotangents of the parameters: ``adapted`` a task, ``[T, *shape]``; ``outer`` summed over tasks, ``[*shape]``."""
+
+    adapted: list[Tensor]
+    outer: list[Tensor | None]
+
+
+def forward(
+    program: Program,
+    adapted: Sequence[Tensor],
+    state: dict[str, Tensor],
+    data: Sequence[Tensor],
+    *,
+    first: bool,
+) -> Tape:
+    """Run the objective for all tasks.
+
+    Args:
+        program: the planned program.
+        adapted: the adapting parameters: ``[*shape]`` if ``first``, else ``[T, *shape]``.
+        state: all other parameters and the buffers by name, ``[*shape]``.
+        data: the batch's leaves, ``[T, ...]``.
+        first: whether tasks still share their weights.
+
+    Returns:
+        The tape, with ``d_y`` still empty.
+    """
+    graph = program.graph
+    tasks = data[0].shape[0]
+    values: dict[int, Tensor] = dict(program.constants)
+    values.update(zip(graph.data, data, strict=True))
+    for name, slot in (*graph.parameters.items(), *graph.buffers.items()):
+        if name in state:
+            values[slot] = state[name]
+    values.update((graph.parameters[name], value) for name, value in zip(program.adapted, adapted, strict=True))
+    saved = []
+    for instruction in program.instructions:
+        route = instruction.route(first)
+        x = [values[slot] for slot in instruction.inputs]
+        if route.single:
+            y, kept = instruction.op.forward([v.unsqueeze(0) for v in x])
+            y = tuple(v if v is None else v.squeeze(0) for v in y)
+        else:
+            for position in route.expand:
+                x[position] = x[position].unsqueeze(0).expand(tasks, *x[position].shape)
+            y, kept = instruction.op.forward(x)
+        saved.append(kept)
+        for slot, value in zip(instruction.outputs, y, strict=True):
+            if value is not None:
+                values[slot] = value
+    tasked = program.tasked(first)
+
+    def per_task(slot: int) -> Tensor:
+        value = values[slot]
+        return value if slot in tasked else value.unsqueeze(0).expand(tasks, *value.shape)
+
+    return Tape(
+        first,
+        per_task(graph.loss),
+        tuple(per_task(slot) for slot in graph.outputs),
+        {name: per_task(slot) for name, slot in graph.mutations.items()},
+        saved,
+    )
+
+
+def backward(
+    program: Program, tape: Tape, d_loss: Tensor, d_outputs: Sequence[Tensor | None] = (), *, outer: bool = True
+) -> Gradients:
+    """Reverse sweep of one pass; leaves the cotangents on the tape for :func:`hessian_vector_product`.
+
+    Args:
+        program: the planned program.
+        tape: of :func:`forward`.
+        d_loss: cotangent of the loss, ``[T]``.
+        d_outputs: cotangents of the outputs, ``[T, ...]``, or ``None`` for zero.
+        outer: whether gradients of the parameters that do not adapt are wanted.
+    """
+    graph = program.graph
+    tasked = program.tasked(tape.first)
+    cotangents: dict[int, Tensor] = {graph.loss: d_loss if graph.loss in tasked else d_loss.sum(0)}
+    for slot, d in zip(graph.outputs, d_outputs, strict=False):
+        if d is not None:
+            d = d if slot in tasked else d.sum(0)
+            cotangents[slot] = cotangents[slot] + d if slot in cotangents else d
+    tape.d_y = [None] * len(program.instructions)
+    for i in range(len(program.instructions) - 1, -1, -1):
+        instruction = program.instructions[i]
+        route = instruction.route(tape.first)
+        if not route.active:
+            continue
+        d_y = tuple(cotangents.pop(slot, None) for slot in instruction.outputs)
+        if all(d is None for d in d_y):
+            continue
+        tape.d_y[i] = d_y
+        d_x = instruction.op.backward(tape.saved[i], _lift(route, d_y), route.need)
+        _accumulate(cotangents, instruction, route, d_x)
+    return _gradients(program, tape, cotangents, outer)
+
+
+def hessian_vector_product(program: Program, tape: Tape, direction: Sequence[Tensor], *, outer: bool = True) -> Gradients:
+    """Tangent of :func:`backward`'s gradients in direction ``phi_dot = direction``, forward over reverse.
+
+    One tangent-forward and one tangent-backward over the tape: ``H u`` for the adapting parameters, and
+    ``d<g, u>/d psi`` for the others (the last term of eq. 8').
+
+    Args:
+        program: the planned program.
+        tape: on which :func:`backward` has run with ``d_loss = 1``.
+        direction: ``u``, one ``[T, *shape]`` a parameter.
+        outer: whether the others' term is wanted.
+    """
+    graph = program.graph
+    dots: dict[int, Tensor] = {
+        graph.parameters[name]: u for name, u in zip(program.adapted, direction, strict=True)
+    }
+    saved_dots: list[Tensors | None] = []
+    for i, instruction in enumerate(program.instructions):
+        x_dot = tuple(dots.get(slot) for slot in instruction.inputs)
+        if tape.d_y[i] is None or all(d is None for d in x_dot):
+            saved_dots.append(None)
+            continue
+        y_dot, kept = instruction.op.tangent(tape.saved[i], x_dot)
+        saved_dots.append(kept)
+        for slot, value in zip(instruction.outputs, y_dot, strict=True):
+            if value is not None:
+                dots[slot] = value
+    cotangents: dict[int, Tensor] = {}
+    for i in range(len(program.instructions) - 1, -1, -1):
+        instruction = program.instructions[i]
+        route, d_y, saved_dot = instruction.route(tape.first), tape.d_y[i], saved_dots[i]
+        d_y_dot = tuple(cotangents.pop(slot, None) for slot in instruction.outputs)
+        if d_y is None or (saved_dot is None and all(d is None for d in d_y_dot)):
+            continue
+        if saved_dot is None:  # no tangent comes in, so the map is linear in the cotangent
+            d_x_dot = instruction.op.backward(tape.saved[i], _lift(route, d_y_dot), route.need)
+        else:
+            d_x_dot = instruction.op.tangent_backward(tape.saved[i], saved_dot, d_y, d_y_dot, route.need)
+        _accumulate(cotangents, instruction, route, d_x_dot)
+    return _gradients(program, tape, cotangents, outer)
+
+
+def _lift(route: Route, tensors: Tensors) -> Tensors:
+    """Give the cotangents of an instruction that runs once the axis its operation expects."""
+    return tuple(d if d is None else d.unsqueeze(0) for d in tensors) if route.single else tensors
+
+
+def _accumulate(cotangents: dict[int, Tensor], instruction: Instruction, route: Route, d_x: Tensors) -> None:
+    for position, (slot, d) in enumerate(zip(instruction.inputs, d_x, strict=True)):
+        if d is None or not route.need[position]:
+            continue
+        if route.single:
+            d = d.squeeze(0)
+        elif position in route.sums:
+            d = d.sum(0)
+        total = plus(cotangents.get(slot), d)
+        if total is not None:
+            cotangents[slot] = total
+
+
+def _gradients(program: Program, tape: Tape, cotangents: dict[int, Tensor], outer: bool) -> Gradients:
+    graph = program.graph
+    tasks = tape.loss.shape[0]
+    adapted = []
+    for name in program.adapted:
+        slot = graph.parameters[name]
+        d = cotangents.get(slot)
+        if d is None:
+            shape, dtype = graph.values[slot].shape, graph.values[slot].dtype
+            d = tape.loss.new_zeros((tasks, *shape), dtype=dtype)
+        adapted.append(d)
+    others = [cotangents.get(graph.parameters[name]) for name in program.outer] if outer else []
+    return Gradients(adapted, others)

@@ -1,0 +1,146 @@
+"""The objective of one task as a pure function of parameters, buffers and a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Loss = Callable[..., Any]
+
+
+class Objective:
+    """``(parameters, buffers, batch) -> (loss, outputs)`` for one task, whatever form the batch takes.
+
+    The forms are those of :class:`fastmeta.TaskBatch`: ``(inputs, targets)``, ``(inputs, targets, weights)``, or any
+    other pytree for a loss that is given the model itself. A loss that is a module brings its own parameters and
+    buffers; their names start with ``loss.``.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"MAML: model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(loss):
+            raise TypeError(f"MAML: loss must be callable, got {type(loss).__name__}")
+        self.model = model
+        self.loss = loss
+        self._bound = _Bound(model, loss)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every distinct parameter by name; a tied parameter appears once."""
+        return {_public(name): p for name, p in self._bound.named_parameters()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every distinct buffer by name."""
+        return {_public(name): b for name, b in self._bound.named_buffers()}
+
+    def modes(self) -> tuple[bool, ...]:
+        """Training flag of every submodule: a trace holds for one combination."""
+        return tuple(m.training for m in self._bound.modules())
+
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """Submodules of model and loss by name."""
+        return [(_public(name), m) for name, m in self._bound.named_modules()]
+
+    def __call__(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any
+    ) -> tuple[Tensor, Any]:
+        """Loss (0-dim) and outputs of one task.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+            TypeError: the loss is not a tensor.
+        """
+        state = {_private(name): t for name, t in parameters.items()}
+        state.update((_private(name), t) for name, t in buffers.items())
+        loss, outputs = functional_call(self._bound, state, (batch,))
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"MAML: loss must return a tensor, got {type(loss).__name__}")
+        if loss.dim() != 0:
+            raise ValueError(
+                f"MAML: loss must return a scalar for one task, got shape {tuple(loss.shape)}; reduce it with a mean"
+            )
+        return loss, outputs
+
+
+class _Bound(nn.Module):
+    """Model and loss under one roof, so that one functional call swaps the state of both."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, tuple) and len(batch) in (2, 3):
+            outputs = call_model(self.model, batch[0])
+            if len(batch) == 2:
+                return self.loss(outputs, batch[1]), outputs
+            return _weighted(self.loss, outputs, batch[1], batch[2]), outputs
+        result = self.loss(self.model, batch)
+        if isinstance(result, tuple):
+            if len(result) != 2:
+                raise ValueError(
+                    f"MAML: a loss on (model, batch) must return loss or (loss, outputs), got {len(result)} values"
+                )
+            return result
+        return result, None
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model(inputs)``, with a tuple spread over positional and a dict over keyword arguments."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
+def _weighted(loss: Loss, outputs: Any, targets: Any, weights: Tensor) -> Tensor:
+    """``sum(w * l) / sum(w)`` over per-sample losses ``l``."""
+    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+        reduction = loss.reduction
+        loss.reduction = "none"
+        try:
+            losses = loss(outputs, targets)
+        finally:
+            loss.reduction = reduction
+    elif "reduction" in _parameter_names(loss):
+        losses = loss(outputs, targets, reduction="none")
+    else:
+        return loss(outputs, targets, weights)
+    if losses.shape[: weights.dim()] != weights.shape:
+        raise ValueError(
+            f"MAML: per-sample losses must start with the shape {tuple(weights.shape)} of the weights, "
+            f"got {tuple(losses.shape)}"
+        )
+    if losses.dim() > weights.dim():
+        losses = losses.flatten(weights.dim()).mean(-1)
+    return (losses * weights).sum() / weights.sum()
+
+
+def _parameter_names(loss: Loss) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(loss).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature takes no keyword we could rely on
+        return frozenset()
+
+
+def _public(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _private(name: str) -> str:
+    return name if name.startswith("loss.") else f"model.{name}"
+
+
+def objective_device(parameters: Mapping[str, Tensor]) -> torch.device:
+    """The one device the parameters are on."""
+    devices = {p.device for p in parameters.values()}
+    if len(devices) != 1:
+        raise ValueError(f"MAML: all parameters must be on one device, got {sorted(map(str, devices))}")
+    return devices.pop()

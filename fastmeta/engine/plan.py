@@ -1,0 +1,117 @@
+"""``plan``: every call of a graph gets an operation, and every value its place on the task axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmeta.core.task_op import Need, TaskOp, Unsupported, registry
+from fastmeta.engine.program import Instruction, Program, Route
+from fastmeta.engine.trace import Graph, Node, NotTraceable
+from fastmeta.ops.generic import Generic
+
+
+def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
+    """Choose an operation for every call and decide what each value depends on.
+
+    Args:
+        graph: the traced objective of one task.
+        adapted: names of the parameters that the inner loop updates.
+        outer: names of the other parameters whose meta-gradient is wanted.
+
+    Returns:
+        The program.
+
+    Raises:
+        NotTraceable: a call that not even the generic operation can represent.
+    """
+    adapted_slots = {graph.parameters[name] for name in adapted}
+    outer_slots = {graph.parameters[name] for name in outer}
+    constants, nodes = _fold_constants(graph)
+    chosen = [_choose(node) for node in nodes]
+    first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data))
+    later = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data) | adapted_slots)
+    instructions = []
+    for node, (op, reason) in zip(nodes, chosen, strict=True):
+        routes = [dependence.route(node, op) for dependence in (first, later)]
+        instructions.append(Instruction(op, node.inputs, node.outputs, node.module, reason, *routes))
+    return Program(
+        graph,
+        tuple(instructions),
+        constants,
+        tuple(adapted),
+        tuple(outer),
+        frozenset(first.tasked),
+        frozenset(later.tasked),
+    )
+
+
+def _choose(node: Node) -> tuple[TaskOp, str]:
+    kind = registry.lookup(node.call.target)
+    reason = f"no operation covers {node.call.target}"
+    if kind is not None:
+        try:
+            return kind(node.call), ""
+        except Unsupported as unsupported:
+            reason = str(unsupported)
+    try:
+        return Generic(node.call), reason
+    except Unsupported as unsupported:
+        raise NotTraceable(str(unsupported)) from unsupported
+
+
+def _fold_constants(graph: Graph) -> tuple[dict[int, Tensor], list[Node]]:
+    """Evaluate once what depends on nothing, such as ``arange`` or a causal mask."""
+    constants = dict(graph.constants)
+    nodes = []
+    for node in graph.nodes:
+        random = torch.Tag.nondeterministic_seeded in node.call.target.tags
+        if random or any(slot not in constants for slot in node.inputs):
+            nodes.append(node)
+            continue
+        result = node.call.run([constants[slot] for slot in node.inputs])
+        results = result if isinstance(result, (list, tuple)) else [result]
+        tensors = [r for r in results if isinstance(r, Tensor)]
+        constants.update(zip(node.outputs, tensors, strict=True))
+    return constants, nodes
+
+
+class _Dependence:
+    """Which slots differ between tasks, which depend on what adapts and which on other parameters, in one phase."""
+
+    def __init__(self, graph: Graph, adapted: set[int], outer: set[int], tasked: set[int]) -> None:
+        self.graph = graph
+        self.tasked = tasked
+        self.adapts = set(adapted)
+        self.active = adapted | outer
+
+    def route(self, node: Node, op: TaskOp) -> Route:
+        """Decide the route of ``node``; nodes come in execution order."""
+        inputs = node.inputs
+        single = not (
+            op.random or any(slot in self.tasked for slot in inputs) or any(slot in self.adapts for slot in inputs)
+        )
+        shared = op.shared_positions
+        expand, need, sums = [], [], []
+        for position, slot in enumerate(inputs):
+            wanted = slot in self.active and self.graph.values[slot].dtype.is_floating_point
+            without_tasks = not single and slot not in self.tasked
+            sums_itself = without_tasks and position in shared
+            if without_tasks and not sums_itself:
+                expand.append(position)
+                if wanted and slot not in self.adapts:
+                    sums.append(position)
+            if not wanted:
+                need.append(Need.NONE)
+            elif sums_itself and slot not in self.adapts:
+                need.append(Need.SHARED)
+            else:
+                need.append(Need.TASK)
+        if not single:
+            self.tasked.update(node.outputs)
+        for table in (self.adapts, self.active):
+            if any(slot in table for slot in inputs):
+                table.update(node.outputs)
+        return Route(single, tuple(expand), tuple(need), tuple(sums))

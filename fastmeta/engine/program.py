@@ -1,0 +1,94 @@
+"""The planned program: what every executor runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from fastmeta.core.task_op import Need, TaskOp
+from fastmeta.engine.trace import Graph
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one instruction meets the task axis in one phase of the unroll.
+
+    Attributes:
+        single: no input differs between tasks, so it runs once, as if there were one task.
+        expand: positions of shared inputs that are expanded to T.
+        need: what is wanted of each input's cotangent.
+        sums: positions whose cotangents are summed over tasks after the map, because the input is shared by all
+            tasks and the operation does not sum by itself.
+    """
+
+    single: bool
+    expand: tuple[int, ...]
+    need: tuple[Need, ...]
+    sums: tuple[int, ...]
+
+    @property
+    def active(self) -> bool:
+        """Whether any cotangent is wanted."""
+        return any(self.need)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operation with the slots it reads and fills."""
+
+    op: TaskOp
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    module: str
+    reason: str  # why the generic op stands in; empty where an operation covers the call
+    first: Route  # while every task still holds the shared weights
+    later: Route  # once each task has its own
+
+    def route(self, first: bool) -> Route:
+        """The route of this phase."""
+        return self.first if first else self.later
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph with an operation for every call and everything decided that does not depend on values.
+
+    Attributes:
+        graph: the traced objective.
+        instructions: in execution order.
+        constants: slots whose value never changes, evaluated once when the program was planned.
+        adapted: names of the parameters the inner loop updates, in packing order.
+        outer: names of the other parameters that get a meta-gradient.
+        tasked_first: slots that carry the task axis while tasks still share their weights.
+        tasked_later: slots that carry it afterwards.
+    """
+
+    graph: Graph
+    instructions: tuple[Instruction, ...]
+    constants: dict[int, Tensor]
+    adapted: tuple[str, ...]
+    outer: tuple[str, ...]
+    tasked_first: frozenset[int]
+    tasked_later: frozenset[int]
+
+    def tasked(self, first: bool) -> frozenset[int]:
+        """Slots that carry the task axis in this phase."""
+        return self.tasked_first if first else self.tasked_later
+
+    @cached_property
+    def unused(self) -> list[str]:
+        """Adapting parameters the loss does not depend on."""
+        reached = {self.graph.loss}
+        for instruction in reversed(self.instructions):
+            if reached.intersection(instruction.outputs):
+                reached.update(
+                    slot for slot, need in zip(instruction.inputs, instruction.later.need, strict=True) if need
+                )
+        return [name for name in self.adapted if self.graph.parameters[name] not in reached]
+
+    @cached_property
+    def batch_statistics(self) -> bool:
+        """Whether any normalisation mixes the samples of a set."""
+        return any(getattr(instruction.op, "uses_batch_statistics", False) for instruction in self.instructions)

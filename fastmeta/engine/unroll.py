@@ -1,0 +1,143 @@
+"""The unrolled inner loop, eq. (2)-(4), and its adjoint, eq. (5)-(8'). No autograd graph of the loop exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta.core.task_op import plus
+from fastmeta.engine import executor
+from fastmeta.engine.executor import Tape
+from fastmeta.engine.program import Program
+from fastmeta.engine.work import Work, require_finite
+from fastmeta.inner.sgd import SGD
+
+
+@dataclass
+class Trajectory:
+    """What the unroll leaves: results, and what the adjoint needs.
+
+    Attributes:
+        phi: adapted parameters after K steps, packed ``[T, P]``, or ``None`` after zero steps.
+        support_losses: ``[K, T]``, each before its step.
+        tapes: one a step, if kept: operands and cotangents of every operation.
+        gradients: ``g_k`` packed ``[T, P]``, one a step, if kept (for rates that are learned).
+        query: the query pass.
+        mutations: new buffer values, ``[T, ...]``, of each pass in order.
+    """
+
+    phi: Tensor | None
+    support_losses: Tensor
+    tapes: list[Tape] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    query: Tape | None = None
+    mutations: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """Gradients of a meta-loss: of the adapting parameters packed ``[P]``, of the others, and of the rates."""
+
+    theta: Tensor
+    outer: list[Tensor | None]
+    alpha: Tensor | None
+
+
+def unroll(
+    work: Work, support: Program, query: Program | None, *, keep_tapes: bool, keep_gradients: bool
+) -> Trajectory:
+    """Adapt every task by K steps, eq. (2)-(3), and evaluate its query set.
+
+    Args:
+        work: the meta-step.
+        support: program at the support shapes.
+        query: program at the query shapes, or ``None`` to adapt only.
+        keep_tapes: keep each step's tape for the Hessian-vector products.
+        keep_gradients: keep each step's gradient for eq. (7).
+    """
+    rule = SGD(work.alpha, work.segments)
+    support_data, tasks = pytree.tree_leaves(work.support), work.tasks
+    fixed = _fixed_state(work)
+    adapted: Sequence[Tensor] = work.theta
+    packed = work.packing.pack_shared(adapted).expand(tasks, -1) if work.steps else None
+    losses, trajectory = [], Trajectory(None, torch.empty(0))
+    for k in range(work.steps):
+        tape = executor.forward(support, adapted, fixed, support_data, first=k == 0)
+        if work.check_finite:
+            require_finite(tape.loss, f"support loss at inner step {k}")
+        g = executor.backward(support, tape, torch.ones_like(tape.loss), outer=False)
+        packed_g = work.packing.pack(g.adapted)
+        packed = rule.step(packed, packed_g, k)
+        adapted = work.packing.unpack(packed)
+        losses.append(tape.loss)
+        trajectory.mutations.append(tape.mutations)
+        if keep_tapes:
+            trajectory.tapes.append(tape)
+        if keep_gradients:
+            trajectory.gradients.append(packed_g)
+    trajectory.phi = packed
+    trajectory.support_losses = torch.stack(losses) if losses else support_data[0].new_empty((0, tasks))
+    if query is not None:
+        trajectory.query = executor.forward(
+            query, adapted, fixed, pytree.tree_leaves(work.query), first=work.steps == 0
+        )
+        trajectory.mutations.append(trajectory.query.mutations)
+        if work.check_finite:
+            require_finite(trajectory.query.loss, "query loss")
+    return trajectory
+
+
+def adjoint(
+    work: Work,
+    support: Program,
+    query: Program,
+    trajectory: Trajectory,
+    d_loss: Tensor,
+    d_outputs: Sequence[Tensor | None] = (),
+) -> MetaGradient:
+    """Meta-gradient by the adjoint of the unroll, eq. (5)-(8').
+
+    Args:
+        work: the meta-step.
+        support, query: its programs.
+        trajectory: of :func:`unroll`, with tapes unless first order.
+        d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
+        d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
+    """
+    rule, packing = SGD(work.alpha, work.segments), work.packing
+    assert trajectory.query is not None
+    gradients = executor.backward(query, trajectory.query, d_loss, d_outputs)
+    lam, outer = packing.pack(gradients.adapted), list(gradients.outer)
+    d_alpha: list[Tensor] = []
+    for k in range(work.steps - 1, -1, -1):
+        g = trajectory.gradients[k] if trajectory.gradients else None
+        u, d_rate = rule.adjoint(lam, g, k)
+        if d_rate is not None:
+            d_alpha.append(d_rate)
+        if work.first_order:
+            continue
+        product = executor.hessian_vector_product(support, trajectory.tapes.pop(), packing.unpack(u))
+        lam = lam - packing.pack(product.adapted)
+        outer = [plus(a, None if b is None else -b) for a, b in zip(outer, product.outer, strict=True)]
+    return MetaGradient(lam.sum(0), outer, _stack_rates(work.alpha, d_alpha[::-1]))
+
+
+def _fixed_state(work: Work) -> dict[str, Tensor]:
+    adapted = set(work.packing.names)
+    state = {name: p for name, p in work.parameters.items() if name not in adapted}
+    state.update(work.buffers)
+    return state
+
+
+def _stack_rates(alpha: Tensor, steps: list[Tensor]) -> Tensor | None:
+    """Gradient in alpha's shape: one row a step, or their sum where all steps share one."""
+    if not steps:
+        return None
+    rows = torch.stack([step.reshape(alpha.shape[1:]) for step in steps])
+    if alpha.shape[0] == 1:
+        return rows.sum(0, keepdim=True)
+    return torch.cat([rows, rows.new_zeros(alpha.shape[0] - rows.shape[0], *alpha.shape[1:])])

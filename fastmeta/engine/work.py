@@ -1,0 +1,75 @@
+"""One meta-step as it is handed to an engine: everything that has been checked and nothing that has been decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta.core.packing import Packing
+from fastmeta.engine.objective import Objective
+
+
+@dataclass(frozen=True)
+class Work:
+    """The tasks, the parameters and the inner rule of one meta-step.
+
+    Attributes:
+        objective: model and loss.
+        parameters: every parameter by name.
+        buffers: every buffer by name.
+        packing: the adapting parameters and their order.
+        support, query: pytrees with leaves ``[T, ...]``; ``query`` is ``None`` where only adaptation is wanted.
+        steps: K.
+        alpha: inner rates ``[1 or K, 1 or S or P]``.
+        segments: ``[S + 1]`` where alpha has one rate a parameter.
+        first_order: drop the Hessian.
+        check_finite: stop at the first loss that is not finite.
+    """
+
+    objective: Objective
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    packing: Packing
+    support: Any
+    query: Any
+    steps: int
+    alpha: Tensor
+    segments: Tensor | None
+    first_order: bool
+    check_finite: bool
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        leaf: Tensor = pytree.tree_leaves(self.support)[0]
+        return leaf.shape[0]
+
+    @property
+    def outer_names(self) -> tuple[str, ...]:
+        """Parameters that do not adapt and whose meta-gradient is wanted."""
+        adapted = set(self.packing.names)
+        return tuple(n for n, p in self.parameters.items() if n not in adapted and p.requires_grad)
+
+    @property
+    def theta(self) -> list[Tensor]:
+        """The adapting parameters in packing order, ``[*shape]``."""
+        return [self.parameters[name] for name in self.packing.names]
+
+
+def task_of(tree: Any, index: int) -> Any:
+    """One task of a batched pytree."""
+    return pytree.tree_map(lambda leaf: leaf[index], tree)
+
+
+def require_finite(losses: Tensor, what: str) -> None:
+    """Raise ``ValueError`` naming the first task whose loss, of ``losses`` ``[T]``, is not finite."""
+    bad = torch.isfinite(losses).logical_not().nonzero()
+    if bad.numel():
+        task = int(bad[0, 0])
+        raise ValueError(
+            f"MAML: the {what} must be finite, got {losses[task].item()} for task {task}; lower lr or check the input"
+        )
