@@ -1,0 +1,112 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define FASTMETA_HAS_FORK 1
+#endif
+
+namespace fastmeta {
+namespace {
+
+constexpr std::int64_t ranges_per_thread = 4;  // lets a thread that was late leave its share to the others
+
+thread_local bool is_worker = false;
+
+class Pool {
+ public:
+  void run(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context) {
+    std::unique_lock<std::mutex> only(one_job_, std::try_to_lock);
+    if (!only.owns_lock()) {
+      work(context, 0, n);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
+      work_ = work;
+      context_ = context;
+      n_ = n;
+      grain_ = std::max<std::int64_t>(1, n / (ranges_per_thread * threads));
+      next_.store(0, std::memory_order_relaxed);
+      seats_ = threads - 1;
+      ++job_;
+    }
+    wake_.notify_all();
+    take_ranges();
+    std::unique_lock<std::mutex> lock(mutex_);
+    seats_ = 0;  // who has not come yet need not
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void serve() {
+    is_worker = true;
+    std::uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return job_ != seen; });
+      seen = job_;
+      if (seats_ == 0) continue;
+      --seats_;
+      ++busy_;
+      lock.unlock();
+      take_ranges();
+      lock.lock();
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  void take_ranges() {
+    for (;;) {
+      const std::int64_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
+      if (first >= n_) return;
+      work_(context_, first, std::min(first + grain_, n_));
+    }
+  }
+
+  std::mutex one_job_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  int workers_ = 0, seats_ = 0, busy_ = 0;
+  std::uint64_t job_ = 0;
+  void (*work_)(void*, std::int64_t, std::int64_t) = nullptr;
+  void* context_ = nullptr;
+  std::int64_t n_ = 0, grain_ = 1;
+  std::atomic<std::int64_t> next_{0};
+};
+
+// Never destroyed: its threads end with the process. A forked child has none of them and makes a pool of its own.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+  Pool* current = pool.load(std::memory_order_acquire);
+  if (current != nullptr) return *current;
+#if defined(FASTMETA_HAS_FORK)
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr, std::memory_order_release); });
+  static_cast<void>(registered);
+#endif
+  auto* made = new Pool;
+  if (pool.compare_exchange_strong(current, made, std::memory_order_acq_rel)) return *made;
+  delete made;
+  return *current;
+}
+
+}  // namespace
+
+void parallel_ranges(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context) {
+  if (n <= 0) return;
+  threads = static_cast<int>(std::min<std::int64_t>(threads, n));
+  if (threads <= 1 || is_worker) {
+    work(context, 0, n);
+    return;
+  }
+  the_pool().run(n, threads, work, context);
+}
+
+}  // namespace fastmeta

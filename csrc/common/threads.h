@@ -1,0 +1,22 @@
+// A pool of threads that sleep when there is nothing to do.
+//
+// PyTorch's own threads spin for a while after each of its parallel regions. A second OpenMP pool would spin as well,
+// and the two would take the processor from each other; threads that wait on a condition variable do not.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmeta {
+
+// Calls work(context, first, last) for ranges that cover [0, n) once each, on at most `threads` threads, the caller's
+// among them, and returns when all are done. `work` must not throw. Where the pool is in use by another thread, or the
+// caller is itself one of the pool's, everything runs on the caller.
+void parallel_ranges(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context);
+
+template <class F>
+void parallel_for(std::int64_t n, int threads, F&& f) {
+  parallel_ranges(
+      n, threads, [](void* g, std::int64_t first, std::int64_t last) { (*static_cast<F*>(g))(first, last); }, &f);
+}
+
+}  // namespace fastmeta
