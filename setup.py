@@ -68,11 +68,11 @@ class BuildExtension(build_ext):
     """Compiles ``cpu.cpp`` of every op once per instruction set, everything else once."""
 
     instruction_sets: list[str]
-    package: Path
+    folder: Path
 
     def run(self) -> None:
         """Settle where the package lies, then build."""
-        self.package = ROOT / "fastmeta" if self.inplace else Path(self.build_lib) / "fastmeta"
+        self.folder = ROOT / "fastmeta" if self.inplace else Path(self.build_lib) / "fastmeta"
         super().run()
 
     def build_extensions(self) -> None:
@@ -82,16 +82,16 @@ class BuildExtension(build_ext):
         fault = self.fault("#include <Python.h>\n#include <string_view>\n", self.flags())
         if not fault:
             super().build_extensions()
-            write_record(self.package, mode, self.instruction_sets, "")
+            write_record(self.folder, mode, self.instruction_sets, "")
             return
         if mode != "auto":
             sys.exit(f"setup: FASTMETA_BUILD={mode} needs a C++17 compiler and Python's headers: {fault}")
         reason = f"no C++17 compiler with Python's headers was found when the package was installed ({fault})"
         self.warn(f"fastmeta will run on its reference implementations: {reason}")
-        for stale in self.package.glob("_C.*"):
+        for stale in self.folder.glob("_C.*"):
             stale.unlink()
         self.extensions = []
-        write_record(self.package, mode, [], reason)
+        write_record(self.folder, mode, [], reason)
 
     def flags(self) -> list[str]:
         """Options for every file."""
