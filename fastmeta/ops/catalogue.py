@@ -1,0 +1,7 @@
+"""Imports every operation, so that the registry knows them all."""
+
+from __future__ import annotations
+
+from fastmeta.ops import linear
+
+__all__ = ["linear"]
