@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastmeta.ops import linear
+from fastmeta.ops import activation, linear
 
-__all__ = ["linear"]
+__all__ = ["activation", "linear"]

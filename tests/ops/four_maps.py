@@ -43,9 +43,9 @@ class A:
             return torch.rand(shape, generator=generator) < 0.5
         if self.kind == "unit":
             return torch.rand(shape, dtype=torch.float64, generator=generator).to(dtype)
-        if self.kind == "spread":  # no two values closer than 1e-3: no ties and no kinks within rounding
+        if self.kind == "spread":  # evenly spaced and never zero: no ties, and no kink within rounding
             n = math.prod(shape)
-            values = (torch.randperm(n, generator=generator).double() + 0.5 - n / 2) / max(1, n) * 4
+            values = (torch.randperm(n, generator=generator).double() + 0.3 - n // 2) / max(1, n) * 4
             return values.reshape(shape).to(dtype)
         values = torch.randn(shape, dtype=torch.float64, generator=generator)
         if self.kind == "positive":
@@ -124,7 +124,13 @@ class Truth:
     def __init__(self, case: Case, call: Call, x: Sequence[Tensor], tasks: int) -> None:
         self.case, self.call, self.tasks = case, call, tasks
         self.positions = floating(call, case.fixed)
-        self.x = [[v[t] if i.has_tasks(v) else v for i, v in zip(call.inputs, x, strict=True)] for t in range(tasks)]
+        self.x = [
+            [
+                (v[t] if i.has_tasks(v) else v).clone(memory_format=torch.contiguous_format)
+                for i, v in zip(call.inputs, x, strict=True)
+            ]
+            for t in range(tasks)
+        ]
 
     def _function(self, t: int) -> Callable[..., tuple[Tensor, ...]]:
         def f(*values: Tensor) -> tuple[Tensor, ...]:
