@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastmeta.core.packing import Packing
@@ -45,6 +46,11 @@ def run(work: Work, *, keep_buffers: bool, allow_unused: bool) -> AutodiffResult
     Raises:
         ValueError: a parameter is unused and ``allow_unused`` is false, or a loss is not finite.
     """
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+        return _run(work, keep_buffers, allow_unused)
+
+
+def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
     create_graph = torch.is_grad_enabled()
     buffers = {name: b.clone() for name, b in work.buffers.items()}
     adapted = set(work.packing.names)

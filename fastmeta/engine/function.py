@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.executor import Tape
@@ -63,9 +62,17 @@ class MetaStep(torch.autograd.Function):
         return query.loss.mean(), query.loss.clone(), trajectory.support_losses, *outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the adjoint; see eq. (5)-(8')."""
+        with torch.no_grad():
+            gradients = MetaStep._adjoint(ctx, *cotangents)
+        if torch.is_grad_enabled():  # create_graph: constants would make a third derivative silently wrong
+            anchor = torch.empty(0, requires_grad=True)
+            gradients = tuple(g if g is None else _Last.apply(g, anchor) for g in gradients)
+        return gradients
+
+    @staticmethod
+    def _adjoint(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         work = step.work
         kept = iter(ctx.saved_tensors[ctx.count :])
@@ -84,6 +91,21 @@ class MetaStep(torch.autograd.Function):
         by_name.update(zip(step.query.outer, result.outer, strict=True))
         d_parameters = [by_name.get(name) for name in work.parameters]
         return None, result.alpha, *d_parameters
+
+
+class _Last(torch.autograd.Function):
+    """A meta-gradient under ``create_graph``: usable as a value, an error where its derivative is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "MAML: the meta-gradient can be differentiated no further by the program; use engine='autodiff' for "
+            "third derivatives"
+        )
 
 
 def _tape_state(tape: Tape) -> tuple[Any, Any]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastmeta.core.task_op import Need, TaskOp, Unsupported, registry
 from fastmeta.engine.program import Instruction, Program, Route
 from fastmeta.engine.trace import Graph, Node, NotTraceable
-from fastmeta.ops.generic import Generic
+import fastmeta.ops.catalogue  # noqa: F401  fills the registry
+from fastmeta.ops.generic import GenericOp
 
 
 def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
@@ -30,11 +31,11 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
     adapted_slots = {graph.parameters[name] for name in adapted}
     outer_slots = {graph.parameters[name] for name in outer}
     constants, nodes = _fold_constants(graph)
-    chosen = [_choose(node) for node in nodes]
     first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data))
     later = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data) | adapted_slots)
     instructions = []
-    for node, (op, reason) in zip(nodes, chosen, strict=True):
+    for node in nodes:
+        op, reason = _choose(node, first.active)
         routes = [dependence.route(node, op) for dependence in (first, later)]
         instructions.append(Instruction(op, node.inputs, node.outputs, node.module, reason, *routes))
     return Program(
@@ -48,16 +49,20 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
     )
 
 
-def _choose(node: Node) -> tuple[TaskOp, str]:
+def _choose(node: Node, active: set[int]) -> tuple[TaskOp, str]:
     kind = registry.lookup(node.call.target)
     reason = f"no operation covers {node.call.target}"
     if kind is not None:
+        positions = {name: node.call.position(name) for name in kind.fixed}
+        wanted = [name for name, p in positions.items() if p is not None and node.inputs[p] in active]
         try:
-            return kind(node.call), ""
+            if not wanted:
+                return kind(node.call), ""
+            reason = f"{kind.name} has no derivative by {', '.join(wanted)}"
         except Unsupported as unsupported:
             reason = str(unsupported)
     try:
-        return Generic(node.call), reason
+        return GenericOp(node.call), reason
     except Unsupported as unsupported:
         raise NotTraceable(str(unsupported)) from unsupported
 

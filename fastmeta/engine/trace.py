@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -100,8 +101,8 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
         try:
             with torch.enable_grad(), _functions_raise():
                 exported = torch.export.export(root, arguments, strict=False)
-            if root.lost:
-                raise NotTraceable(root.lost[0])
+            if root.notes.lost:
+                raise NotTraceable(root.notes.lost[0])
             exported = exported.run_decompositions(_decompositions())
         except NotTraceable:
             raise
@@ -112,8 +113,17 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
         except Exception as error:  # export reports an untraceable model by many types
             raise NotTraceable(_first_line(error)) from error
     graph = _convert(exported, list(parameters), list(buffers), len(leaves))
-    graph.outputs_spec, graph.outputs_kept = root.outputs_spec, root.outputs_kept
+    graph.outputs_spec, graph.outputs_kept = root.notes.outputs_spec, root.notes.outputs_kept
     return graph
+
+
+@dataclass
+class _Notes:
+    """What a trace found out; an object of its own, because export reverts what a forward writes into its module."""
+
+    lost: list[str] = field(default_factory=list)
+    outputs_spec: Any = None
+    outputs_kept: tuple[bool, ...] = ()
 
 
 class _Root(nn.Module):
@@ -122,22 +132,20 @@ class _Root(nn.Module):
     def __init__(self, objective: Objective, parameters: list[str], buffers: list[str], spec: Any) -> None:
         super().__init__()
         self._hidden = (objective, parameters, buffers, spec)
-        self.outputs_spec: Any = None
-        self.outputs_kept: tuple[bool, ...] = ()
-        self.lost: list[str] = []
+        self.notes = _Notes()
 
     def forward(self, parameters: list[Tensor], buffers: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
         objective, parameter_names, buffer_names, spec = self._hidden
-        with _Watch(self.lost):
+        with _Watch(self.notes.lost):
             loss, outputs = objective(
                 dict(zip(parameter_names, parameters, strict=True)),
                 dict(zip(buffer_names, buffers, strict=True)),
                 pytree.tree_unflatten(leaves, spec),
             )
-        flat, self.outputs_spec = pytree.tree_flatten(outputs)
+        flat, self.notes.outputs_spec = pytree.tree_flatten(outputs)
         if not all(isinstance(value, Tensor) for value in flat if value is not None):
             raise NotTraceable("the model returns values that are not tensors")
-        self.outputs_kept = tuple(value is not None for value in flat)
+        self.notes.outputs_kept = tuple(value is not None for value in flat)
         return [loss, *[value for value in flat if value is not None]]
 
 
@@ -203,8 +211,10 @@ def _untouched(objective: Objective) -> Iterator[None]:
 
 
 def _decompositions() -> dict[Any, Any]:
-    """Attention becomes its products and softmax: the fused kernels have no second derivative."""
-    return {torch.ops.aten.scaled_dot_product_attention.default: _attention}
+    """What is taken apart: attention, whose fused kernels have no second derivative, and recurrent layers."""
+    aten = torch.ops.aten
+    recurrent = [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
+    return {aten.scaled_dot_product_attention.default: _attention, **get_decompositions(recurrent)}
 
 
 def _attention(

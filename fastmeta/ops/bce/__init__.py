@@ -1,0 +1,5 @@
+"""Binary cross-entropy on logits."""
+
+from fastmeta.ops.bce.op import BCEWithLogits
+
+__all__ = ["BCEWithLogits"]
