@@ -56,15 +56,15 @@ class Sinusoid(TaskSampler):
         amplitude = self._rng.uniform(*self.amplitude, size)
         return torch.from_numpy(amplitude), torch.from_numpy(self._rng.uniform(*self.phase, size))
 
+    def points(self, amplitude: Tensor, phase: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets ``[T, count, 1]`` of given waves."""
+        x = torch.from_numpy(self._rng.uniform(*self.inputs, (amplitude.shape[0], count, 1)))
+        return x.to(self.dtype), wave(x, amplitude, phase).to(self.dtype)
+
     def sample(self, tasks: int | None = None) -> TaskBatch:
         """The next batch: inputs and targets ``[T, shots, 1]`` and ``[T, queries, 1]``."""
-        amplitude, phase = self.draw(tasks)
-        size = (amplitude.shape[0], self.shots + self.queries, 1)
-        x = torch.from_numpy(self._rng.uniform(*self.inputs, size))
-        y = wave(x, amplitude, phase).to(self.dtype)
-        x = x.to(self.dtype)
-        support = (x[:, : self.shots].contiguous(), y[:, : self.shots].contiguous())
-        return TaskBatch(support, (x[:, self.shots :].contiguous(), y[:, self.shots :].contiguous()))
+        waves = self.draw(tasks)
+        return TaskBatch(self.points(*waves, self.shots), self.points(*waves, self.queries))
 
 
 def wave(x: Tensor, amplitude: Tensor, phase: Tensor) -> Tensor:

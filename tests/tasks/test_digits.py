@@ -22,8 +22,8 @@ def test_training_never_sees_a_test_digit_or_a_validation_image() -> None:
 
 def test_images_are_fractions_of_ink() -> None:
     digits = load_digits_pools()
-    batch = EpisodeSampler(digits.test, ways=4, shots=1, queries=5, tasks=2).sample()
-    assert batch.query[0].shape == (2, 20, 1, 8, 8)
+    batch = EpisodeSampler(digits.test, ways=5, shots=1, queries=5, tasks=2).sample()
+    assert batch.query[0].shape == (2, 25, 1, 8, 8)
     assert batch.query[0].dtype == torch.float32
     assert batch.query[0].min() == 0
     assert 0.9 < batch.query[0].max() <= 1

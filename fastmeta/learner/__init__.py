@@ -1,0 +1,1 @@
+"""Networks, the training loop, evaluation, checkpoints and pictures."""
