@@ -1,0 +1,71 @@
+"""Batch norm: by the set's statistics with and without running ones, and by running statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmeta.core.task_op import Call, Unsupported
+from fastmeta.ops.batch_norm import BatchNorm
+from tests.ops import four_maps
+from tests.ops.four_maps import A, Case
+
+aten = torch.ops.aten
+functional = aten._native_batch_norm_legit_functional.default
+no_stats = aten._native_batch_norm_legit.no_stats
+evaluation = aten._native_batch_norm_legit_no_training.default
+
+
+def channels(n: int, kind: str = "normal") -> A:
+    return A((n,), kind)
+
+
+def trained(name: str, shape: tuple[int, ...], momentum: float = 0.1) -> Case:
+    n = shape[1]
+    arguments = (A(shape), channels(n), channels(n), channels(n), channels(n, "positive"), True, momentum, 1e-5)
+    return Case(name, functional, arguments, fixed=("running_mean", "running_var"))
+
+
+def evaluated(name: str, shape: tuple[int, ...]) -> Case:
+    n = shape[1]
+    arguments = (A(shape), channels(n), channels(n), channels(n), channels(n, "positive"), 0.1, 1e-5)
+    return Case(name, evaluation, arguments, fixed=("running_mean", "running_var"))
+
+
+CASES = [
+    trained("features", (6, 4)),
+    trained("images", (3, 2, 5, 3), 0.3),
+    trained("sequences", (4, 3, 5)),
+    Case("no-stats", no_stats, (A((3, 2, 4, 4)), channels(2), channels(2), True, 0.0, 1e-5)),
+    Case("no-affine", no_stats, (A((5, 2)), None, None, True, 0.0, 1e-3)),
+    evaluated("evaluation", (3, 2, 4, 4)),
+    evaluated("evaluation-features", (5, 3)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_four_maps(case):
+    four_maps.check_all(case)
+
+
+@given(samples=st.integers(2, 5), n=st.integers(1, 5), sides=st.lists(st.integers(1, 4), max_size=2))
+def test_drawn_shapes(samples, n, sides):
+    # the bound of four_maps is for well-scaled values; eps keeps two nearly equal samples from being blown up
+    arguments = (A((samples, n, *sides)), channels(n), channels(n), True, 0.0, 0.1)
+    four_maps.check(Case("drawn", no_stats, arguments))
+
+
+def test_channels_last_in_memory_stays_so():
+    op = BatchNorm(CASES[1].call(torch.float32))
+    x = torch.randn(2, 3, 5, 3, 2).movedim(-1, 2)
+    y = op.forward([x, *[torch.ones(2, 2)] * 4])[0][0]
+    assert y.movedim(2, -1).is_contiguous()
+
+
+def test_mixed_dtypes_are_refused():
+    x, half = torch.randn(3, 2), torch.ones(2).double()
+    call = Call.bind(no_stats, (x, half, half, True, 0.1, 1e-5), {}, (x, half, half))
+    with pytest.raises(Unsupported, match="one dtype"):
+        BatchNorm(call)
