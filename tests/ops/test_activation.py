@@ -30,15 +30,29 @@ CASES = [
     Case("elu", aten.elu.default, (X, 0.7)),
     Case("selu", aten.selu.default, (X,)),
     Case("softplus", aten.softplus.default, (X, 2.0, 1.5)),
+    Case("abs", aten.abs.default, (X,)),
+    Case("exp", aten.exp.default, (X,)),
+    Case("sin", aten.sin.default, (X,)),
+    Case("cos", aten.cos.default, (X,)),
+    Case("square", aten.square.default, (X,)),
+    *(Case(f"power-{p}", aten.pow.Tensor_Scalar, (X, p)) for p in (0, 1, 2, 3)),
+]
+P = A((5, 7), "positive")
+AWAY_FROM_ZERO = [
+    Case("log", aten.log.default, (P,)),
+    Case("sqrt", aten.sqrt.default, (P,)),
+    Case("rsqrt", aten.rsqrt.default, (P,)),
+    Case("reciprocal", aten.reciprocal.default, (A((5, 7), "nonzero"),)),
+    *(Case(f"power-{p}", aten.pow.Tensor_Scalar, (P, p)) for p in (-1, 0.5, 1.7)),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + AWAY_FROM_ZERO, ids=str)
 def test_four_maps(case):
     four_maps.check_all(case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + AWAY_FROM_ZERO, ids=str)
 def test_agrees_with_the_generic_operation(case):
     compare(Run(case).maps(), Run(case, op=GenericOp).maps(), four_maps.FLOAT64_BOUND, str(case))
 
@@ -54,7 +68,7 @@ def test_drawn_shapes(case, shape, tasks, layout):
     four_maps.check(drawn, tasks=tasks, layout=layout)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "exp"], ids=str)
 def test_large_inputs_stay_finite(case):
     op = Activation(case.call(torch.float32))
     x = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])

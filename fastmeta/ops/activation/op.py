@@ -1,4 +1,4 @@
-"""Elementwise activations."""
+"""Elementwise functions of one tensor: activations, powers, exponentials."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ CURVES = {
     "aten.elu.default": lambda c: reference.elu(c["alpha"], c["scale"], c["input_scale"]),
     "aten.selu.default": lambda c: reference.elu(SELU_ALPHA, SELU_SCALE, 1.0),
     "aten.softplus.default": lambda c: reference.softplus(c["beta"], c["threshold"]),
+    "aten.abs.default": lambda c: reference.absolute(),
+    "aten.exp.default": lambda c: reference.exp(),
+    "aten.log.default": lambda c: reference.log(),
+    "aten.sqrt.default": lambda c: reference.sqrt(),
+    "aten.rsqrt.default": lambda c: reference.rsqrt(),
+    "aten.reciprocal.default": lambda c: reference.reciprocal(),
+    "aten.square.default": lambda c: reference.power(2),
+    "aten.pow.Tensor_Scalar": lambda c: reference.power(c["exponent"]),
+    "aten.sin.default": lambda c: reference.sin(),
+    "aten.cos.default": lambda c: reference.cos(),
 }
 
 

@@ -1,4 +1,4 @@
-"""Elementwise activations ``y = f(x)``: value, first and second derivative (docs/maths.md, section 2).
+"""Elementwise functions ``y = f(x)``: value, first and second derivative (docs/maths.md, section 2).
 
     backward          d_x     = f'(x) d_y
     tangent           y_dot   = f'(x) x_dot
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Curve:
-    """One activation.
+    """One function.
 
     Attributes:
         value: ``x -> f(x)``.
@@ -124,6 +124,67 @@ def softplus(beta: float, threshold: float) -> Curve:
     return Curve(
         lambda x: aten.softplus(x, beta, threshold), lambda g, x: aten.softplus_backward(g, x, beta, threshold), bend
     )
+
+
+def power(exponent: float) -> Curve:
+    """``x^p``; ``f' = p x^(p-1)`` and ``f'' = p (p-1) x^(p-2)``, zero where the factor is zero."""
+
+    def bend(x: Tensor) -> Tensor:
+        if exponent in (0, 1):
+            return torch.zeros_like(x)
+        return torch.pow(x, exponent - 2).mul_(exponent * (exponent - 1))
+
+    def slope(g: Tensor, x: Tensor) -> Tensor:
+        if exponent == 0:
+            return torch.zeros_like(g)
+        return g * torch.pow(x, exponent - 1).mul_(exponent)
+
+    return Curve(lambda x: torch.pow(x, exponent), slope, bend)
+
+
+def absolute() -> Curve:
+    """``|x|``."""
+    return Curve(torch.abs, lambda g, x: g * torch.sign(x))
+
+
+def exp() -> Curve:
+    """``f' = f'' = y``."""
+    return Curve(torch.exp, torch.mul, torch.clone, keeps_result=True)
+
+
+def log() -> Curve:
+    """``f' = 1 / x``, ``f'' = -1 / x^2``."""
+    return Curve(torch.log, torch.div, lambda x: (x * x).reciprocal_().neg_())
+
+
+def sqrt() -> Curve:
+    """``f' = 1 / (2 y)``, ``f'' = -1 / (4 y^3)``."""
+    return Curve(torch.sqrt, lambda g, y: g / (2 * y), lambda y: torch.pow(y, -3).mul_(-0.25), keeps_result=True)
+
+
+def rsqrt() -> Curve:
+    """``f' = -y^3 / 2``, ``f'' = 3 y^5 / 4``."""
+    return Curve(
+        torch.rsqrt,
+        lambda g, y: g * torch.pow(y, 3).mul_(-0.5),
+        lambda y: torch.pow(y, 5).mul_(0.75),
+        keeps_result=True,
+    )
+
+
+def reciprocal() -> Curve:
+    """``f' = -y^2``, ``f'' = 2 y^3``."""
+    return Curve(torch.reciprocal, lambda g, y: -g * (y * y), lambda y: torch.pow(y, 3).mul_(2), keeps_result=True)
+
+
+def sin() -> Curve:
+    """``f' = cos x``, ``f'' = -sin x``."""
+    return Curve(torch.sin, lambda g, x: g * torch.cos(x), lambda x: torch.sin(x).neg_())
+
+
+def cos() -> Curve:
+    """``f' = -sin x``, ``f'' = -cos x``."""
+    return Curve(torch.cos, lambda g, x: -g * torch.sin(x), lambda x: torch.cos(x).neg_())
 
 
 def forward(curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
