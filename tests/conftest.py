@@ -1,0 +1,93 @@
+"""What every test may use: seeds, thread counts, poisoned memory, data, and the rules for what a machine lacks."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+from fastmeta.core import environment, native
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = {word for word in os.environ.get("FASTMETA_REQUIRE", "").split(",") if word}
+
+# The same examples in every run: a failure is a property of the code, not of the day.
+hypothesis.settings.register_profile("fastmeta", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("fastmeta")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        lack("cuda", environment.gpu()["reason"])
+
+
+def lack(what: str, reason: str) -> None:
+    """Skip the test, or fail it where ``FASTMETA_REQUIRE`` (a comma-separated list) says the machine has ``what``."""
+    if what in REQUIRED:
+        pytest.fail(f"FASTMETA_REQUIRE asks for {what}, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of torch's threads for this test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_poison() -> Iterator[None]:
+    """Memory that torch allocates without a value holds NaN, so that reading it shows."""
+    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture
+def extension() -> ModuleType:
+    """The compiled extension; its instruction set is back at the default after the test."""
+    module = native.extension()
+    if module is None:
+        lack("native", native.missing_reason())
+    assert module is not None
+    return module
+
+
+@pytest.fixture(params=["plain", "v2", "v3", "v4"])
+def instruction_set(request: pytest.FixtureRequest, extension: ModuleType) -> Iterator[str]:
+    """Every instruction set of this build that this processor runs."""
+    name: str = request.param
+    if name not in extension.compiled_instruction_sets():
+        pytest.skip(f"instruction set {name} is not in this build")
+    if name not in extension.supported_instruction_sets():
+        pytest.skip(f"this processor does not run instruction set {name}")
+    extension.use_instruction_set(name)
+    yield name
+    extension.use_instruction_set("")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of the real data: ``FASTMETA_DATA``, or ``../shared/data`` beside the repository."""
+    folder = Path(os.environ.get("FASTMETA_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        lack("data", f"there is no data folder {folder} (FASTMETA_DATA says where it is)")
+    return folder
