@@ -53,7 +53,7 @@ class BatchNorm(TaskOp):
         c, b = self._at(x, self.scale), self._at(x, self.shift)
         extra: list[Tensor] = []
         if self.uses_batch_statistics:
-            mu, variance, r = reference.statistics(z, self.eps)
+            normalised, (mu, variance, r) = reference.standardise(z, self.eps)
             extra = [mu, r]
             if self.running:
                 unbiased = variance * (self.count / max(self.count - 1, 1))
@@ -63,8 +63,8 @@ class BatchNorm(TaskOp):
         else:
             mu, variance = (x[p] for p in self.running if p is not None)
             r = torch.rsqrt(variance + self.eps)
+            normalised = reference.normalise(z, mu, r)
             extra = [z.new_empty((z.shape[0], 0)), z.new_empty((z.shape[0], 0))]
-        normalised = reference.normalise(z, mu, r)
         return (self._shaped(reference.affine(normalised, c, b)), *extra), (normalised, r, c)
 
     def backward(self, saved: tuple[Any, ...], d_y: Tensors, need: Sequence[Need]) -> Tensors:

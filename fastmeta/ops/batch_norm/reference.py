@@ -48,14 +48,21 @@ def mean_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).mean(1)
 
 
-def statistics(z: Tensor, eps: float) -> Statistics:
-    """Statistics of each task's set."""
-    variance, mu = torch.var_mean(z, 1, correction=0)
-    return Statistics(mu, variance, torch.rsqrt(variance + eps))
+def standardise(z: Tensor, eps: float) -> tuple[Tensor, Statistics]:
+    """``x`` by each set's own statistics, and these.
+
+    The variance is the mean square of what the mean leaves: as stable as a running update, and several times faster
+    than ``torch.var_mean`` along this axis.
+    """
+    mu = mean(z)
+    x = z - mu.unsqueeze(1)
+    variance = mean_product(x, x)
+    r = torch.rsqrt(variance + eps)
+    return x.mul_(r.unsqueeze(1)), Statistics(mu, variance, r)
 
 
 def normalise(z: Tensor, mu: Tensor, r: Tensor) -> Tensor:
-    """``x = (z - mu) r``; subtracted first, since ``mu`` may be large."""
+    """``x = (z - mu) r`` by given statistics; subtracted first, since ``mu`` may be large."""
     return (z - mu.unsqueeze(1)).mul_(r.unsqueeze(1))
 
 
