@@ -19,8 +19,8 @@ namespace {
 
 constexpr std::int64_t piece_length = 4096;  // read a second time from the first-level cache
 
-// Below this many bytes a second thread costs more than it saves (benchmarks/ops/inner_update.py).
-constexpr std::int64_t bytes_per_thread = std::int64_t{1} << 20;
+// One thread passes this many bytes in some 50 us from its caches; to wake a second one costs about as much.
+constexpr std::int64_t bytes_per_thread = std::int64_t{4} << 20;
 
 const Table& table() {
   switch (isa_in_use()) {

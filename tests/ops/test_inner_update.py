@@ -124,7 +124,7 @@ def test_instruction_sets_return_the_same_bits(
 def test_any_number_of_threads_returns_the_same_bits(
     extension: ModuleType, set_threads: Callable[[int], None], kind: str, dtype: Any
 ) -> None:
-    T, P = 6, 200_003  # 14 MB and more are touched: enough for every count below
+    T, P = 6, 400_003  # 29 MB and more are touched, which is worth seven threads
     lam, g = torch.randn(T, P, dtype=dtype), torch.randn(T, P, dtype=dtype)
     alpha, segments = make_alpha(kind, P, dtype)
     set_threads(1)
@@ -179,7 +179,7 @@ def _step_in_child(x: Tensor, alpha: Tensor, queue: Any) -> None:
 
 def test_a_forked_child_has_threads_of_its_own(extension: ModuleType, set_threads: Callable[[int], None]) -> None:
     set_threads(2)
-    x, alpha = torch.ones(4, 500_000), torch.tensor(0.25)
+    x, alpha = torch.ones(4, 500_000), torch.tensor(0.25)  # 24 MB are touched: worth two threads
     native.step(x, x, alpha)  # the parent's threads exist now; the child has none of them
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
