@@ -1,4 +1,4 @@
-"""Pooling: windows that tile, overlap, miss the border or are cut by it; adaptive bins of unequal size."""
+"""Pooling."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmeta.core.task_op import Call, Need, Unsupported
+from fastmeta.ops.generic import GenericOp
 from fastmeta.ops.pool import MaxPool
 from tests.ops import four_maps
-from tests.ops.four_maps import A, Case
+from tests.ops.four_maps import A, Case, Run, compare
 
 aten = torch.ops.aten
-max_pool = aten.max_pool2d.default
-average = aten.avg_pool2d.default
-adaptive = aten.adaptive_avg_pool2d.default
-
-
-def image(*shape: int) -> A:
-    return A(shape, "spread")
-
+# Spread: windows have one clear maximum, so float32 and float64 choose the same.
+X = A((2, 3, 5, 6), "spread")
 
 CASES = [
-    Case("max-2x2", max_pool, (image(3, 2, 4, 4), [2, 2])),
-    Case("max-odd", max_pool, (image(2, 2, 5, 7), [2, 2], [2, 2])),
-    Case("max-overlap", max_pool, (image(2, 3, 6, 5), [3, 3], [2, 1], [1, 1])),
-    Case("max-gaps", max_pool, (image(2, 1, 7, 7), [2, 2], [3, 3])),
-    Case("max-dilated", max_pool, (image(1, 2, 7, 7), [2, 2], [2, 2], [0, 0], [2, 2])),
-    Case("max-ceil", max_pool, (image(2, 2, 5, 5), [2, 2], [2, 2], [0, 0], [1, 1], True)),
-    Case("average", average, (image(2, 3, 4, 6), [2, 2])),
-    Case("average-padded", average, (image(2, 2, 5, 5), [3, 3], [2, 2], [1, 1], False, False)),
-    Case("average-divisor", average, (image(1, 2, 4, 4), [2, 2], [1, 1], [0, 0], False, True, 3)),
-    Case("global", adaptive, (image(2, 3, 4, 5), [1, 1])),
-    Case("adaptive", adaptive, (image(2, 2, 7, 5), [3, 2])),
+    Case("max", aten.max_pool2d.default, (X, [2, 2])),
+    Case("max-square", aten.max_pool2d.default, (X, [2])),
+    Case("max-overlapping", aten.max_pool2d.default, (X, [3, 3], [2, 1], [1, 1])),
+    Case("max-dilated", aten.max_pool2d.default, (X, [2, 2], [1, 1], [0, 0], [2, 2])),
+    Case("max-ceil", aten.max_pool2d.default, (X, [2, 4], [2, 4], [0, 0], [1, 1], True)),
+    Case("max-of-one-image", aten.max_pool2d.default, (A((3, 5, 6), "spread"), [2, 2])),
+    Case("max-indices", aten.max_pool2d_with_indices.default, (X, [2, 2])),
+    Case("average", aten.avg_pool2d.default, (X, [2, 2])),
+    Case("average-padded", aten.avg_pool2d.default, (X, [3, 3], [2, 2], [1, 1], True, False)),
+    Case("average-divisor", aten.avg_pool2d.default, (X, [3, 3], [2, 2], [1, 1], False, True, 5)),
+    Case("average-of-one-image", aten.avg_pool2d.default, (A((3, 5, 6)), [2, 2])),
+    Case("adaptive-one", aten.adaptive_avg_pool2d.default, (X, [1, 1])),
+    Case("adaptive", aten.adaptive_avg_pool2d.default, (X, [3, 4])),
+    Case("adaptive-private", aten._adaptive_avg_pool2d.default, (X, [2, 2])),
+    Case("adaptive-of-one-image", aten.adaptive_avg_pool2d.default, (A((3, 5, 6)), [2, 2])),
 ]
 
 
@@ -42,27 +41,43 @@ def test_four_maps(case):
     four_maps.check_all(case)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_generic_operation(case):
+    compare(Run(case).maps(), Run(case, op=GenericOp).maps(), four_maps.FLOAT64_BOUND, str(case))
+
+
 @given(
-    sides=st.tuples(st.integers(3, 7), st.integers(3, 7)),
-    kernel=st.integers(1, 3),
-    stride=st.integers(1, 3),
+    images=st.integers(1, 3),
     channels=st.integers(1, 3),
+    size=st.tuples(st.integers(3, 7), st.integers(3, 7)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    tasks=st.integers(1, 3),
+    layout=st.sampled_from(four_maps.LAYOUTS),
 )
-def test_drawn_windows(sides, kernel, stride, channels):
-    four_maps.check(Case("drawn", max_pool, (image(2, channels, *sides), [kernel] * 2, [stride] * 2)))
-    four_maps.check(Case("drawn", average, (image(2, channels, *sides), [kernel] * 2, [stride] * 2)))
+def test_drawn_windows(images, channels, size, kernel, stride, tasks, layout):
+    x = A((images, channels, *size), "spread")
+    for target in (aten.max_pool2d.default, aten.avg_pool2d.default):
+        four_maps.check(Case("drawn", target, (x, list(kernel), list(stride))), tasks=tasks, layout=layout)
 
 
-def test_a_tie_goes_to_the_same_pixel_in_every_map():
-    op = MaxPool(CASES[0].call(torch.float64))
-    x = torch.zeros(2, 3, 2, 4, 4, dtype=torch.float64)
-    _, saved = op.forward([x])
-    (d_x,) = op.backward(saved, (torch.ones(2, 3, 2, 2, 2).double(),), [Need.TASK])
+def test_a_tie_is_broken_once_and_as_torch_does():
+    case = Case("ties", aten.max_pool2d.default, (A((1, 1, 4, 4)), [2, 2]))
+    run = Run(case)
+    run.x = [torch.zeros(3, 1, 1, 4, 4, dtype=torch.float64)]
+    run.truth = four_maps.Truth(case, run.call, run.x, 3)
+    compare(run.maps(), run.expected(), four_maps.FLOAT64_BOUND, "ties")
+
+
+def test_results_keep_channels_last():
+    op = MaxPool(Call.example(aten.max_pool2d.default, torch.zeros(2, 3, 4, 4), [2, 2]))
+    (y,), saved = op.forward([torch.randn(5, 2, 3, 4, 4)])
+    (d_x,) = op.backward(saved, (y,), [Need.TASK])
     (y_dot,), _ = op.tangent(saved, (d_x,))
-    assert torch.equal(y_dot, torch.ones_like(y_dot))
-    assert d_x.sum() == y_dot.numel()
+    for value in (y, d_x, y_dot):
+        assert value.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_an_image_without_batch_axis_is_refused():
-    with pytest.raises(Unsupported, match="without batch axis"):
-        MaxPool(Call.example(max_pool, torch.randn(2, 4, 4), [2, 2]))
+def test_integers_are_refused():
+    with pytest.raises(Unsupported, match="input must be floating"):
+        MaxPool(Call.example(aten.max_pool2d.default, torch.zeros(1, 1, 2, 2, dtype=torch.int64), [2, 2]))

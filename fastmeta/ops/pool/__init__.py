@@ -1,5 +1,7 @@
-"""Pooling over windows of an image."""
+"""Pooling of images."""
 
-from fastmeta.ops.pool.op import AveragePool, MaxPool
+from __future__ import annotations
 
-__all__ = ["AveragePool", "MaxPool"]
+from fastmeta.ops.pool.op import AdaptiveAveragePool, AveragePool, MaxPool
+
+__all__ = ["AdaptiveAveragePool", "AveragePool", "MaxPool"]

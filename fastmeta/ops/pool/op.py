@@ -1,8 +1,9 @@
-"""``aten.max_pool2d``, ``aten.avg_pool2d`` and ``aten.adaptive_avg_pool2d``."""
+"""Max, average and adaptive average pooling of images."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,119 +12,131 @@ from torch import Tensor
 
 from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, registry
 from fastmeta.ops.pool import reference
+from fastmeta.ops.pool.reference import Window
 
 
-class _Pool(TaskOp):
-    """A pool whose tangent is linear: what max and average pooling share."""
+def _pair(value: Sequence[int] | int) -> tuple[int, ...]:
+    pair = (value,) if isinstance(value, int) else tuple(value)
+    return pair * 2 if len(pair) == 1 else pair
+
+
+class Pool(TaskOp):
+    """Pooling of ``[T, N, C, H, W]`` or ``[T, C, H, W]``; all tasks' images are pooled in one call.
+
+    Raises :class:`Unsupported` for integers.
+    """
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        if len(call.inputs[0].shape) != 4:
-            raise Unsupported(f"{self.name}: an image without batch axis")
-        self.size = call.inputs[0].shape[2:]
-        self.pooled = call.outputs[0].shape[2:]
+        if not call["self"].dtype.is_floating_point:
+            raise Unsupported(f"{self.name}: input must be floating, got {call['self'].dtype}")
+        self.shape, self.result = tuple(call["self"].shape), tuple(call.outputs[0].shape)
+        self.images = math.prod(self.shape[:-3])
+
+    def _window(self) -> Window:
+        get = self.call.arguments.get
+        size = self.call["kernel_size"]
+        return Window(
+            _pair(size),
+            _pair(get("stride") or size),
+            _pair(get("padding", 0)),
+            _pair(get("dilation", 1)),
+            bool(get("ceil_mode")),
+        )
+
+    def _planes(self, value: Tensor) -> Tensor:
+        """``[T, ..., C, H, W] -> [B, C, H, W]``, channels last in memory."""
+        planes = value if value.dim() == 4 else value.flatten(0, 1)
+        return planes.contiguous(memory_format=torch.channels_last)
+
+    def _tasks(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return value if len(shape) == 3 else value.unflatten(0, (-1, shape[0]))
+
+    def _size(self, d: Tensor) -> tuple[int, ...]:
+        return (d.shape[0] * self.images, *self.shape[-3:])
+
+    def backward(self, saved: tuple[Any, ...], d_y: Tensors, need: Sequence[Need]) -> Tensors:
+        if d_y[0] is None or not need[0]:
+            return (None,)
+        return (self._tasks(self._transpose(self._planes(d_y[0]), saved, self._size(d_y[0])), self.shape),)
+
+    def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
+        dot: Any = x_dot[0]
+        y_dot = self._tasks(self._push(self._planes(dot), saved), self.result)
+        return (y_dot, *(None,) * (len(self.call.outputs) - 1)), ()
 
     def tangent_backward(
-        self, saved: tuple[Any, ...], saved_dot: Tensors, d_y: Tensors, d_y_dot: Tensors, need: Sequence[Need]
+        self, saved: tuple[Any, ...], saved_dot: tuple[Any, ...], d_y: Tensors, d_y_dot: Tensors, need: Sequence[Need]
     ) -> Tensors:
-        return (None,) if d_y_dot[0] is None else self.backward(saved, (d_y_dot[0],), need)
+        return self.backward(saved, d_y_dot, need)
+
+    @abstractmethod
+    def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        """``L x_dot``."""
+
+    @abstractmethod
+    def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        """``L^T d``."""
 
 
 @registry.register
-class MaxPool(_Pool):
-    """Largest value of each window; saves its position, the first one where several are equal."""
+class MaxPool(Pool):
+    """Maximum of every window; saves where it lies."""
 
     name: ClassVar[str] = "max_pool"
-    targets: ClassVar[tuple[str, ...]] = ("aten.max_pool2d.default",)
-    saved_names: ClassVar[tuple[str, ...]] = ("positions",)
+    targets: ClassVar[tuple[str, ...]] = ("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default")
+    saved_names: ClassVar[tuple[str, ...]] = ("positions of the maxima",)
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.kernel = _pair(call["kernel_size"])
-        self.stride = _pair(call["stride"]) or self.kernel
-        self.padding, self.dilation = _pair(call["padding"]), _pair(call["dilation"])
-        self.ceil = call["ceil_mode"]
-        self.overlap = self.dilation != (1, 1) or any(s < k for s, k in zip(self.stride, self.kernel, strict=True))
+        self.window = self._window()
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        flat = x[0].flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        y, positions = torch.ops.aten.max_pool2d_with_indices.default(
-            flat, self.kernel, self.stride, self.padding, self.dilation, self.ceil
-        )
-        return (y.unflatten(0, x[0].shape[:2]),), (reference.pixels(positions),)
+        y, where = reference.maximum(self._planes(x[0]), self.window)
+        outputs = (self._tasks(y, self.result), self._tasks(where, self.result))
+        return outputs[: len(self.call.outputs)], (where,)
 
-    def backward(self, saved: tuple[Any, ...], d_y: Tensors, need: Sequence[Need]) -> Tensors:
-        if d_y[0] is None:
-            return (None,)
-        rows = reference.pixels(d_y[0].flatten(0, 1))
-        d_x = reference.scatter(rows, saved[0], self.size, overlap=self.overlap)
-        return (d_x.unflatten(0, d_y[0].shape[:2]),)
+    def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        return reference.maximum_tangent(x_dot, saved[0])
 
-    def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
-        if x_dot[0] is None:
-            return (None,), ()
-        rows = reference.gather(x_dot[0].flatten(0, 1), saved[0])
-        return (reference.image(rows, self.pooled).unflatten(0, x_dot[0].shape[:2]),), ()
+    def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        return reference.maximum_transpose(d, saved[0], self.window, size)
 
 
 @registry.register
-class AveragePool(_Pool):
-    """Mean of each window, fixed or adaptive; linear, so that nothing is saved."""
+class AveragePool(Pool):
+    """Mean of every window; nothing is saved."""
 
-    name: ClassVar[str] = "avg_pool"
-    targets: ClassVar[tuple[str, ...]] = (
-        "aten.avg_pool2d.default",
-        "aten.adaptive_avg_pool2d.default",
-        "aten._adaptive_avg_pool2d.default",
-    )
-    saved_names: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str] = "average_pool"
+    targets: ClassVar[tuple[str, ...]] = ("aten.avg_pool2d.default",)
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.adaptive = "adaptive" in str(call.target)
-        if not self.adaptive:
-            kernel = _pair(call["kernel_size"])
-            self.arguments = (
-                kernel,
-                _pair(call["stride"]) or kernel,
-                _pair(call["padding"]),
-                call["ceil_mode"],
-                call["count_include_pad"],
-                call["divisor_override"],
-            )
+        self.window = self._window()
+        self.rule = call["count_include_pad"], call["divisor_override"]
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        return (self._pool(x[0]),), ()
+        return (self._tasks(self._push(self._planes(x[0]), ()), self.result),), ()
 
-    def backward(self, saved: tuple[Any, ...], d_y: Tensors, need: Sequence[Need]) -> Tensors:
-        if d_y[0] is None:
-            return (None,)
-        lead = d_y[0].shape[:3]
-        if self.adaptive:
-            rows, columns = self._matrices(d_y[0])
-            return (rows.mT @ d_y[0] @ columns,)
-        d = d_y[0].flatten(0, 1)
-        like = d.new_empty(1).expand(*d.shape[:2], *self.size)  # only its shape is read
-        d_x = torch.ops.aten.avg_pool2d_backward.default(d, like, *self.arguments)
-        return (d_x.view(*lead, *self.size),)
+    def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        return reference.average(x_dot, self.window, *self.rule)
 
-    def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
-        return (None if x_dot[0] is None else self._pool(x_dot[0]),), ()
-
-    def _pool(self, x: Tensor) -> Tensor:
-        if self.adaptive:
-            if math.prod(self.pooled) == 1:
-                return x.mean((3, 4), keepdim=True)
-            rows, columns = self._matrices(x)
-            return rows @ x @ columns.mT
-        y = torch.ops.aten.avg_pool2d.default(x.flatten(0, 1), *self.arguments)
-        return y.unflatten(0, x.shape[:2])
-
-    def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Averages along the rows and along the columns."""
-        (height, width), (h, w) = self.size, self.pooled
-        return reference.adaptive_matrix(height, h, like), reference.adaptive_matrix(width, w, like)
+    def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        return reference.average_transpose(d, self.window, *self.rule, size)
 
 
-def _pair(value: Sequence[int]) -> tuple[int, ...]:
-    return tuple(value) * 2 if len(value) == 1 else tuple(value)
+@registry.register
+class AdaptiveAveragePool(Pool):
+    """Mean of the windows that divide an image into a given size; nothing is saved."""
+
+    name: ClassVar[str] = "adaptive_average_pool"
+    targets: ClassVar[tuple[str, ...]] = ("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
+
+    def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+        return (self._tasks(self._push(self._planes(x[0]), ()), self.result),), ()
+
+    def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        return reference.adaptive(x_dot, self.result[-2:])
+
+    def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        return reference.adaptive_transpose(d, size)
