@@ -60,7 +60,7 @@ class AdaptedModel:
         """
         if not 0 <= task < self.tasks:
             raise IndexError(f"AdaptedModel: task must be in [0, {self.tasks}), got {task}")
-        clone = copy.deepcopy(self._model)
+        clone = copy.deepcopy(self._model, _computed_attributes(self._model))
         with torch.no_grad():
             for name, parameter in clone.named_parameters():
                 if name in self._batched:
@@ -71,3 +71,17 @@ class AdaptedModel:
         state: dict[str, Tensor] = {name: b.clone() for name, b in self._model.named_buffers()}
         state.update((n, p[task]) for n, p in self._batched.items() if not n.startswith("loss."))
         return functional_call(self._model, state, args, kwargs)
+
+
+def _computed_attributes(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for ``deepcopy`` with copies of tensors a forward pass left behind, such as a pruned module's weight.
+
+    They are results of autograd, which ``deepcopy`` refuses; the next forward pass computes them anew.
+    """
+    computed = (
+        value
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    )
+    return {id(value): value.detach().clone() for value in computed}

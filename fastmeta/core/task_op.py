@@ -76,8 +76,8 @@ class Call:
         return self.arguments[name]
 
     def position(self, name: str) -> int | None:
-        """Position of the tensor argument ``name`` among the inputs, ``None`` where it was left out."""
-        value = self.arguments[name]
+        """Position of the tensor argument ``name`` among the inputs, ``None`` where there is none."""
+        value = self.arguments.get(name)
         return value.position if isinstance(value, Input) else None
 
     def run(self, tensors: Sequence[Tensor]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,9 +55,9 @@ class Objective:
             ValueError: the loss is not a scalar.
             TypeError: the loss is not a tensor.
         """
-        state = {_private(name): t for name, t in parameters.items()}
-        state.update((_private(name), t) for name, t in buffers.items())
-        loss, outputs = functional_call(self._bound, state, (batch,))
+        state = {place: parameters[name] for place, name in self._places(nn.Module.named_parameters)}
+        state.update((place, buffers[name]) for place, name in self._places(nn.Module.named_buffers))
+        loss, outputs = functional_call(self._bound, state, (batch,), tie_weights=False)
         if not isinstance(loss, Tensor):
             raise TypeError(f"MAML: loss must return a tensor, got {type(loss).__name__}")
         if loss.dim() != 0:
@@ -65,6 +65,20 @@ class Objective:
                 f"MAML: loss must return a scalar for one task, got shape {tuple(loss.shape)}; reduce it with a mean"
             )
         return loss, outputs
+
+
+    def _places(self, named: Callable[..., Iterator[tuple[str, Tensor]]]) -> list[tuple[str, str]]:
+        """Every place that holds a tensor, once, with the one name under which the tensor is known.
+
+        A tied tensor has several places. A module that is used twice has one: to swap it under each of its names, as
+        ``functional_call`` ties weights by itself, would put back the wrong tensor.
+        """
+        known = {id(t): _public(name) for name, t in named(self._bound)}
+        return [
+            (f"{prefix}.{name}" if prefix else name, known[id(t)])
+            for prefix, module in self._bound.named_modules()
+            for name, t in named(module, recurse=False, remove_duplicate=False)
+        ]
 
 
 class _Bound(nn.Module):
@@ -132,15 +146,3 @@ def _parameter_names(loss: Loss) -> frozenset[str]:
 
 def _public(name: str) -> str:
     return name.removeprefix("model.")
-
-
-def _private(name: str) -> str:
-    return name if name.startswith("loss.") else f"model.{name}"
-
-
-def objective_device(parameters: Mapping[str, Tensor]) -> torch.device:
-    """The one device the parameters are on."""
-    devices = {p.device for p in parameters.values()}
-    if len(devices) != 1:
-        raise ValueError(f"MAML: all parameters must be on one device, got {sorted(map(str, devices))}")
-    return devices.pop()

@@ -113,7 +113,7 @@ class GenericOp(TaskOp):
             y = self._outputs([tensors[p] for p in range(len(saved))])
             return tuple(y[i] for i in self.results)
 
-        return f, tuple(saved[p] for p in positions), tuple(saved[p] for p in others)
+        return f, tuple(_dense(saved[p]) for p in positions), tuple(saved[p] for p in others)
 
     def _either(self, forward: Callable[..., Any], reverse: Callable[..., Any], *args: Any) -> Any:
         """Forward mode, or reverse mode alone from the first time PyTorch has no forward derivative."""
@@ -169,3 +169,8 @@ def draws(call: Call) -> bool:
     switches = [call.arguments[k] for k in ("train", "training") if k in call.arguments]
     rates = [call.arguments[k] for k in ("dropout", "dropout_p") if k in call.arguments]
     return not any(s is False for s in switches) and not any(r == 0 for r in rates)
+
+
+def _dense(value: Tensor) -> Tensor:
+    """A copy where elements share memory, as in an expanded input: forward mode cannot lay a tangent over those."""
+    return value.contiguous() if 0 in value.stride() else value
