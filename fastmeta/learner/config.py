@@ -102,7 +102,7 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != known:
             got = sorted(set(values) ^ known) if isinstance(values, Mapping) else type(values).__name__
-            raise ValueError(f"train: the stored settings must have the names of TrainConfig, got a difference in {got}")
+            raise ValueError(f"train: the settings must have the names of TrainConfig, got a difference in {got}")
         try:
             return cls(**values)
         except TypeError as error:

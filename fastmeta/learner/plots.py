@@ -32,7 +32,8 @@ def learning_curve(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     left.set(xlabel="meta-step", ylabel="query loss after adaptation", yscale="log")
     metric = checks[0]["metric"] if checks else "accuracy"
     if metric in (train[0] if train else {}):
-        right.plot([r["step"] for r in train], [r[metric] for r in train], color=BLUE, lw=1, alpha=0.5, label="training")
+        values = [r[metric] for r in train]
+        right.plot([r["step"] for r in train], values, color=BLUE, lw=1, alpha=0.5, label="training")
     steps = [r["step"] for r in checks]
     for which, color in (("after", ORANGE), ("before", GREY)):
         means = [r[which] for r in checks]
@@ -65,9 +66,9 @@ def sinusoid_adaptation(
     for t, ax in enumerate(axes):
         ax.plot(x[:, 0], true[t, :, 0], color=GREY, lw=2, label="true wave")
         for steps, outputs in sorted(predictions.items()):
-            style = {"ls": ":", "color": BLUE} if steps == 0 else {"ls": "--" if steps == 1 else "-", "color": ORANGE}
+            dashes = {0: ":", 1: "--"}.get(steps, "-")
             label = "before adaptation" if steps == 0 else f"after {steps} step" + "s" * (steps > 1)
-            ax.plot(x[:, 0], outputs[t, :, 0], lw=1.5, label=label, **style)
+            ax.plot(x[:, 0], outputs[t, :, 0], lw=1.5, ls=dashes, color=ORANGE if steps else BLUE, label=label)
         ax.plot(points[0][t, :, 0], points[1][t, :, 0], "^", color=GREEN, ms=7, label="support points")
         ax.set(xlabel="x", ylabel="y")
     _finish(figure, axes, path)

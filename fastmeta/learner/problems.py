@@ -33,7 +33,6 @@ class Samplers(Protocol):
         ...
 
 
-
 @dataclass(frozen=True)
 class Problem:
     """What a :class:`~fastmeta.learner.training.Trainer` works on.
@@ -69,7 +68,7 @@ def build(config: TrainConfig, *, progress: Progress | None = None) -> Problem:
 
 def _sinusoids(config: TrainConfig) -> Samplers:
     def sampler(stream: str, tasks: int, seed: int | None = None) -> TaskSampler:
-        # to test, a task is judged by many points, so that the figure is the error of the curve and not of a few points
+        # many points judge a task outside training: the figure is the error of the curve, not of a few points
         queries = config.queries if stream == "train" else 100
         return Sinusoid(tasks, config.shots, queries, seed=_stream_seed(config, stream, seed))
 
@@ -82,7 +81,9 @@ def _digits(config: TrainConfig) -> Problem:
     digits = load_digits_pools(seed=config.seed)
     pools = {"train": digits.train, "validation": digits.validation, "test": digits.test}
     model = _seeded(config, lambda: conv_net(1, config.ways, config.filters, 8, blocks=3))
-    return Problem(model, F.cross_entropy, "accuracy", _episodes(config, pools, {"train", "validation"}, digits.variants))
+    return Problem(
+        model, F.cross_entropy, "accuracy", _episodes(config, pools, {"train", "validation"}, digits.variants)
+    )
 
 
 def _omniglot(config: TrainConfig, progress: Progress | None) -> Problem:

@@ -48,8 +48,8 @@ class State:
 class Trainer:
     """Meta-trains a problem's network in a run folder.
 
-    A resumed run gives the numbers of an uninterrupted one, bit for bit where the number of threads is the same: weights,
-    optimizer, task stream, PyTorch's generator, the log and the sums of an unfinished record are all restored.
+    A resumed run gives the numbers of an uninterrupted one, bit for bit where the number of threads is the same:
+    weights, optimizer, task stream, PyTorch's generator, the log and the sums of an unfinished record are all restored.
 
     Args:
         config: the settings.
@@ -163,11 +163,11 @@ class Trainer:
             figures["accuracy"] = float(scores("accuracy", out.logits.detach(), tasks.query[1]).mean())
         if not math.isfinite(figures["loss"]):
             raise ValueError(
-                f"train: loss must be finite, got {figures['loss']} at step {state.step}; lower --inner-lr or --meta-lr, "
-                "or limit the meta-gradient with --clip-norm"
+                f"train: loss must be finite, got {figures['loss']} at step {state.step}; "
+                "lower --inner-lr or --meta-lr, or limit the meta-gradient with --clip-norm"
             )
-        window = state.window if state.window is not None else {"count": 0}
-        window["count"] += 1
+        window = state.window if state.window is not None else {"count": 0.0}
+        window["count"] += 1.0
         for name, value in figures.items():
             window[name] = window.get(name, 0.0) + value
         state.window = window
@@ -229,5 +229,5 @@ def evaluation_record(kind: str, step: int, found: Evaluation) -> dict[str, Any]
     }  # fmt: skip
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{kind}: {name} must be finite, got {value} at step {step}; lower --inner-lr or --meta-lr")
+            raise ValueError(f"{kind}: {name} must be finite, got {value} at step {step}; lower --inner-lr")
     return record

@@ -1,13 +1,13 @@
 """scikit-learn's bundled handwritten digits (8x8, 1797 images, E. Alpaydin and C. Kaynak 1998) as a few-shot problem.
 
-Ten classes are few to meta-learn from, so the training digits are multiplied by quarter turns, as MAML does with Omniglot:
+Ten classes are few to meta-learn from, so the training digits are multiplied by quarter turns, as in MAML's Omniglot:
 
 * to train: 1, 2, 3, 5, 7, each turned by 0, 90, 180 and 270 degrees, which makes twenty classes;
 * to validate: the same twenty classes, on images never trained on (one in five);
 * to test: 0, 4, 6, 8, 9, upright. Training never saw these digits.
 
-The split follows from the turns: 0 and 8 look the same upside down, which would make two classes of one, and 6 and 9 are
-each other upside down, so that one must not train while the other tests. All four are digits to test.
+The split follows from the turns: 0 and 8 look the same upside down, which would make two classes of one, and 6 and 9
+are each other upside down, so that one must not train while the other tests. All four are digits to test.
 """
 
 from __future__ import annotations

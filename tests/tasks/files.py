@@ -1,22 +1,9 @@
-"""A local file server that can misbehave, and where the shared data is."""
+"""A local file server that can misbehave."""
 
 from __future__ import annotations
 
-import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-import pytest
-
-
-def omniglot_file() -> Path:
-    """``omniglot28.npz`` of ``$FASTMETA_DATA`` or of the data folder beside the repository, or skip."""
-    folder = Path(os.environ.get("FASTMETA_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    path = folder / "omniglot28.npz"
-    if not path.is_file():
-        pytest.skip(f"omniglot28.npz is not in {folder}; set FASTMETA_DATA to the folder that holds it")
-    return path
 
 
 class FileServer:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
@@ -20,7 +20,6 @@ def numbered_pool(counts: list[int]) -> ClassPool:
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
 def test_episodes_are_well_formed(ways: int, shots: int, queries: int, tasks: int, seed: int) -> None:
     pool = numbered_pool([6, 7, 12, 6, 9])
     batch = EpisodeSampler(pool, ways=ways, shots=shots, queries=queries, tasks=tasks, seed=seed).sample()

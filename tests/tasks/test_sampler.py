@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmeta.tasks import Sinusoid, TaskBatch
@@ -13,7 +13,6 @@ from fastmeta.tasks.sampler import draw_distinct
 
 
 @given(st.integers(0, 6), st.integers(1, 12), st.data())
-@settings(max_examples=60, deadline=None)
 def test_drawn_numbers_are_distinct_and_in_range(rows: int, size: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, size))
     sizes = np.array([size + data.draw(st.integers(0, 3)) for _ in range(rows)], np.int64)

@@ -1,0 +1,236 @@
+"""``fastmeta demo``: exact gradients, a learner trained on embedded data, and the time of a meta-step, in three minutes."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import nn
+
+from fastmeta.cli import peers
+from fastmeta.core import files
+from fastmeta.learner.config import TrainConfig, defaults
+from fastmeta.learner.problems import Problem, build
+from fastmeta.tasks import TaskBatch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmeta.algorithms.maml import MAML
+    from fastmeta.learner.evaluation import Evaluation
+
+EXACT = 1e-9  # float64: rounding accumulates to about 1e-13 here, any wrong term shows above 1e-3
+SINGLE = 1e-4  # float32: a ReLU mask that flips by rounding changes a gradient by about 1e-5, in anyone's code
+RATES = (0.05, 0.1, 0.2, 0.4)  # random weights are shown at the inner rate that suits them best
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A meta-step that is checked and timed."""
+
+    name: str
+    model: nn.Module
+    loss: peers.Loss
+    tasks: TaskBatch
+    lr: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what, then fastmeta, the hand-written loop and torch.func."""
+
+    what: str
+    figures: tuple[str, str, str]
+    ok: bool = True
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/demo"),
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default=False)] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Meta-steps on the digits.")] = 400,
+    waves: Annotated[int, typer.Option(min=1, help="Meta-steps on the sine waves.")] = 2000,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for timing each workload.")] = 6.0,
+) -> None:
+    """Check the meta-gradient, train on embedded data, time a meta-step; print one table and write three pictures.
+
+    The status is 1 if the meta-gradient is not that of hand-written PyTorch.
+    """
+    from rich.console import Console
+
+    started = time.monotonic()
+    files.make_folder(out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    loads = workloads()
+    console.print("comparing the meta-gradient with hand-written PyTorch ...")
+    rows = [row for load in loads for row in check(load)]
+    exact = all(row.ok for row in rows)
+    with tempfile.TemporaryDirectory(prefix="fastmeta-demo-") as scratch:
+        rows += train_digits(console, iterations, out, Path(scratch) / "digits")
+        rows += train_waves(console, waves, out, Path(scratch) / "waves")
+    console.print("timing the meta-step ...")
+    rows += [measure(load, seconds) for load in loads]
+    console.print(tabulate(rows))
+    console.print(f"pictures in {out}: " + ", ".join(sorted(p.name for p in out.glob("*.png"))), highlight=False)
+    console.print(f"{time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads", highlight=False)
+    if not exact:
+        raise RuntimeError("demo: the meta-gradient must be that of hand-written PyTorch; see the rows marked WRONG")
+
+
+def workloads() -> list[Workload]:
+    """A convolutional net with batch norm on the digits, and the paper's network on sine waves."""
+    digits, sinusoid = build(defaults("digits")), build(defaults("sinusoid"))
+    episodes, waves = digits.sampler("train", 16).sample(), sinusoid.sampler("train", 25).sample()
+    return [
+        Workload("digits: conv net, 1 inner step", digits.model, F.cross_entropy, episodes, 0.4, 1),
+        Workload("digits: conv net, 3 inner steps", digits.model, F.cross_entropy, episodes, 0.2, 3),
+        Workload("sine waves: MLP, 5 inner steps", sinusoid.model, F.mse_loss, waves, 0.01, 5),
+    ]
+
+
+def check(load: Workload) -> list[Row]:
+    """Error of the meta-gradient against float64 autograd, in float64 and in float32."""
+    double = copy.deepcopy(load.model).double()
+    tasks = load.tasks.to(dtype=torch.float64)
+    _, truth = peers.loop(double, load.loss, tasks, load.lr, load.steps)
+    rows = []
+    for model, batch, kind in ((double, tasks, "float64"), (load.model, load.tasks, "float32")):
+        own = peers.relative_error(fused(model, load)(batch), truth)
+        hand = peers.relative_error(peers.loop(model, load.loss, batch, load.lr, load.steps)[1], truth)
+        func = peers.relative_error(peers.vmapped(model, load.loss, batch, load.lr, load.steps)[1], truth)
+        ok = own <= (EXACT if kind == "float64" else max(2 * hand, SINGLE))
+        mark = "" if ok else "  WRONG"
+        reference = "(the truth)" if kind == "float64" else f"{hand:.1e}"
+        rows.append(Row(f"gradient error, {kind}, {load.name}", (f"{own:.1e}{mark}", reference, f"{func:.1e}"), ok))
+    return rows
+
+
+def fused(model: nn.Module, load: Workload) -> Callable[[TaskBatch], peers.Gradients]:
+    """The meta-gradient as a user of fastmeta asks for it: forward, then ``backward()``."""
+    from fastmeta.algorithms.maml import MAML
+
+    maml = MAML(model, load.loss, lr=load.lr, steps=load.steps, engine="program")
+
+    def gradients(tasks: TaskBatch) -> peers.Gradients:
+        model.zero_grad(set_to_none=True)
+        maml(tasks).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    return gradients
+
+
+def measure(load: Workload, seconds: float) -> Row:
+    """Median times of the three, interleaved so that all meet the same moods of the machine."""
+    step = fused(load.model, load)
+    contestants: list[Callable[[], object]] = [
+        lambda: step(load.tasks),
+        lambda: peers.loop(load.model, load.loss, load.tasks, load.lr, load.steps),
+        lambda: peers.vmapped(load.model, load.loss, load.tasks, load.lr, load.steps),
+    ]
+    for contestant in contestants:
+        contestant()
+    times: list[list[float]] = [[], [], []]
+    end = time.monotonic() + seconds
+    while len(times[0]) < 3 or time.monotonic() < end:
+        for contestant, record in zip(contestants, times, strict=True):
+            before = time.perf_counter()
+            contestant()
+            record.append(time.perf_counter() - before)
+    own, hand, func = (1e3 * statistics.median(record) for record in times)
+    figures = (f"{own:.2f} ms", f"{hand:.2f} ms ({hand / own:.1f}x)", f"{func:.2f} ms ({func / own:.1f}x)")
+    return Row(f"time, {load.name}, {load.tasks.size} tasks", figures)
+
+
+def train_digits(console: Console, iterations: int, out: Path, scratch: Path) -> list[Row]:
+    """Meta-train on some digits, test on others; compare with random weights."""
+    from fastmeta.learner import plots
+    from fastmeta.learner.evaluation import evaluate
+    from fastmeta.learner.metrics import read_metrics
+    from fastmeta.learner.run import Run
+
+    config = defaults("digits").changed(iterations=iterations, val_every=max(1, iterations // 4))
+    console.print(f"meta-training on the digits 1, 2, 3, 5, 7: {config.ways}-way {config.shots}-shot ...")
+    untrained, trained = build(config), build(config)
+    maml = fit(console, config, trained, scratch)
+    plots.learning_curve(read_metrics(Run(scratch).metrics), out / "digits_learning_curve.png")
+
+    def curve(learner: MAML, problem: Problem, stream: str = "test") -> list[Evaluation]:
+        return [
+            evaluate(learner, problem.sampler(stream, 1), "accuracy", tasks=100, steps=steps, batch=50)
+            for steps in range(config.eval_steps + 3)
+        ]
+
+    ours = curve(maml, trained)
+    random = max(
+        (curve(learner_of(untrained, config, rate), untrained) for rate in RATES),
+        key=lambda found: found[config.eval_steps].after.mean,
+    )
+    curves = {"meta-trained": ours, "random weights, their best inner rate": random}
+    points = {label: [(e.after.mean, e.after.ci95) for e in found] for label, found in curves.items()}
+    plots.accuracy_by_step(points, 1 / config.ways, out / "digits_adaptation.png")
+    steps = config.eval_steps
+    return [
+        Row(
+            f"accuracy on unseen digits 0, 4, 6, 8, 9, {label}: before, after {steps} steps",
+            (f"{_percent(found[0])}, {_percent(found[steps])}", "", ""),
+        )
+        for label, found in curves.items()
+    ]
+
+
+def train_waves(console: Console, iterations: int, out: Path, scratch: Path) -> list[Row]:
+    """Meta-train on sine waves and draw the adaptation."""
+    from fastmeta.learner.results import draw_waves, judge
+
+    config = defaults("sinusoid").changed(iterations=iterations, val_every=iterations, val_tasks=100, meta_lr=3e-3)
+    console.print(f"meta-training on sine waves: {config.shots} points a wave ...")
+    problem = build(config)
+    maml = fit(console, config, problem, scratch)
+    record = judge(maml, problem, config, iterations, tasks=200)
+    draw_waves(maml, config, out / "sinusoid_adaptation.png")
+    what = f"mean squared error on new waves: before, after {record['steps']} steps"
+    return [Row(what, (f"{record['before']:.2f}, {record['after']:.3f}", "", ""))]
+
+
+def fit(console: Console, config: TrainConfig, problem: Problem, folder: Path) -> MAML:
+    """Train as ``fastmeta train`` does, with ``folder`` as the run's."""
+    from fastmeta.learner.progress import Live, Silent
+    from fastmeta.learner.run import open_new
+    from fastmeta.learner.training import Trainer
+
+    trainer = Trainer(config, problem, open_new(folder, config), Live(console) if console.is_terminal else Silent())
+    trainer.fit()
+    return trainer.maml
+
+
+def learner_of(problem: Problem, config: TrainConfig, rate: float) -> MAML:
+    """A learner around a problem's own network."""
+    from fastmeta.algorithms.maml import MAML
+
+    return MAML(problem.model, problem.loss, lr=rate, steps=config.eval_steps)
+
+
+def tabulate(rows: list[Row]) -> Table:
+    """The one table."""
+    from rich.table import Table
+
+    table = Table("", "fastmeta", "hand-written PyTorch", "torch.func.vmap", title="fastmeta demo")
+    for row in rows:
+        table.add_row(row.what, *row.figures, style=None if row.ok else "bold red")
+    return table
+
+
+def _percent(found: Evaluation) -> str:
+    return f"{100 * found.after.mean:.1f} % ± {100 * found.after.ci95:.1f} %"
