@@ -7,7 +7,7 @@ import importlib.util
 import json
 import pkgutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from fastmeta.core import environment
 from fastmeta.core.dispatch import Backend
 
 
-def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, backends with the reason of each one that is missing, instruction sets, threads and GPU."""
     report = gather()
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))

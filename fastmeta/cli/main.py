@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -67,14 +67,20 @@ def build_app(chosen: str | None) -> typer.Typer:
     return app
 
 
-def _root(
-    version: bool = typer.Option(False, "--version", is_eager=True, help="Show the version and leave."),
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         import fastmeta
 
         typer.echo(f"fastmeta {fastmeta.__version__}")
         raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Holds the options of ``fastmeta`` itself."""
 
 
 def _listed() -> None:

@@ -1,0 +1,129 @@
+"""The imports agree with the picture of the storeys in docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastmeta"
+LONGEST = 500  # lines of a file
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ENTRIES = {"fastmeta", "fastmeta.__main__"}  # the public names and `python -m fastmeta`: for the top storey alone
+
+
+def storeys() -> list[list[str]]:
+    """The picture's rows, top first, each a list of names."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    picture = re.search(r"```storeys\n(.*?)```", text, re.DOTALL)
+    assert picture is not None, "docs/architecture.md has no picture of the storeys"
+    return [re.split(r",\s*", re.split(r"\s{2,}", line)[0]) for line in picture[1].splitlines()]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def storey_of(name: str) -> str:
+    """The row of the picture in which a module stands: ``fastmeta.ops.linear.op`` in ``ops/<op>``."""
+    parts = name.split(".")
+    if parts[1] == "ops" and len(parts) > 2 and (PACKAGE / "ops" / parts[2]).is_dir():
+        return "ops/<op>"
+    return parts[1]
+
+
+def imports(path: Path, source: str | None = None) -> set[str]:
+    """Names of the modules of fastmeta, tests and benchmarks that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if is_module(full) else node.module)
+    return {name for name in found if name.split(".")[0] in ("fastmeta", "tests", "benchmarks")}
+
+
+def faults(name: str, imported: set[str], rows: list[list[str]]) -> list[str]:
+    """What is wrong with module ``name`` importing ``imported``."""
+    level = {storey: (row, place) for row, names in enumerate(rows) for place, storey in enumerate(names)}
+    found = []
+    for other in sorted(imported):
+        if other.split(".")[0] != "fastmeta":
+            found.append(f"{name} imports {other}")
+        elif other == "fastmeta" and storey_of(name) in rows[0]:
+            continue
+        elif other in ENTRIES:
+            found.append(f"{name} imports the package's own front, {other}")
+        elif storey_of(name) == storey_of(other) == "ops/<op>":
+            if name.split(".")[2] != other.split(".")[2]:
+                found.append(f"{name} imports its sibling {other}")
+        elif level[storey_of(name)] > level[storey_of(other)]:
+            found.append(f"{name} imports {other}, which stands above it")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_downward(path: Path) -> None:
+    name = name_of(path)
+    if name not in ENTRIES:
+        assert faults(name, imports(path), storeys()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "fault"),
+    [
+        ("fastmeta.core.checks", "from fastmeta.engine import plan", "stands above"),
+        ("fastmeta.ops.linear.op", "import fastmeta.engine.plan", "stands above"),
+        ("fastmeta.ops.linear.op", "from fastmeta.ops.conv2d import reference", "sibling"),
+        ("fastmeta.ops.linear.op", "from fastmeta.ops import catalogue", "stands above"),
+        ("fastmeta.ops.linear.op", "def f():\n    from fastmeta.tasks.batch import TaskBatch", "stands above"),
+        ("fastmeta.learner.run", "from fastmeta.cli import main", "stands above"),
+        ("fastmeta.engine.plan", "from tests import oracle", "imports tests"),
+        ("fastmeta.engine.plan", "import benchmarks", "imports benchmarks"),
+        ("fastmeta.core.checks", "from fastmeta import MAML", "front"),
+        ("fastmeta.cli.main", "from fastmeta.learner import run\nfrom fastmeta.core import files", ""),
+        ("fastmeta.ops.linear.op", "from fastmeta.ops.linear import reference\nimport torch", ""),
+    ],
+)
+def test_the_check_finds_what_it_should(name: str, line: str, fault: str) -> None:
+    found = faults(name, imports(PACKAGE, line), storeys())
+    assert len(found) == bool(fault)
+    assert all(fault in message for message in found)
+
+
+def test_the_picture_names_every_folder_and_no_other() -> None:
+    named = {storey for row in storeys() for storey in row}
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert named == folders | {"ops/<op>"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < LONGEST
+
+
+@pytest.mark.parametrize(
+    "folder", [p.name for p in sorted((PACKAGE / "ops").iterdir()) if (p / "__init__.py").is_file()]
+)
+def test_an_op_has_its_reference_and_its_entry(folder: str) -> None:
+    assert (PACKAGE / "ops" / folder / "reference.py").is_file()
+    assert (PACKAGE / "ops" / folder / "op.py").is_file()
+
+
+@pytest.mark.parametrize("folder", [p.name for p in sorted((ROOT / "csrc").iterdir()) if p.is_dir()])
+def test_native_sources_belong_to_an_op(folder: str) -> None:
+    assert folder == "common" or (PACKAGE / "ops" / folder / "native.py").is_file()
