@@ -1,0 +1,46 @@
+"""``python -m benchmarks.compare``: the comparison by hand, without pytest."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.harness import VARIANTS, compare
+from benchmarks.machine import machine_line, use_threads
+from benchmarks.report import details, remarks, summary, text_table, write
+from benchmarks.timing import Effort
+from benchmarks.workloads import WORKLOADS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    default = Effort()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="default: all")
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="interleaved rounds")
+    parser.add_argument("--budget", type=float, default=default.budget_s, help="seconds of timing a workload")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--results", type=Path, help="folder to write JSON, Markdown and the picture to")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+
+    use_threads(options.threads)
+    variants = [VARIANTS[name] for name in options.variant or VARIANTS]
+    effort = Effort(options.rounds, default.slot_s, options.budget)
+    comparisons = []
+    for name in options.workload or WORKLOADS:
+        comparisons.append(compare(WORKLOADS[name], variants, effort, memory=options.memory))
+        print(f"\n{comparisons[-1].title}\n{text_table(*details(comparisons[-1]))}", flush=True)
+        print("\n".join(remarks(comparisons[-1:])), flush=True)
+    if len(comparisons) > 1:
+        print("\n" + summary(comparisons, machine_line()))
+    if options.results:
+        for path in write(comparisons, machine_line(), options.results):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Options of ``python -m pytest benchmarks`` and the comparison that its tests read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import VARIANTS, Comparison, compare
+from benchmarks.machine import machine_line, use_threads
+from benchmarks.report import summary, write
+from benchmarks.timing import QUICK, Effort
+from benchmarks.workloads import WORKLOADS
+
+QUICK_WORKLOADS = ("sinusoid_k1", "sinusoid_k5", "mlp784")
+
+
+class Measured:
+    """Comparisons made so far, one a workload, each made when the first test asks for it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.done: dict[str, Comparison] = {}
+        use_threads()
+
+    def __call__(self, workload: str) -> Comparison:
+        if workload not in self.done:
+            quick = is_quick()
+            rounds = self.config.getoption("--rounds") or (QUICK if quick else Effort()).rounds
+            base = QUICK if quick else Effort()
+            effort = Effort(rounds, base.slot_s, base.budget_s)
+            memory = not quick and not self.config.getoption("--no-memory")
+            variants = [VARIANTS[name] for name in chosen(self.config, "--variant", VARIANTS)]
+            self.done[workload] = compare(WORKLOADS[workload], variants, effort, memory=memory)
+        return self.done[workload]
+
+
+MEASURED = pytest.StashKey[Measured]()
+
+
+def is_quick() -> bool:
+    return os.environ.get("FASTMETA_BENCH_QUICK", "") not in ("", "0")
+
+
+def chosen(config: pytest.Config, option: str, known: dict) -> list[str]:
+    """The names given with ``option``, all that are known when there are none."""
+    names = config.getoption(option)
+    if names:
+        unknown = [n for n in names if n not in known]
+        if unknown:
+            raise pytest.UsageError(f"{option} must be one of {', '.join(known)}, got {', '.join(unknown)}")
+        return list(names)
+    return list(QUICK_WORKLOADS) if known is WORKLOADS and is_quick() else list(known)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastmeta benchmarks")
+    group.addoption("--workload", action="append", help="a workload to run; may be given several times")
+    group.addoption("--variant", action="append", help="a variant to run; may be given several times")
+    group.addoption("--rounds", type=int, help="interleaved rounds")
+    group.addoption("--no-memory", action="store_true", help="do not measure peak memory")
+    group.addoption(
+        "--results",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for the JSON, the Markdown table and the picture",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"workload", "variant"} <= set(metafunc.fixturenames):
+        metafunc.parametrize("variant", chosen(metafunc.config, "--variant", VARIANTS))
+        metafunc.parametrize("workload", chosen(metafunc.config, "--workload", WORKLOADS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workload by workload, so that a finished comparison's memory is not needed any more."""
+    order = list(WORKLOADS)
+    items.sort(key=lambda item: order.index(item.callspec.params["workload"]) if hasattr(item, "callspec") else -1)
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Iterator[Measured]:
+    store = request.config.stash[MEASURED] = Measured(request.config)
+    yield store
+    if store.done:
+        write(list(store.done.values()), machine_line(), request.config.getoption("--results"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    store = config.stash.get(MEASURED, None)
+    if store is not None and store.done:
+        terminalreporter.section("meta-gradient: fastmeta and its peers")
+        terminalreporter.write_line(summary(list(store.done.values()), machine_line()))
+        terminalreporter.write_line(f"written to {config.getoption('--results')}")

@@ -1,0 +1,179 @@
+"""What is timed: one meta-gradient of a batch of few-shot tasks, on the same inputs for everyone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+SEED = 20170309
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A meta-gradient to compute: that of the mean query loss after ``steps`` of inner SGD."""
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    support: Batch  # [T, N, ...], [T, N, ...]
+    query: Batch
+    lr: float
+    steps: int
+    note: str = ""  # what is not as the workload's name says
+
+    @property
+    def tasks(self) -> int:
+        return self.support[0].shape[0]
+
+    def double(self) -> Problem:
+        """The same problem in float64."""
+
+        def wide(batch: Batch) -> Batch:
+            return batch[0].double(), batch[1].double() if batch[1].is_floating_point() else batch[1]
+
+        return Problem(
+            copy.deepcopy(self.model).double(), self.loss, wide(self.support), wide(self.query), self.lr, self.steps
+        )
+
+    def nudged(self, seed: int) -> Problem:
+        """The same problem with every weight moved by about a unit in its last place."""
+        model = copy.deepcopy(self.model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                unit = torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1)
+                p.mul_(1 + unit)
+        return Problem(model, self.loss, self.support, self.query, self.lr, self.steps, self.note)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named problem; ``build`` makes it anew, the same every time."""
+
+    name: str
+    title: str
+    build: Callable[[], Problem]
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU in between."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.ReLU()] if i else []
+        layers += [nn.Linear(a, b)]
+    return nn.Sequential(*layers)
+
+
+def conv4(channels: int, filters: int, size: int, ways: int) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, batch norm on the batch's own statistics, ReLU and 2x2 max-pool; then linear."""
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers += [
+            nn.Conv2d(filters if i else channels, filters, 3, padding=1),
+            nn.BatchNorm2d(filters, track_running_stats=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (size // 16) ** 2, ways))
+
+
+def sinusoid(steps: int, tasks: int = 25, samples: int = 10) -> Problem:
+    """Regression of the MAML paper: amplitude in [0.1, 5], phase in [0, pi], inputs in [-5, 5]."""
+    generator = torch.Generator().manual_seed(SEED)
+    amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
+    phase = torch.pi * torch.rand(tasks, 1, 1, generator=generator)
+
+    def batch() -> Batch:
+        x = 10 * torch.rand(tasks, samples, 1, generator=generator) - 5
+        return x, amplitude * torch.sin(x - phase)
+
+    return Problem(_seeded(lambda: mlp(1, 40, 40, 1)), F.mse_loss, batch(), batch(), 0.01, steps)
+
+
+def mlp784() -> Problem:
+    """A five-layer perceptron on flat 28x28 images, 5-way 5-shot, 25 query images."""
+    support, query, note = characters(tasks=32, ways=5, shots=5, queries=5)
+    flat = (support[0].flatten(2), support[1]), (query[0].flatten(2), query[1])
+    return Problem(_seeded(lambda: mlp(784, 256, 128, 64, 5)), F.cross_entropy, *flat, 0.01, 5, note)
+
+
+def omniglot(tasks: int, ways: int, steps: int, lr: float) -> Problem:
+    """Conv4 with 64 filters, 1-shot, one query image a class."""
+    support, query, note = characters(tasks, ways, shots=1, queries=1)
+    return Problem(_seeded(lambda: conv4(1, 64, 28, ways)), F.cross_entropy, support, query, lr, steps, note)
+
+
+def mini84() -> Problem:
+    """Conv4 with 32 filters on 84x84 colour images, 5-way 1-shot, 15 query images a class."""
+    generator = torch.Generator().manual_seed(SEED)
+    prototypes = torch.randn(4, 5, 1, 3, 84, 84, generator=generator)
+
+    def batch(shots: int) -> Batch:
+        images = prototypes + torch.randn(4, 5, shots, 3, 84, 84, generator=generator)
+        return images.flatten(1, 2), torch.arange(5).repeat_interleave(shots).expand(4, -1).contiguous()
+
+    return Problem(_seeded(lambda: conv4(3, 32, 84, 5)), F.cross_entropy, batch(1), batch(15), 0.01, 5)
+
+
+def characters(tasks: int, ways: int, shots: int, queries: int) -> tuple[Batch, Batch, str]:
+    """Few-shot episodes of 28x28 images, ink = 1: Omniglot's where the data file is found, else random strokes.
+
+    Returns:
+        support, query and a note that is empty for the real images.
+    """
+    rng = np.random.default_rng(SEED)
+    n = shots + queries
+    path = _omniglot_file()
+    if path is None:
+        images = (rng.random((tasks, ways, n, 28, 28)) < 0.1).astype(np.float32)
+        note = "random images: omniglot28.npz was not found (FASTMETA_DATA names its folder)"
+    else:
+        with np.load(path) as data:
+            everything = data["images"]
+        picked = np.stack([rng.choice(everything.shape[0], ways, replace=False) for _ in range(tasks)])
+        drawn = rng.permuted(np.tile(np.arange(everything.shape[1]), (tasks, ways, 1)), axis=-1)[..., :n]
+        images = 1 - everything[picked[..., None], drawn].astype(np.float32) / 255
+        note = ""
+    labels = torch.arange(ways)
+
+    def batch(part: np.ndarray) -> Batch:
+        x = torch.from_numpy(np.ascontiguousarray(part)).flatten(1, 2).unsqueeze(2)
+        return x, labels.repeat_interleave(part.shape[2]).expand(tasks, -1).contiguous()
+
+    return batch(images[:, :, :shots]), batch(images[:, :, shots:]), note
+
+
+def _omniglot_file() -> Path | None:
+    folder = os.environ.get("FASTMETA_DATA")
+    root = Path(folder) if folder else Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = root / "omniglot28.npz"
+    return path if path.is_file() else None
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return make()
+
+
+WORKLOADS: dict[str, Workload] = {
+    w.name: w
+    for w in (
+        Workload("sinusoid_k1", "sinusoid, 1-40-40-1, T = 25, 10 + 10, K = 1", lambda: sinusoid(1)),
+        Workload("sinusoid_k5", "sinusoid, 1-40-40-1, T = 25, 10 + 10, K = 5", lambda: sinusoid(5)),
+        Workload("mlp784", "MLP 784-256-128-64-5, T = 32, 25 + 25, K = 5", mlp784),
+        Workload("omniglot_5way", "Conv4-64 28x28, 5-way 1-shot, T = 32, K = 1", lambda: omniglot(32, 5, 1, 0.4)),
+        Workload("omniglot_20way", "Conv4-64 28x28, 20-way 1-shot, T = 4, K = 5", lambda: omniglot(4, 20, 5, 0.1)),
+        Workload("conv4_84", "Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),
+    )
+}
