@@ -67,6 +67,7 @@ class BuildPython(build_py):
 class BuildExtension(build_ext):
     """Compiles ``cpu.cpp`` of every op once per instruction set, everything else once."""
 
+    extensions: list[Extension]
     instruction_sets: list[str]
     folder: Path
 

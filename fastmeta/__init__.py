@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    import fastmeta.learner.models as models
     from fastmeta import algorithms as algorithms
     from fastmeta import inner as inner
     from fastmeta import learner as learner
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fastmeta import tasks as tasks
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
-    from fastmeta.learner import models as models
     from fastmeta.ops.inner_update.op import inner_update as inner_update
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
 
@@ -38,7 +38,19 @@ _MODULES = {
     "tasks": "fastmeta.tasks",
 }
 
-__all__ = ["MAML", "MetaOutput", "TaskBatch", "__version__", "inner_update", *_MODULES]
+__all__ = [
+    "MAML",
+    "MetaOutput",
+    "TaskBatch",
+    "__version__",
+    "algorithms",
+    "inner",
+    "inner_update",
+    "learner",
+    "models",
+    "ops",
+    "tasks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ class Step(Function):
         ctx.save_for_forward(g, alpha)
 
     @staticmethod
-    def backward(ctx: Any, lam: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, lam: Tensor | None) -> tuple[Tensor | None, ...]:
         """``(lam, -E(alpha) lam, -R(g lam))``, eq. (5) and (7)."""
         if lam is None:
             return None, None, None, None
@@ -101,7 +101,7 @@ class Adjoint(Function):
         ctx.save_for_forward(lam, g, alpha)
 
     @staticmethod
-    def backward(ctx: Any, d_u: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_u: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, ...]:
         """``(E(alpha) d_u - E(c) g, -E(c) lam, R(lam d_u))`` for the cotangents ``d_u`` and ``c`` of d_alpha."""
         lam, g, alpha = ctx.saved_tensors
         need_lam, need_g, need_alpha, *_ = ctx.needs_input_grad
@@ -136,12 +136,14 @@ class Adjoint(Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int | None]]:
-        """Fold the mapped axis into the tasks; with a d_alpha for each of its entries, map the reference."""
+        """Fold the mapped axis into the tasks; with alpha or d_alpha along it, map the reference."""
         lam, g, alpha, segments, need_alpha = inputs
-        if in_dims[2] is not None or need_alpha:
-            mapped = partial(reference.adjoint, segments=segments, need_alpha=need_alpha)
-            dims = (0, 0) if need_alpha else (0, None)
-            return torch.vmap(mapped, in_dims=in_dims[:3], out_dims=dims)(lam, g, alpha), dims
+        if need_alpha:
+            mapped = torch.vmap(partial(reference.adjoint, segments=segments), in_dims=in_dims[:3])
+            return mapped(lam, g, alpha), (0, 0)
+        if in_dims[2] is not None:
+            scaled = torch.vmap(partial(reference.scale, segments=segments), in_dims=(in_dims[0], in_dims[2]))
+            return (scaled(lam, alpha), None), (0, None)
         B = info.batch_size
         lam, g = fold(lam, in_dims[0], B), fold(g, in_dims[1], B)
         return (Adjoint.apply(lam, g, alpha, segments, False)[0].unflatten(0, (B, -1)), None), (0, None)

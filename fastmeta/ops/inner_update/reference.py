@@ -28,8 +28,17 @@ def adjoint(
     need_alpha: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # [T, P], alpha's shape
     """``u = alpha * lam``, eq. (5), and ``d_alpha = -sum_t g * lam`` summed to alpha's shape, eq. (7)."""
-    u = spread(alpha, segments, lam.shape[-1]) * lam
+    u = scale(lam, alpha, segments)
     return u, -collect(g, lam, alpha, segments) if need_alpha else None
+
+
+def scale(
+    lam: Tensor,  # [T, P]
+    alpha: Tensor,  # [] or [1], [S], [P]
+    segments: Tensor | None = None,  # [S + 1]
+) -> Tensor:  # [T, P]
+    """``u = alpha * lam``, eq. (5)."""
+    return spread(alpha, segments, lam.shape[-1]) * lam
 
 
 def spread(alpha: Tensor, segments: Tensor | None, P: int) -> Tensor:  # [] or [1] or [P]
