@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import VARIANTS, compare
-from benchmarks.machine import machine_line, use_threads
+from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.report import details, remarks, summary, text_table, write
 from benchmarks.timing import Effort
 from benchmarks.workloads import WORKLOADS
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="default: all")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="interleaved rounds")
     parser.add_argument("--budget", type=float, default=default.budget_s, help="seconds of timing a workload")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
     parser.add_argument("--results", type=Path, help="folder to write JSON, Markdown and the picture to")
     options = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import VARIANTS, Comparison, compare
-from benchmarks.machine import machine_line, use_threads
+from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.report import summary, write
 from benchmarks.timing import QUICK, Effort
 from benchmarks.workloads import WORKLOADS
@@ -23,15 +24,13 @@ class Measured:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.done: dict[str, Comparison] = {}
-        use_threads()
+        use_threads(config.getoption("--threads"))
 
     def __call__(self, workload: str) -> Comparison:
         if workload not in self.done:
-            quick = is_quick()
-            rounds = self.config.getoption("--rounds") or (QUICK if quick else Effort()).rounds
-            base = QUICK if quick else Effort()
-            effort = Effort(rounds, base.slot_s, base.budget_s)
-            memory = not quick and not self.config.getoption("--no-memory")
+            effort = QUICK if is_quick() else Effort()
+            effort = dataclasses.replace(effort, rounds=self.config.getoption("--rounds") or effort.rounds)
+            memory = not is_quick() and not self.config.getoption("--no-memory")
             variants = [VARIANTS[name] for name in chosen(self.config, "--variant", VARIANTS)]
             self.done[workload] = compare(WORKLOADS[workload], variants, effort, memory=memory)
         return self.done[workload]
@@ -60,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--workload", action="append", help="a workload to run; may be given several times")
     group.addoption("--variant", action="append", help="a variant to run; may be given several times")
     group.addoption("--rounds", type=int, help="interleaved rounds")
+    group.addoption("--threads", type=int, default=THREADS, help="threads, and physical cores, of every library")
     group.addoption("--no-memory", action="store_true", help="do not measure peak memory")
     group.addoption(
         "--results",

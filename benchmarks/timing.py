@@ -23,7 +23,7 @@ class Effort:
     budget_s: float = 60.0  # of one workload, shared equally; who has used its share only keeps its least turns
 
 
-QUICK = Effort(rounds=3, slot_s=0.02, budget_s=10.0)
+QUICK = Effort(rounds=3, slot_s=0.02, budget_s=4.0)
 
 
 @dataclass

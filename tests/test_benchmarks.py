@@ -1,0 +1,190 @@
+"""The benchmark harness stays alive, reports no time for a wrong gradient, and hides nobody."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import VARIANTS, compare
+from benchmarks.memory import RESET, peak_mib
+from benchmarks.peers import LOOP
+from benchmarks.peers.base import Step, Unavailable, Variant
+from benchmarks.report import markdown, summary, write
+from benchmarks.timing import Effort, interleave
+from benchmarks.workloads import WORKLOADS, Problem, sinusoid
+from tests.oracle import maml_loop, relative_error, relative_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+BRIEF = Effort(rounds=2, slot_s=0.0, budget_s=1.0)
+K1 = WORKLOADS["sinusoid_k1"]
+
+
+def test_sinusoid_comparison_is_timed_judged_and_written(tmp_path: Path) -> None:
+    names = ["loop", "torch.func", "fastmeta", "fastmeta.backward"]
+    result = compare(K1, [VARIANTS[n] for n in names], BRIEF)
+    assert [(o.name, o.status) for o in result.outcomes] == [(n, "ok") for n in names]
+    assert all(len(o.times_ms) >= 2 for o in result.outcomes)
+    assert result.ratio("eager") == result.best("eager").median_ms / result["fastmeta"].median_ms
+
+    paths = write([result], "a machine", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)  # no temporary file is left
+    stored = json.loads(paths[0].read_text())["workloads"][0]
+    assert [o["name"] for o in stored["outcomes"]] == names
+    assert stored["outcomes"][2]["errors"]["total"] == result["fastmeta"].errors.total
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_gradient_gets_no_time() -> None:
+    def prepare(problem: Problem) -> Step:
+        right = LOOP.prepare(problem).run()
+        return Step(lambda: {name: g * 1.001 for name, g in right.items()})
+
+    result = compare(K1, [Variant("off", "off", "eager", prepare, "0.1 % too large"), LOOP], BRIEF)
+    assert result["off"].status == "wrong"
+    assert result["off"].times_ms == []
+    assert "is over" in result["off"].reason
+    assert result.best("eager").name == "loop"
+
+
+def test_an_absent_or_broken_peer_is_shown_with_its_reason() -> None:
+    def absent(problem: Problem) -> Step:
+        raise Unavailable("not installed: No module named 'absent'")
+
+    def broken(problem: Problem) -> Step:
+        raise RuntimeError("does not run here")
+
+    variants = [
+        Variant("absent", "absent", "eager", absent, ""),
+        Variant("broken", "broken", "eager", broken, ""),
+        LOOP,
+    ]
+    result = compare(K1, variants, BRIEF)
+    assert [o.status for o in result.outcomes] == ["not installed", "failed", "ok"]
+    for text in (summary([result], ""), markdown([result], "", "picture.png")):
+        assert "No module named 'absent'" in text
+        assert "does not run here" in text
+
+
+def test_turns_are_interleaved() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = interleave(calls, Effort(rounds=3, slot_s=0.0, budget_s=0.1))
+    assert [o for i, o in enumerate(order) if i == 0 or order[i - 1] != o][:3] == ["a", "b", "c"]
+    assert {name: len(t.seconds) >= 3 for name, t in times.items()} == dict.fromkeys("abc", True)
+
+
+@pytest.mark.parametrize("name", list(WORKLOADS))
+def test_workloads_are_the_same_every_time(name: str) -> None:
+    first, second = WORKLOADS[name].build(), WORKLOADS[name].build()
+    assert first.support[0].shape[0] == first.query[0].shape[0] == first.tasks
+    for a, b in zip((*first.support, *first.query), (*second.support, *second.query), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="the high-water mark can be reset on Linux only")
+def test_peak_memory_sees_what_a_step_allocates() -> None:
+    def prepare(problem: Problem) -> Step:
+        return Step(lambda: {"x": torch.zeros(problem.tasks * 2**20)})  # 4 MiB a task
+
+    peak = peak_mib(Variant("", "", "eager", prepare, ""), sinusoid(1, tasks=8))
+    assert 32 <= peak <= 36  # the tensor itself, and at most a few pages beside it
+
+
+def test_peers_do_not_know_fastmeta() -> None:
+    for path in (ROOT / "benchmarks" / "peers").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.split(".")[0] == "fastmeta"], path
+
+
+def test_pytest_entries_carry_the_interleaved_times(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--threads", "1"]
+    command += ["--workload", "sinusoid_k1", "--variant", "loop", "--variant", "fastmeta", "--rounds", "2"]
+    command += ["--results", str(tmp_path / "results"), "--benchmark-json", str(tmp_path / "bench.json")]
+    environment = {**os.environ, "FASTMETA_BENCH_QUICK": "1"}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    entries = {b["params"]["variant"]: b for b in json.loads((tmp_path / "bench.json").read_text())["benchmarks"]}
+    stored = json.loads((tmp_path / "results" / "meta_step.json").read_text())["workloads"][0]["outcomes"]
+    for outcome in stored:
+        entry = entries[outcome["name"]]
+        assert entry["stats"]["rounds"] == len(outcome["times_ms"])
+        # Times are stored in ms with five digits after the point; a clock that sums them rounds once more.
+        assert 1e3 * entry["stats"]["min"] == pytest.approx(min(outcome["times_ms"]), abs=1e-4)
+        assert entry["extra_info"]["error"]["total"] == outcome["errors"]["total"]
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_oracle_against_finite_differences(first_order: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    xs, xq = torch.randn(2, 3, 6, 3, dtype=torch.float64)
+    ys, yq = torch.randint(0, 2, (2, 3, 6))
+    alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+
+    def run(lr: Tensor | float) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        return maml_loop(model, F.cross_entropy, (xs, ys), (xq, yq), lr, 2, first_order=first_order)
+
+    loss, task_losses, logits, grads = run(alpha)
+    assert torch.equal(loss, task_losses.mean())
+    assert logits.shape == (3, 6, 2)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    step = 1e-6
+
+    def moved(sign: int) -> float:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p += sign * step * direction[name]
+        value = float(run(0.3)[0])
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= sign * step * direction[name]
+        return value
+
+    slope = sum(float((grads[name] * d).sum()) for name, d in direction.items())
+    measured = (moved(1) - moved(-1)) / (2 * step)
+    # Central differences: truncation step^2 and rounding eps / step, both about 1e-10 here; 1e-7 leaves room for scale.
+    assert (slope == pytest.approx(measured, rel=1e-7)) is not first_order
+    if not first_order:
+        by_lr = (float(run(0.3 + step)[0]) - float(run(0.3 - step)[0])) / (2 * step)
+        assert float(grads["lr"]) == pytest.approx(by_lr, rel=1e-7)
+
+
+def test_oracle_takes_model_losses_and_a_choice_of_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    xs, xq = torch.randn(2, 3, 6, 3, dtype=torch.float64)
+    ys, yq = torch.randint(0, 2, (2, 3, 6))
+    rates = {name: 0.1 for name, _ in model.named_parameters()}
+    pair = maml_loop(model, F.cross_entropy, (xs, ys), (xq, yq), rates, 3)
+    own = maml_loop(
+        model, lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), {"x": xs, "y": ys}, {"x": xq, "y": yq}, 0.1, 3
+    )
+    assert own[2] is None
+    assert relative_error(own[3], pair[3]) == 0.0
+    head = maml_loop(model, F.cross_entropy, (xs, ys), (xq, yq), 0.1, 3, adapted_names=["2.weight", "2.bias"])
+    assert head[3].keys() == pair[3].keys()
+    assert relative_error(head[3], pair[3]) > 1e-3  # adapting less is another function
+
+
+def test_relative_errors_of_null_and_non_finite_gradients() -> None:
+    truth = {"a": torch.tensor([3.0, 4.0]), "bias": torch.tensor([1e-17])}
+    assert relative_errors({"a": truth["a"], "bias": torch.tensor([5e-7])}, truth)["bias"] == pytest.approx(1e-7)
+    assert relative_error({"a": truth["a"], "bias": torch.tensor([torch.nan])}, truth) == float("inf")
+    with pytest.raises(ValueError, match="names must be"):
+        relative_errors({"a": truth["a"]}, truth)
