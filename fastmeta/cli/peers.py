@@ -16,7 +16,7 @@ Gradients = dict[str, Tensor]
 
 def loop(model: nn.Module, loss: Loss, tasks: TaskBatch, lr: float, steps: int) -> tuple[Tensor, Gradients]:
     """One task after another, autograd through the unrolled inner loop."""
-    theta = dict(model.named_parameters())
+    theta: Gradients = dict(model.named_parameters())
     total = torch.zeros((), dtype=next(iter(theta.values())).dtype)
     (xs, ys), (xq, yq) = tasks.support, tasks.query
     for t in range(tasks.size):
@@ -31,7 +31,7 @@ def loop(model: nn.Module, loss: Loss, tasks: TaskBatch, lr: float, steps: int) 
 
 def vmapped(model: nn.Module, loss: Loss, tasks: TaskBatch, lr: float, steps: int) -> tuple[Tensor, Gradients]:
     """All tasks at once: ``torch.func.vmap`` over tasks, ``torch.func.grad`` inside."""
-    theta = dict(model.named_parameters())
+    theta: Gradients = dict(model.named_parameters())
 
     def inner(phi: Gradients, x: Tensor, y: Tensor) -> Tensor:
         return loss(functional_call(model, phi, (x,)), y)

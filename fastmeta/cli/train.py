@@ -63,8 +63,8 @@ def train(
 ) -> None:
     """Meta-train a learner on a problem.
 
-    Options that are left out take the problem's documented defaults (docs/training.md), or, with --resume, the run's own
-    settings. Ctrl-C finishes the step, saves, and says how to go on.
+    Options that are left out take the problem's documented defaults (docs/training.md), or, with --resume, the run's
+    own settings. Ctrl-C finishes the step, saves, and says how to go on.
     """
     from rich.console import Console
 
@@ -108,14 +108,11 @@ def run_training(
     if resume:
         trainer.resume()
     reporter.say(f"{config.problem}: {_setting(config)}, {torch.get_num_threads()} threads, into {folder}")
-    with Interrupt(
-        lambda name: reporter.say(f"{name}: finishing this step, then saving; again to stop at once")
-    ) as signal:
+    with Interrupt() as signal:
         outcome = trainer.fit(minutes=minutes, stop=lambda: signal.requested)
         if outcome == "interrupted":
-            reporter.say(
-                f"saved at step {trainer.state.step}; go on with: fastmeta train {config.problem} --out {folder} --resume"
-            )
+            again = f"fastmeta train {config.problem} --out {folder} --resume"
+            reporter.say(f"saved at step {trainer.state.step}; go on with: {again}")
             return 128 + signal.signal
     if outcome == "out of time":
         reporter.say(f"stopped after {minutes:g} minutes at step {trainer.state.step} of {config.iterations}")

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM is remembered and a second one takes its usual course.
+    """While entered, the first SIGINT or SIGTERM is remembered, and said so; a second one takes its usual course.
 
     Signals can be caught in the main thread only; elsewhere this does nothing.
-
-    Args:
-        notice: called with the signal's name when the first one arrives.
 
     Attributes:
         signal: number of the signal that arrived, 0 where none did.
     """
 
-    def __init__(self, notice: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self) -> None:
         self.signal = 0
-        self._notice = notice
         self._usual: dict[signal.Signals, Any] = {}
 
     @property
@@ -43,7 +39,9 @@ class Interrupt:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
-        self._notice(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        # straight to the file: a handler may interrupt a write to stdout, and Python's streams do not take that
+        os.write(2, f"\n{name}: finishing this step, then saving; again to stop at once\n".encode())
 
     def _restore(self) -> None:
         for number, usual in self._usual.items():

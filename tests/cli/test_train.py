@@ -156,7 +156,11 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastmeta.cli", "train", "sinusoid", *options, "--out"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [*command, str(stopped), "--iterations", "1000000"], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, str(stopped), "--iterations", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     )
     assert process.stdout is not None
     told = ""
@@ -183,7 +187,9 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_terminate_saves_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastmeta.cli", "train", "sinusoid", *TINY, "--iterations", "1000000"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "checkpoints" / "last.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -146,9 +146,9 @@ def test_weights_of_another_model_are_refused() -> None:
         checkpoint.load_module(nn.Linear(4, 2), state, "here")
     with pytest.raises(ValueError, match="bias is unknown"):
         checkpoint.load_module(nn.Linear(3, 2, bias=False), state, "here")
-    with pytest.raises(ValueError, match="0.weight is missing"):
+    with pytest.raises(ValueError, match=r"0\.weight is missing"):
         checkpoint.load_module(nn.Sequential(nn.Linear(3, 2)), state, "here")
-    with pytest.raises(ValueError, match="torch.float32 .* and not torch.float64"):
+    with pytest.raises(ValueError, match=r"torch\.float32 .* and not torch.float64"):
         checkpoint.load_module(nn.Linear(3, 2).double(), state, "here")
 
 

@@ -181,13 +181,13 @@ def test_run_folders_are_guarded(tmp_path: Path) -> None:
     Trainer(config, build(config), open_new(tmp_path / "a", config)).fit()
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         open_new(tmp_path / "a", config)
-    with pytest.raises(ValueError, match="seed must stay 0 when .* is resumed, got 1"):
+    with pytest.raises(ValueError, match=r"seed must stay 0 when .* is resumed, got 1"):
         open_existing(tmp_path / "a", config.changed(seed=1))
     assert open_existing(tmp_path / "a", config.changed(iterations=5)).read_config().iterations == 5
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         open_existing(tmp_path / "b", config)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write into folder .*choose another output folder"):
+    with pytest.raises(OSError, match=r"cannot write into folder .*choose another output folder"):
         open_new(tmp_path / "file" / "run", config)
     (tmp_path / "a" / "config.json").write_text('{"problem"')
     with pytest.raises(ValueError, match=r"config\.json must hold the settings of a run"):
