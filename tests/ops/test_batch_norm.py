@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmeta.core.task_op import Call, Unsupported
-from fastmeta.ops.batch_norm import BatchNorm
+from fastmeta.ops.batch_norm import BatchNorm, reference
+from fastmeta.ops.generic import GenericOp
 from tests.ops import four_maps
-from tests.ops.four_maps import A, Case
+from tests.ops.four_maps import A, Case, Run, compare
 
 aten = torch.ops.aten
 functional = aten._native_batch_norm_legit_functional.default
@@ -48,6 +49,24 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_four_maps(case):
     four_maps.check_all(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_large_sets_go_through_kernels_of_their_own(case, monkeypatch):
+    monkeypatch.setattr(reference, "FUSED_ELEMENTS", 0)
+    four_maps.check_all(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.target is not functional], ids=str)
+def test_agrees_with_the_generic_operation(case):
+    compare(Run(case).maps(), Run(case, op=GenericOp).maps(), four_maps.FLOAT64_BOUND, str(case))
+
+
+@pytest.mark.parametrize("elements", [0, 1 << 22])
+def test_a_far_mean_costs_no_more_digits_than_it_does_torch(elements, monkeypatch):
+    monkeypatch.setattr(reference, "FUSED_ELEMENTS", elements)
+    arguments = (A((5, 2, 4, 4), shift=30.0), channels(2), channels(2), True, 0.0, 1e-5)
+    four_maps.check_float32(Case("far", no_stats, arguments))
 
 
 @given(samples=st.integers(2, 5), n=st.integers(1, 5), sides=st.lists(st.integers(1, 4), max_size=2))

@@ -12,12 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
 
-class Statistics(NamedTuple):
-    """Mean, variance (biased) and ``r = 1 / sqrt(var + eps)`` of each channel, ``[T, C]``."""
+# PyTorch's own kernels read a task's set once or twice where separate calls pass over memory three to six times, but
+# they take one task a call. Measured on two cores with 32 tasks: 8 million elements 2.5 ms against 7 (against 20 once
+# results no longer fit the allocator's cache), 2 million 0.85 against 0.7, half a million 0.44 against 0.25.
+FUSED_ELEMENTS = 1 << 22
 
-    mean: Tensor
-    variance: Tensor
+
+class Normalised(NamedTuple):
+    """``x``, ``[T, M, C]``: ``v`` itself, or ``(v - mu) r`` where ``mu`` is given and ``x`` was never written."""
+
+    v: Tensor
+    mu: Tensor | None
     r: Tensor
 
 
@@ -29,41 +36,98 @@ class Tangent(NamedTuple):
     q2: Tensor
 
 
-def combine(terms: list[tuple[Tensor, Tensor]], constant: Tensor) -> Tensor:
-    """``sum of coefficient * value + constant``; coefficients and constant are ``[T, C]``."""
-    (coefficient, value), *rest = terms
+def fused(z: Tensor) -> bool:
+    """Whether PyTorch's kernels, task by task, beat calls over all tasks."""
+    return z.device.type == "cpu" and z.numel() > FUSED_ELEMENTS
+
+
+def combine(terms: list[tuple[Tensor, Tensor]], of_x: Tensor, x: Normalised, constant: Tensor) -> Tensor:
+    """``sum of coefficient * value + of_x * x + constant``; coefficients and constant are ``[T, C]``."""
+    if x.mu is not None:
+        of_x = of_x * x.r
+        constant = constant - of_x * x.mu
+    (coefficient, value), *rest = [*terms, (of_x, x.v)]
     result = torch.addcmul(constant.unsqueeze(1), value, coefficient.unsqueeze(1))
     for coefficient, value in rest:
         result.addcmul_(value, coefficient.unsqueeze(1))
     return result
 
 
-def mean(value: Tensor) -> Tensor:
-    """Mean over samples and positions, ``[T, C]``."""
-    return value.mean(1)
+def means(d: Tensor, x: Normalised) -> tuple[Tensor, Tensor]:
+    """``mean d`` and ``mean(x d)`` over samples and positions, ``[T, C]``."""
+    if x.mu is None:
+        return d.mean(1), (x.v * d).mean(1)
+    return centred_means(d, x.v, x.mu, x.r)
 
 
-def mean_product(a: Tensor, b: Tensor) -> Tensor:
-    """``mean(a b)``, ``[T, C]``."""
-    return (a * b).mean(1)
+def centred_means(d: Tensor, v: Tensor, mu: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """``mean d`` and ``mean((v - mu) r d)`` from one pass over ``d`` and ``v``, by the sums of PyTorch's backward."""
+    rows = [
+        aten.native_batch_norm_backward(d_t, v_t, None, None, None, mu_t, r_t, True, 0.0, [False, True, True])[1:]
+        for d_t, v_t, mu_t, r_t in zip(planes(d), planes(v), channels(mu), channels(r), strict=True)
+    ]
+    product, plain = (torch.stack(sums).mul_(1 / d.shape[1]) for sums in zip(*rows, strict=True))
+    return plain, product
 
 
-def standardise(z: Tensor, eps: float) -> tuple[Tensor, Statistics]:
-    """``x`` by each set's own statistics, and these.
+def planes(value: Tensor) -> tuple[Tensor, ...]:
+    """Each task's ``[M, C]`` as one image ``[1, C, M, 1]`` with channels last, the layout those kernels are fast in."""
+    tasks, rows, width = value.shape
+    return value.contiguous().view(tasks, 1, rows, 1, width).permute(0, 1, 4, 2, 3).unbind(0)
 
-    The variance is the mean square of what the mean leaves: as stable as a running update, and several times faster
-    than ``torch.var_mean`` along this axis.
+
+def channels(value: Tensor) -> tuple[Tensor, ...]:
+    """Each task's ``[C]``, dense: the kernels read parameters and statistics without looking at strides."""
+    return value.contiguous().unbind(0)
+
+
+def batch_forward(
+    z: Tensor, c: Tensor | None, b: Tensor | None, running: tuple[Tensor, Tensor] | None, momentum: float, eps: float
+) -> tuple[Tensor, Normalised, Tensor, tuple[Tensor, Tensor] | None]:
+    """Normalise by each task's own statistics.
+
+    Returns:
+        ``y``, ``x``, the mean, and the new running mean and variance (of which the variance is unbiased, as PyTorch's).
     """
-    mu = mean(z)
+    if fused(z):
+        return _fused_forward(z, c, b, running, momentum, eps)
+    mu = z.mean(1)
     x = z - mu.unsqueeze(1)
-    variance = mean_product(x, x)
+    variance = (x * x).mean(1)
     r = torch.rsqrt(variance + eps)
-    return x.mul_(r.unsqueeze(1)), Statistics(mu, variance, r)
+    x.mul_(r.unsqueeze(1))
+    if running is not None:
+        unbiased = variance * (z.shape[1] / max(z.shape[1] - 1, 1))
+        running = torch.lerp(running[0], mu, momentum), torch.lerp(running[1], unbiased, momentum)
+    return affine(x, c, b), Normalised(x, None, r), mu, running
 
 
-def normalise(z: Tensor, mu: Tensor, r: Tensor) -> Tensor:
-    """``x = (z - mu) r`` by given statistics; subtracted first, since ``mu`` may be large."""
-    return (z - mu.unsqueeze(1)).mul_(r.unsqueeze(1))
+def _fused_forward(
+    z: Tensor, c: Tensor | None, b: Tensor | None, running: tuple[Tensor, Tensor] | None, momentum: float, eps: float
+) -> tuple[Tensor, Normalised, Tensor, tuple[Tensor, Tensor] | None]:
+    tasks, _, width = z.shape
+    z = z.contiguous()
+    y, mu, r = torch.empty_like(z), z.new_empty(tasks, width), z.new_empty(tasks, width)
+    if running is not None:  # the kernel moves these, so it gets copies
+        mean, variance = (v.clone(memory_format=torch.contiguous_format) for v in running)
+        running = mean, variance
+    per_task = [(None,) * tasks if v is None else channels(v) for v in (c, b, *(running or (None, None)))]
+    for z_t, y_t, mu_t, r_t, *rest in zip(planes(z), planes(y), mu.unbind(0), r.unbind(0), *per_task, strict=True):
+        aten.native_batch_norm.out(z_t, *rest, True, momentum, eps, out=y_t, save_mean=mu_t, save_invstd=r_t)
+    return y, Normalised(z, mu, r), mu, running
+
+
+def fixed_forward(
+    z: Tensor, c: Tensor | None, b: Tensor | None, mu: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Normalised]:
+    """Normalise by given statistics; return ``y`` and ``x``."""
+    r = torch.rsqrt(variance + eps)
+    if not fused(z):
+        x = (z - mu.unsqueeze(1)).mul_(r.unsqueeze(1))
+        return affine(x, c, b), Normalised(x, None, r)
+    scale = r if c is None else c * r
+    shift = -scale * mu if b is None else b - scale * mu
+    return affine(z, scale, shift), Normalised(z, mu, r)
 
 
 def affine(x: Tensor, c: Tensor | None, b: Tensor | None) -> Tensor:
@@ -73,42 +137,37 @@ def affine(x: Tensor, c: Tensor | None, b: Tensor | None) -> Tensor:
     return x * c.unsqueeze(1) if b is None else torch.addcmul(b.unsqueeze(1), x, c.unsqueeze(1))
 
 
-def running(old: Tensor, new: Tensor, momentum: float) -> Tensor:
-    """Exponential moving average of a statistic."""
-    return torch.lerp(old, new, momentum)
-
-
-def input_cotangent(x: Tensor, r: Tensor, c: Tensor | None, d: Tensor, m1: Tensor, m2: Tensor) -> Tensor:
+def input_cotangent(x: Normalised, c: Tensor | None, d: Tensor, m1: Tensor, m2: Tensor) -> Tensor:
     """``d_z = c r (d_y - m1 - x m2)`` with ``m1 = mean d_y``, ``m2 = mean(x d_y)``."""
-    scale = r if c is None else c * r
-    return combine([(scale, d), (-scale * m2, x)], -scale * m1)
+    scale = x.r if c is None else c * x.r
+    return combine([(scale, d)], -scale * m2, x, -scale * m1)
 
 
 def tangent(
-    x: Tensor, r: Tensor, c: Tensor | None, move: Tangent | None, c_dot: Tensor | None, b_dot: Tensor | None
+    x: Normalised, c: Tensor | None, move: Tangent | None, c_dot: Tensor | None, b_dot: Tensor | None
 ) -> Tensor | None:
     """``y_dot = c x_dot + c_dot x + b_dot`` with ``x_dot = r (z_dot - q1 - x q2)``."""
+    constant = torch.zeros_like(x.r) if b_dot is None else b_dot
     if move is None:
-        if c_dot is None:
-            return None if b_dot is None else b_dot.unsqueeze(1).expand(x.shape)
-        return affine(x, c_dot, b_dot)
-    scale = r if c is None else c * r
-    of_x, constant = -scale * move.q2, -scale * move.q1
-    if c_dot is not None:
-        of_x = of_x + c_dot
-    if b_dot is not None:
-        constant = constant + b_dot
-    return combine([(scale, move.z_dot), (of_x, x)], constant)
+        if c_dot is not None:
+            return combine([], c_dot, x, constant)
+        return None if b_dot is None else b_dot.unsqueeze(1).expand(x.v.shape)
+    scale = x.r if c is None else c * x.r
+    of_x = -scale * move.q2
+    return combine([(scale, move.z_dot)], of_x if c_dot is None else of_x + c_dot, x, constant - scale * move.q1)
 
 
-def turned_mean(r: Tensor, d: Tensor, move: Tangent, m1: Tensor, m2: Tensor) -> Tensor:
-    """``p = mean(d_y x_dot) = r (mean(d_y z_dot) - q1 m1 - q2 m2)``."""
-    return r * (mean_product(d, move.z_dot) - move.q1 * m1 - move.q2 * m2)
+def turned_mean(x: Normalised, d: Tensor, move: Tangent, m1: Tensor, m2: Tensor) -> Tensor:
+    """``p = mean(d_y x_dot) = r (mean(d_y (z_dot - q1)) - q2 m2)``."""
+    if x.mu is None:
+        product = (d * move.z_dot).mean(1) - move.q1 * m1
+    else:
+        product = centred_means(d, move.z_dot, move.q1, torch.ones_like(x.r))[1]
+    return x.r * (product - move.q2 * m2)
 
 
 def input_cotangent_dot(
-    x: Tensor,
-    r: Tensor,
+    x: Normalised,
     c: Tensor | None,
     d: tuple[Tensor, Tensor, Tensor] | None,
     d_dot: tuple[Tensor, Tensor, Tensor] | None,
@@ -125,13 +184,15 @@ def input_cotangent_dot(
     of which each of ``d_y``, ``d_y_dot``, ``x``, ``z_dot`` and 1 has one coefficient a channel.
 
     Args:
-        x, r, c: as saved.
+        x: as saved.
+        c: the scale.
         d: ``d_y`` with ``m1 = mean d_y`` and ``m2 = mean(x d_y)``; ``None`` for zero.
         d_dot: ``d_y_dot`` with the same means of its own.
         move: of the tangent map.
-        p: of :func:`turned_mean`, where both ``d`` and ``move`` are there.
+        p: of :func:`turned_mean`; given where ``d`` and ``move`` are.
         c_dot: tangent of the scale.
     """
+    r = x.r
     scale = r if c is None else c * r
     terms: list[tuple[Tensor, Tensor]] = []
     of_x = constant = torch.zeros_like(r)
@@ -145,7 +206,7 @@ def input_cotangent_dot(
         if c_dot is not None:
             turn = r * c_dot
             of_d, of_x, constant = of_d + turn, of_x - turn * m2, constant - turn * m1
-        if move is not None:
+        if move is not None and p is not None:
             twice = r * scale
             of_d = of_d - twice * move.q2
             of_x = of_x + 2 * twice * move.q2 * m2 - scale * p
@@ -153,4 +214,4 @@ def input_cotangent_dot(
             terms.append((-twice * m2, move.z_dot))
         if c_dot is not None or move is not None:
             terms.append((of_d, value))
-    return combine([*terms, (of_x, x)], constant) if terms else None
+    return combine(terms, of_x, x, constant) if terms else None
