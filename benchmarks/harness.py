@@ -125,7 +125,9 @@ def _admit(variant: Variant, problem: Problem, gate: Gate) -> tuple[Outcome, Ste
     begin = time.perf_counter()
     try:
         step = variant.prepare(own)
-        gradients = {name: g.detach().clone() for name, g in step.gradients(step.run()).items()}
+        step.run()
+        outcome.first_s = time.perf_counter() - begin
+        outcome.errors, refusal = gate.judge(variant, own, step)
     except Unavailable as error:
         outcome.status, outcome.reason = "not installed", str(error)
         return outcome, None
@@ -138,13 +140,6 @@ def _admit(variant: Variant, problem: Problem, gate: Gate) -> tuple[Outcome, Ste
         # A peer that breaks must not take the whole comparison with it; its row says what happened.
         outcome.status, outcome.reason = "failed", _first_line(error)
         return outcome, None
-    outcome.first_s = time.perf_counter() - begin
-    try:
-        outcome.errors = gate.errors(gradients)
-    except ValueError as error:
-        outcome.status, outcome.reason = "wrong", str(error)
-        return outcome, None
-    refusal = gate.refusal(outcome.errors)
     if refusal:
         outcome.status, outcome.reason = "wrong", refusal
         return outcome, None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import gc
 import json
 import os
@@ -73,21 +72,13 @@ def peak_mib(variant: Variant, problem: Problem) -> float:
         step.run()
         before = _settle()
     else:
-        variant.prepare(_one_task(problem)).run()
+        variant.prepare(problem.first(1)).run()
         before = _settle()
         step = variant.prepare(problem)
     result = step.run()
     peak = _field("VmHWM")
     del result
     return (peak - before) / 1024
-
-
-def _one_task(problem: Problem) -> Problem:
-    return dataclasses.replace(
-        problem,
-        support=(problem.support[0][:1], problem.support[1][:1]),
-        query=(problem.query[0][:1], problem.query[1][:1]),
-    )
 
 
 def _settle() -> int:

@@ -62,6 +62,7 @@ def details(c: Comparison) -> tuple[list[str], Rows]:
                 _ratio(o.median_ms / ours) if o.median_ms and ours else "",
                 f"{o.errors.total:.1e}" if o.errors else "",
                 f"{o.errors.worst:.1e} {o.errors.parameter}" if o.errors else "",
+                f"{o.errors.float64:.1e}" if o.errors and o.errors.float64 is not None else "",
                 peak,
                 f"{o.first_s:.1f}" if o.first_s is not None else "",
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -35,15 +36,26 @@ class Problem:
     def tasks(self) -> int:
         return self.support[0].shape[0]
 
+    def first(self, tasks: int) -> Problem:
+        """The same problem with the first ``tasks`` tasks alone."""
+        return self._cut(slice(0, tasks))
+
+    def only(self, task: int) -> Problem:
+        """The same problem with one task alone."""
+        return self._cut(slice(task, task + 1))
+
+    def _cut(self, part: slice) -> Problem:
+        support, query = ((x[part], y[part]) for x, y in (self.support, self.query))
+        return dataclasses.replace(self, support=support, query=query)
+
     def double(self) -> Problem:
         """The same problem in float64."""
 
         def wide(batch: Batch) -> Batch:
             return batch[0].double(), batch[1].double() if batch[1].is_floating_point() else batch[1]
 
-        return Problem(
-            copy.deepcopy(self.model).double(), self.loss, wide(self.support), wide(self.query), self.lr, self.steps
-        )
+        model = copy.deepcopy(self.model).double()
+        return dataclasses.replace(self, model=model, support=wide(self.support), query=wide(self.query))
 
     def nudged(self, seed: int) -> Problem:
         """The same problem with every weight moved by about a unit in its last place."""
@@ -53,7 +65,7 @@ class Problem:
             for p in model.parameters():
                 unit = torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1)
                 p.mul_(1 + unit)
-        return Problem(model, self.loss, self.support, self.query, self.lr, self.steps, self.note)
+        return dataclasses.replace(self, model=model)
 
 
 @dataclass(frozen=True)
