@@ -1,0 +1,1 @@
+"""Meta-learning algorithms: configuration and meta-parameters over one engine."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,16 +11,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.algorithms.adapted import AdaptedModel
+from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_steps, select_parameters
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
 from fastmeta.engine.function import MetaStep, Step
 from fastmeta.engine.objective import Objective
+from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.unroll import adjoint, unroll
-from fastmeta.engine.work import Work, require_finite
-from fastmeta.inner.sgd import Rate, Rates
+from fastmeta.engine.work import Work
+from fastmeta.inner.rates import Rate, Rates, RateTable
 from fastmeta.tasks.batch import TaskBatch
 
 Engine = Literal["auto", "program", "autodiff"]
@@ -106,7 +107,7 @@ class MAML(nn.Module):
         if isinstance(loss, nn.Module):
             self.loss = loss
         self.lr = _register_rates(lr)
-        self.steps = _checked_steps(steps)
+        self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
         self.update_running_stats = update_running_stats
@@ -132,11 +133,10 @@ class MAML(nn.Module):
         work, programs = self._prepare(tasks, steps, need_query=True)
         if programs is None:
             return self._autodiff(work)
-        assert programs.query is not None
-        step = Step(work, programs.support, programs.query, [])
+        step = Step(work, *programs.both, [])
         loss, task_losses, support_losses, *leaves = MetaStep.apply(step, work.alpha, *work.parameters.values())
-        self._follow(programs.query, work, step.mutations)
-        return MetaOutput(loss, task_losses, _outputs(programs, leaves), support_losses)
+        self._follow(step.query, work, step.mutations)
+        return MetaOutput(loss, task_losses, _outputs(step.query, leaves), support_losses)
 
     def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean query loss and its meta-gradient, without autograd in between.
@@ -161,20 +161,17 @@ class MAML(nn.Module):
             return out.loss.detach(), {
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
-        assert programs.query is not None
+        support, query = programs.both
         learned = work.alpha.requires_grad
         with torch.no_grad():
-            trajectory = unroll(
-                work, programs.support, programs.query, keep_tapes=not work.first_order, keep_gradients=learned
-            )
-            assert trajectory.query is not None
-            losses = trajectory.query.loss
+            trajectory = unroll(work, support, query, keep_tapes=not work.first_order, keep_gradients=learned)
+            losses = trajectory.evaluated.loss
             d_loss = torch.full_like(losses, 1 / losses.shape[0])
-            result = adjoint(work, programs.support, programs.query, trajectory, d_loss)
-            self._follow(programs.query, work, trajectory.mutations)
+            result = adjoint(work, support, query, trajectory, d_loss)
+            self._follow(query, work, trajectory.mutations)
         gradients: dict[str, Tensor] = {}
         adapted = dict(zip(work.packing.names, work.packing.unpack_shared(result.theta), strict=True))
-        outer = dict(zip(programs.query.outer, result.outer, strict=True))
+        outer = dict(zip(query.outer, result.outer, strict=True))
         for name, parameter in work.parameters.items():
             if parameter.requires_grad:
                 g = adapted.get(name) if name in adapted else outer.get(name)
@@ -208,11 +205,7 @@ class MAML(nn.Module):
                 phi, losses = result.phi, result.support_losses
             else:
                 trajectory = unroll(work, programs.support, None, keep_tapes=False, keep_gradients=False)
-                losses = trajectory.support_losses
-                if trajectory.phi is None:
-                    phi = work.packing.pack_shared(work.theta).expand(tasks.size, -1)
-                else:
-                    phi = trajectory.phi
+                phi, losses = trajectory.phi, trajectory.support_losses
         adapted = dict(zip(work.packing.names, work.packing.unpack(phi.contiguous()), strict=True))
         return AdaptedModel(self.model, adapted, losses, single=single)
 
@@ -243,7 +236,7 @@ class MAML(nn.Module):
             raise ValueError("MAML: tasks must have a query set, got None")
         parameters = self._objective.parameters()
         packing = self._packing(parameters)
-        count = self.steps if steps is None else _checked_steps(steps)
+        count = self.steps if steps is None else checked_steps(steps)
         theta = [parameters[name] for name in packing.names]
         if len({(p.dtype, p.device) for p in theta}) > 1:
             raise ValueError("MAML: adapting parameters must share one dtype and device; choose them by parameters=")
@@ -261,12 +254,12 @@ class MAML(nn.Module):
             self.first_order,
             self.check_finite,
         )
-        _check_tensors(work)
+        check_tensors(work, self.engine)
         programs = self._programs(work)
         if programs is not None:
             if check_unused and not self.allow_unused and count and programs.support.unused:
                 raise autodiff.unused_error(programs.support.unused)
-            _check_masks(work, programs)
+            check_masks(work, programs)
         return work, programs
 
     def _programs(self, work: Work) -> Programs | None:
@@ -286,7 +279,7 @@ class MAML(nn.Module):
             self._compiler.compile(work)
         except NotTraceable as reason:
             return str(reason)
-        raise AssertionError("the work can be compiled")
+        raise RuntimeError("MAML: autodiff ran although the program could be compiled")
 
     def _autodiff(self, work: Work) -> MetaOutput:
         result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
@@ -297,111 +290,39 @@ class MAML(nn.Module):
             if reason not in self._warned:
                 self._warned.add(reason)
                 warnings.warn(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
-        assert result.task_losses is not None
-        return MetaOutput(result.task_losses.mean(), result.task_losses, result.outputs, result.support_losses)
+        return MetaOutput(result.evaluated.mean(), result.evaluated, result.outputs, result.support_losses)
 
-    def _follow(self, program: Any, work: Work, mutations: list[dict[str, Tensor]]) -> None:
+    def _follow(self, program: Program, work: Work, mutations: list[dict[str, Tensor]]) -> None:
         if self.update_running_stats and mutations:
             with torch.no_grad():
                 _write_buffers(self._objective.buffers(), running_stats.updated(program, work.buffers, mutations))
         mutations.clear()
 
     def _packing(self, parameters: Mapping[str, nn.Parameter]) -> Packing:
-        names = _select(parameters, self._selection)
+        names = select_parameters(parameters, self._selection)
         if not names:
             raise ValueError("MAML: at least one parameter must adapt, got none; check requires_grad and parameters=")
         return Packing.of({name: parameters[name] for name in names})
 
     def _rates_of(self, packing: Packing) -> Rates:
-        return Rates(self.lr.as_mapping() if isinstance(self.lr, _RateTable) else self.lr, packing)
+        return Rates(self.lr.as_mapping() if isinstance(self.lr, RateTable) else self.lr, packing)
 
     def _learned_rates(self) -> dict[str, Tensor]:
-        if isinstance(self.lr, _RateTable):
+        if isinstance(self.lr, RateTable):
             table = self.lr.as_mapping()
             return {f"lr.{n}": v for n, v in table.items() if isinstance(v, Tensor) and v.requires_grad}
         return {"lr": self.lr} if isinstance(self.lr, Tensor) and self.lr.requires_grad else {}
 
 
-class _RateTable(nn.Module):
-    """Rates by parameter name; those that are parameters are registered, under names without dots."""
-
-    def __init__(self, rates: Mapping[str, float | Tensor]) -> None:
-        super().__init__()
-        self._names = {name: name.replace(".", "/") for name in rates}
-        for name, value in rates.items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(self._names[name], value)
-            elif isinstance(value, Tensor) and not value.requires_grad:
-                self.register_buffer(self._names[name], value)
-            else:
-                self.__dict__[self._names[name]] = value
-
-    def as_mapping(self) -> dict[str, float | Tensor]:
-        """Rates by the parameters' own names."""
-        return {name: getattr(self, key) for name, key in self._names.items()}
-
-
 def _register_rates(lr: Rate) -> Any:
-    return _RateTable(lr) if isinstance(lr, Mapping) else lr
+    return RateTable(lr) if isinstance(lr, Mapping) else lr
 
 
-def _checked_steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"MAML: steps must be an int, got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"MAML: steps must not be negative, got {steps}")
-    return steps
-
-
-def _select(
-    parameters: Mapping[str, nn.Parameter], selection: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
-) -> list[str]:
-    if selection is None:
-        return [n for n, p in parameters.items() if p.requires_grad and not n.startswith("loss.")]
-    if callable(selection):
-        return [n for n, p in parameters.items() if selection(n, p)]
-    patterns = [selection] if isinstance(selection, str) else list(selection)
-    unmatched = [s for s in patterns if not any(fnmatchcase(name, s) for name in parameters)]
-    if unmatched:
-        raise ValueError(f"MAML: parameters must name parameters of the model, got {unmatched}; known: {list(parameters)}")
-    return [name for name in parameters if any(fnmatchcase(name, s) for s in patterns)]
-
-
-def _check_tensors(work: Work) -> None:
-    """Device, dtype, grad and finiteness of what comes in."""
-    dtypes = {p.dtype for p in work.parameters.values() if p.is_floating_point()}
-    device = work.theta[0].device
-    for name, tree in (("support", work.support), ("query", work.query)):
-        for leaf in pytree.tree_leaves(tree):
-            if not isinstance(leaf, Tensor):
-                continue
-            if leaf.device != device:
-                raise ValueError(f"MAML: {name} must be on the model's device {device}, got {leaf.device}; use tasks.to")
-            if leaf.is_floating_point() and len(dtypes) == 1 and leaf.dtype not in dtypes:
-                raise TypeError(
-                    f"MAML: {name} must have the model's dtype {dtypes.pop()}, got {leaf.dtype}; use tasks.to(dtype=...)"
-                )
-            if work.check_finite and leaf.is_floating_point():
-                bad = torch.where(torch.isfinite(leaf).flatten(1).all(1), 0.0, torch.nan)
-                require_finite(bad, f"values of {name}")
-
-
-def _check_masks(work: Work, programs: Programs) -> None:
-    """Batch norm sees padded samples, weights or not: zero weights would be silently wrong."""
-    for name, tree, program in (("support", work.support, programs.support), ("query", work.query, programs.query)):
-        if program is not None and isinstance(tree, tuple) and len(tree) == 3 and program.batch_statistics:
-            if bool((tree[2] == 0).any()):
-                raise ValueError(
-                    f"MAML: {name} has zero weights, but batch norm would count the masked samples in its statistics; "
-                    "use tasks of equal size, or layer or group norm"
-                )
-
-
-def _outputs(programs: Programs, leaves: list[Tensor]) -> Any:
-    assert programs.query is not None
-    spec = programs.query.graph.outputs_spec
+def _outputs(query: Program, leaves: list[Tensor]) -> Any:
     given = iter(leaves)
-    return pytree.tree_unflatten([next(given) if kept else None for kept in programs.query.graph.outputs_kept], spec)
+    return pytree.tree_unflatten(
+        [next(given) if kept else None for kept in query.graph.outputs_kept], query.graph.outputs_spec
+    )
 
 
 def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,1 @@
+"""A meta-step as data flow: trace, plan, program, execute; unroll, then adjoint."""

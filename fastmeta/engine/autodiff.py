@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastmeta.core.packing import Packing
-from fastmeta.engine.work import Work, require_finite, task_of
+from fastmeta.engine.work import Work, task_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,13 @@ class AutodiffResult:
     support_losses: Tensor
     phi: Tensor
     buffers: dict[str, Tensor]
+
+    @property
+    def evaluated(self) -> Tensor:
+        """The task losses, where there was a query."""
+        if self.task_losses is None:
+            raise RuntimeError("autodiff: query must have been evaluated, got a run that only adapts")
+        return self.task_losses
 
 
 def run(work: Work, *, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:

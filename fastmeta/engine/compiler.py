@@ -22,6 +22,13 @@ class Programs:
     support: Program
     query: Program | None
 
+    @property
+    def both(self) -> tuple[Program, Program]:
+        """Both programs, where the work has a query set."""
+        if self.query is None:
+            raise RuntimeError("programs: query must be compiled, got a work without query set")
+        return self.support, self.query
+
 
 class Compiler:
     """Cache of graphs by what a trace depends on, and of programs by what a plan depends on.
@@ -54,7 +61,9 @@ class Compiler:
         plan_key = (key, work.packing.names, work.outer_names)
         program = self._programs.get(plan_key)
         if program is None:
-            program = self._programs[plan_key] = plan(self._graph(work, batch, key), work.packing.names, work.outer_names)
+            program = self._programs[plan_key] = plan(
+                self._graph(work, batch, key), work.packing.names, work.outer_names
+            )
         return program
 
     def _graph(self, work: Work, batch: Any, key: Any) -> Graph:
@@ -75,7 +84,7 @@ class Compiler:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return (
             str(spec),
-            tuple(_kind(leaf)[1:] + (leaf.shape[1:],) for leaf in leaves),
+            tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
             tuple(_kind(p) for p in work.parameters.values()),
             tuple(_kind(b) for b in work.buffers.values()),
             work.objective.modes(),

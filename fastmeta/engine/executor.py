@@ -84,9 +84,7 @@ def forward(
                 x[position] = x[position].unsqueeze(0).expand(tasks, *x[position].shape)
             y, kept = instruction.op.forward(x)
         saved.append(kept)
-        for slot, value in zip(instruction.outputs, y, strict=True):
-            if value is not None:
-                values[slot] = value
+        values.update((slot, v) for slot, v in zip(instruction.outputs, y, strict=True) if v is not None)
     tasked = program.tasked(first)
 
     def per_task(slot: int) -> Tensor:
@@ -136,7 +134,9 @@ def backward(
     return _gradients(program, tape, cotangents, outer)
 
 
-def hessian_vector_product(program: Program, tape: Tape, direction: Sequence[Tensor], *, outer: bool = True) -> Gradients:
+def hessian_vector_product(
+    program: Program, tape: Tape, direction: Sequence[Tensor], *, outer: bool = True
+) -> Gradients:
     """Tangent of :func:`backward`'s gradients in direction ``phi_dot = direction``, forward over reverse.
 
     One tangent-forward and one tangent-backward over the tape: ``H u`` for the adapting parameters, and
@@ -149,9 +149,7 @@ def hessian_vector_product(program: Program, tape: Tape, direction: Sequence[Ten
         outer: whether the others' term is wanted.
     """
     graph = program.graph
-    dots: dict[int, Tensor] = {
-        graph.parameters[name]: u for name, u in zip(program.adapted, direction, strict=True)
-    }
+    dots: dict[int, Tensor] = {graph.parameters[name]: u for name, u in zip(program.adapted, direction, strict=True)}
     saved_dots: list[Tensors | None] = []
     for i, instruction in enumerate(program.instructions):
         x_dot = tuple(dots.get(slot) for slot in instruction.inputs)
@@ -160,9 +158,7 @@ def hessian_vector_product(program: Program, tape: Tape, direction: Sequence[Ten
             continue
         y_dot, kept = instruction.op.tangent(tape.saved[i], x_dot)
         saved_dots.append(kept)
-        for slot, value in zip(instruction.outputs, y_dot, strict=True):
-            if value is not None:
-                dots[slot] = value
+        dots.update((slot, v) for slot, v in zip(instruction.outputs, y_dot, strict=True) if v is not None)
     cotangents: dict[int, Tensor] = {}
     for i in range(len(program.instructions) - 1, -1, -1):
         instruction = program.instructions[i]

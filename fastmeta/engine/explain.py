@@ -41,6 +41,20 @@ class Row:
     cotangents: int
     reason: str
 
+    def cells(self) -> tuple[str, ...]:
+        """The row as the table shows it."""
+        return (
+            self.module,
+            self.op,
+            "x".join(map(str, self.shape)),
+            self.plan,
+            self.backend,
+            f"{self.flops / 1e6:.1f}",
+            f"{self.saved / 1024:.1f}",
+            f"{self.cotangents / 1024:.1f}",
+            self.reason,
+        )
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -73,24 +87,15 @@ class Explanation:
         return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
-        head = f"{self.engine} engine: {self.tasks} tasks, {self.steps} inner steps, {self.parameters} adapting elements"
+        head = (
+            f"{self.engine} engine: {self.tasks} tasks, {self.steps} inner steps, {self.parameters} adapting elements"
+        )
         if self.engine == "autodiff":
             return f"{head}\nwhy not the program: {self.reason}\nkept: autograd's graph of the whole loop"
-        table = [("module", "op", "one task's result", "plan", "backend", "MFLOP", "saved KiB", "cotangents KiB", "why")]
-        for row in self.rows:
-            table.append(
-                (
-                    row.module,
-                    row.op,
-                    "x".join(map(str, row.shape)),
-                    row.plan,
-                    row.backend,
-                    f"{row.flops / 1e6:.1f}",
-                    f"{row.saved / 1024:.1f}",
-                    f"{row.cotangents / 1024:.1f}",
-                    row.reason,
-                )
-            )
+        table: list[tuple[str, ...]] = [
+            ("module", "op", "one task's result", "plan", "backend", "MFLOP", "saved KiB", "cotangents KiB", "why")
+        ]
+        table.extend(row.cells() for row in self.rows)
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
         kept = ", ".join(f"{name} {size / 1024:.1f} KiB" for name, size in self.kept.items())
@@ -126,9 +131,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         kept["fast weights"] = work.packing.size * work.tasks * tape.loss.element_size()
     if work.alpha.requires_grad:
         kept["gradients"] = work.packing.size * work.tasks * tape.loss.element_size()
-    return Explanation(
-        "program", "", work.tasks, work.steps, work.packing.size, tuple(rows), kept
-    )
+    return Explanation("program", "", work.tasks, work.steps, work.packing.size, tuple(rows), kept)
 
 
 def _row(work: Work, instruction: Instruction, saved: int, cotangents: int) -> Row:

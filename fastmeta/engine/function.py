@@ -44,8 +44,7 @@ class MetaStep(torch.autograd.Function):
             keep_tapes=wanted and not work.first_order,
             keep_gradients=ctx.needs_input_grad[1],
         )
-        query = trajectory.query
-        assert query is not None
+        query = trajectory.evaluated
         step.mutations = trajectory.mutations
         outputs = query.outputs
         if wanted:
@@ -54,9 +53,7 @@ class MetaStep(torch.autograd.Function):
             ctx.tensors = [isinstance(leaf, Tensor) for leaf in leaves]
             ctx.save_for_backward(*parameters, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
             ctx.step, ctx.count = step, len(parameters)
-        ctx.mark_non_differentiable(
-            trajectory.support_losses, *(o for o in outputs if not o.is_floating_point())
-        )
+        ctx.mark_non_differentiable(trajectory.support_losses, *(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         outputs = tuple(o.view_as(o) for o in outputs)
         return query.loss.mean(), query.loss.clone(), trajectory.support_losses, *outputs
@@ -79,7 +76,7 @@ class MetaStep(torch.autograd.Function):
         leaves = [next(kept) if is_tensor else None for is_tensor in ctx.tensors]
         states, gradients, (loss,) = pytree.tree_unflatten(leaves, ctx.spec)
         tapes = [_tape(state, first=k == 0, loss=loss) for k, state in enumerate(states[:-1])]
-        trajectory = Trajectory(None, loss, tapes, gradients, _tape(states[-1], first=work.steps == 0, loss=loss))
+        trajectory = Trajectory(loss, loss, tapes, gradients, _tape(states[-1], first=work.steps == 0, loss=loss))
         d_mean, d_tasks, _, *d_outputs = cotangents
         d_loss = torch.zeros_like(loss) if d_tasks is None else d_tasks
         if d_mean is not None:

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -66,7 +65,6 @@ class Objective:
             )
         return loss, outputs
 
-
     def _places(self, named: Callable[..., Iterator[tuple[str, Tensor]]]) -> list[tuple[str, str]]:
         """Every place that holds a tensor, once, with the one name under which the tensor is known.
 
@@ -118,11 +116,11 @@ def _weighted(loss: Loss, outputs: Any, targets: Any, weights: Tensor) -> Tensor
     """``sum(w * l) / sum(w)`` over per-sample losses ``l``."""
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
         reduction = loss.reduction
-        loss.reduction = "none"
+        setattr(loss, "reduction", "none")  # noqa: B010  a plain attribute that nn.Module's types do not know
         try:
             losses = loss(outputs, targets)
         finally:
-            loss.reduction = reduction
+            setattr(loss, "reduction", reduction)  # noqa: B010
     elif "reduction" in _parameter_names(loss):
         losses = loss(outputs, targets, reduction="none")
     else:

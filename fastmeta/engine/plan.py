@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import fastmeta.ops.catalogue  # noqa: F401  fills the registry
 from fastmeta.core.task_op import Need, TaskOp, Unsupported, registry
 from fastmeta.engine.program import Instruction, Program, Route
 from fastmeta.engine.trace import Graph, Node, NotTraceable
-import fastmeta.ops.catalogue  # noqa: F401  fills the registry
 from fastmeta.ops.generic import GenericOp
 
 

@@ -8,9 +8,7 @@ from torch import Tensor
 from fastmeta.engine.program import Program
 
 
-def updated(
-    program: Program, buffers: dict[str, Tensor], mutations: list[dict[str, Tensor]]
-) -> dict[str, Tensor]:
+def updated(program: Program, buffers: dict[str, Tensor], mutations: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """New values of the buffers that the forward pass updates.
 
     Every pass of every task started from the same ``r_0``; its new value ``a r_0 + b_i`` tells its contribution

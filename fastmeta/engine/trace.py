@@ -111,7 +111,7 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
                 raise
             raise NotTraceable(_first_line(error)) from error
         except Exception as error:  # export reports an untraceable model by many types
-            raise NotTraceable(_first_line(error)) from error
+            raise NotTraceable(root.notes.lost[0] if root.notes.lost else _first_line(error)) from error
     graph = _convert(exported, list(parameters), list(buffers), len(leaves))
     graph.outputs_spec, graph.outputs_kept = root.notes.outputs_spec, root.notes.outputs_kept
     return graph

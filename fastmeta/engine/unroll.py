@@ -22,7 +22,7 @@ class Trajectory:
     """What the unroll leaves: results, and what the adjoint needs.
 
     Attributes:
-        phi: adapted parameters after K steps, packed ``[T, P]``, or ``None`` after zero steps.
+        phi: adapted parameters after K steps, packed ``[T, P]``.
         support_losses: ``[K, T]``, each before its step.
         tapes: one a step, if kept: operands and cotangents of every operation.
         gradients: ``g_k`` packed ``[T, P]``, one a step, if kept (for rates that are learned).
@@ -30,12 +30,19 @@ class Trajectory:
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
     """
 
-    phi: Tensor | None
+    phi: Tensor
     support_losses: Tensor
     tapes: list[Tape] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     query: Tape | None = None
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> Tape:
+        """The query pass, where there was one."""
+        if self.query is None:
+            raise RuntimeError("trajectory: query must have been evaluated, got an unroll that only adapts")
+        return self.query
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,8 @@ def unroll(
     support_data, tasks = pytree.tree_leaves(work.support), work.tasks
     fixed = _fixed_state(work)
     adapted: Sequence[Tensor] = work.theta
-    packed = work.packing.pack_shared(adapted).expand(tasks, -1) if work.steps else None
-    losses, trajectory = [], Trajectory(None, torch.empty(0))
+    packed = work.packing.pack_shared(adapted).expand(tasks, -1)
+    losses, trajectory = [], Trajectory(packed, packed)
     for k in range(work.steps):
         tape = executor.forward(support, adapted, fixed, support_data, first=k == 0)
         if work.check_finite:
@@ -103,14 +110,14 @@ def adjoint(
 
     Args:
         work: the meta-step.
-        support, query: its programs.
+        support: its program at the support shapes.
+        query: its program at the query shapes.
         trajectory: of :func:`unroll`, with tapes unless first order.
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
     """
     rule, packing = SGD(work.alpha, work.segments), work.packing
-    assert trajectory.query is not None
-    gradients = executor.backward(query, trajectory.query, d_loss, d_outputs)
+    gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs)
     lam, outer = packing.pack(gradients.adapted), list(gradients.outer)
     d_alpha: list[Tensor] = []
     for k in range(work.steps - 1, -1, -1):

@@ -121,7 +121,9 @@ def _check_leaves(name: str, tree: Any, size: int | None) -> int:
     if expected == 0:
         raise ValueError(f"TaskBatch: {name} must hold at least one task, got a leading axis of 0")
     if any(leaf.dim() > 1 and leaf.shape[1] == 0 for leaf in leaves):
-        raise ValueError(f"TaskBatch: {name} must hold at least one sample a task, got {[tuple(x.shape) for x in leaves]}")
+        raise ValueError(
+            f"TaskBatch: {name} must hold at least one sample a task, got {[tuple(x.shape) for x in leaves]}"
+        )
     devices = {leaf.device for leaf in leaves}
     if len(devices) > 1:
         raise ValueError(f"TaskBatch: every tensor of {name} must be on one device, got {sorted(map(str, devices))}")
@@ -132,7 +134,9 @@ def _stack(name: str, sets: list[Any]) -> Any:
     flat = [pytree.tree_flatten(s) for s in sets]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
-        raise ValueError(f"TaskBatch.stack: every task's {name} must have the same structure, got {[s for _, s in flat]}")
+        raise ValueError(
+            f"TaskBatch.stack: every task's {name} must have the same structure, got {[s for _, s in flat]}"
+        )
     columns = list(zip(*[leaves for leaves, _ in flat], strict=True))
     for column in columns:
         if not all(isinstance(leaf, Tensor) and leaf.dim() >= 1 for leaf in column):
@@ -148,7 +152,9 @@ def _stack(name: str, sets: list[Any]) -> Any:
         )
     padded = []
     for column in columns:
-        if [leaf.shape[0] for leaf in column] != counts or any(leaf.shape[1:] != column[0].shape[1:] for leaf in column):
+        if [leaf.shape[0] for leaf in column] != counts or any(
+            leaf.shape[1:] != column[0].shape[1:] for leaf in column
+        ):
             raise ValueError(
                 f"TaskBatch.stack: tensors of {name} may differ in the number of samples only, "
                 f"got {[tuple(leaf.shape) for leaf in column]}"

@@ -66,7 +66,10 @@ def test_float32_is_as_good_as_pytorchs_own(name: str, steps: int) -> None:
     model = case.model()
     double = copy.deepcopy(model).double()
     support, query = case.tasks(torch.float64)
-    single = [(x.float() if x.is_floating_point() else x, y.float() if y.is_floating_point() else y) for x, y in (support, query)]
+    single = [
+        (x.float() if x.is_floating_point() else x, y.float() if y.is_floating_point() else y)
+        for x, y in (support, query)
+    ]
     truth = oracle(double, case, support, query, steps)[3]
     theirs = oracle(model, case, *single, steps)[3]
     _, ours = fm.MAML(model, case.loss, lr=case.lr, steps=steps, engine="program").value_and_grad(fm.TaskBatch(*single))
@@ -136,7 +139,9 @@ def test_any_function_of_the_outputs_can_be_differentiated() -> None:
     def gradients(engine: str) -> dict[str, torch.Tensor]:
         out = fm.MAML(model, case.loss, lr=case.lr, steps=2, engine=engine)(tasks)
         value = (out.task_losses * weights).sum() + F.softmax(out.logits, -1).square().sum()
-        return dict(zip(dict(model.named_parameters()), torch.autograd.grad(value, list(model.parameters())), strict=True))
+        return dict(
+            zip(dict(model.named_parameters()), torch.autograd.grad(value, list(model.parameters())), strict=True)
+        )
 
     assert relative_error(gradients("program"), gradients("autodiff")) <= EXACT
 
@@ -153,7 +158,9 @@ def test_a_third_derivative_raises() -> None:
 
 def test_the_autodiff_engine_has_a_third_derivative() -> None:
     model = nn.Linear(1, 1, bias=False).double()
-    tasks = fm.TaskBatch((torch.ones(1, 1, 1).double(), torch.zeros(1, 1, 1).double()), (torch.ones(1, 1, 1).double(),) * 2)
+    tasks = fm.TaskBatch(
+        (torch.ones(1, 1, 1).double(), torch.zeros(1, 1, 1).double()), (torch.ones(1, 1, 1).double(),) * 2
+    )
     maml = fm.MAML(model, lambda o, t: (o - t).pow(4).mean(), lr=0.01, engine="autodiff")
     w = model.weight
 

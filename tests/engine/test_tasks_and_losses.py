@@ -92,7 +92,8 @@ def test_unequal_tasks_are_padded_and_masked_exactly() -> None:
         for n, m in ((5, 6), (2, 6), (4, 3))
     ]
     batch = fm.TaskBatch.stack(tasks)
-    assert len(batch.support) == 3 and batch.support[2].sum(1).tolist() == [5, 2, 4]
+    assert len(batch.support) == 3
+    assert batch.support[2].sum(1).tolist() == [5, 2, 4]
     one_by_one = []
     for support, query in tasks:
         lone = [tuple(x[None] for x in s) for s in (support, query)]
@@ -109,7 +110,8 @@ def _weighted(outputs, targets, weights):
 def test_equal_tasks_are_stacked_without_weights() -> None:
     support, query = sets()
     batch = fm.TaskBatch.stack([fm.TaskBatch(support, query).task(t) for t in range(T)])
-    assert len(batch.support) == 2 and torch.equal(batch.query[0], query[0])
+    assert len(batch.support) == 2
+    assert torch.equal(batch.query[0], query[0])
 
 
 def test_padding_under_batch_norm_raises() -> None:

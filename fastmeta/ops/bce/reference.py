@@ -1,6 +1,8 @@
-"""Binary cross-entropy on logits ``z`` with targets ``y``, weights ``w`` and positive weights ``q``, per element:
+"""Binary cross-entropy on logits, per element.
 
-``l = w ((1 - y) z + (1 + (q - 1) y) softplus(-z))``.
+With logits ``z``, targets ``y``, weights ``w`` and positive weights ``q``::
+
+    l = w ((1 - y) z + (1 + (q - 1) y) softplus(-z))
 
 ``l`` is linear in ``y``; the derivatives below are all there are up to second order.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from fastmeta.ops.conv2d.reference import Geometry
 
 @registry.register
 class Conv2d(TaskOp):
-    """``y = x * W + b`` on ``x [T, N, I, H, W]``; saves input and weight.
+    """``y = x * W + b`` on ``x [T, N, I, H, W]``; saves the input (as images or as patches) and the weight.
 
     Raises:
         Unsupported: an image without batch axis, mixed dtypes, or ``padding="same"`` that is not symmetric.
@@ -24,7 +23,7 @@ class Conv2d(TaskOp):
     name: ClassVar[str] = "conv2d"
     targets: ClassVar[tuple[str, ...]] = ("aten.conv2d.default", "aten.conv2d.padding")
     shares: ClassVar[tuple[str, ...]] = ("weight", "bias")
-    saved_names: ClassVar[tuple[str, ...]] = ("input", "weight")
+    saved_names: ClassVar[tuple[str, ...]] = ("input or patches", "weight")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -32,23 +31,25 @@ class Conv2d(TaskOp):
             raise Unsupported("conv2d: an image without batch axis")
         if len({i.dtype for i in call.inputs}) > 1:
             raise Unsupported("conv2d: input, weight and bias must have one dtype")
-        self.weight_shape = call["weight"].shape
+        weight_shape = tuple(call["weight"].shape)
         stride, dilation = _pair(call["stride"]), _pair(call["dilation"])
-        padding = _padding(call["padding"], self.weight_shape[2:], dilation)
-        self.geometry = Geometry(stride, padding, dilation, call["groups"])
+        padding = _padding(call["padding"], weight_shape[2:], dilation)
+        shapes = tuple(call["input"].shape), weight_shape, tuple(call.outputs[0].shape)
+        self.geometry = Geometry(stride, padding, dilation, call["groups"], *shapes)
         self.has_bias = call["bias"] is not None
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        y = reference.forward(x[0], x[1], x[2] if self.has_bias else None, self.geometry)
-        return (y,), (x[0], x[1])
+        kept = reference.keep(x[0], self.geometry)
+        y = reference.forward(kept, x[1], x[2] if self.has_bias else None, self.geometry)
+        return (y,), (kept, x[1])
 
     def backward(self, saved: tuple[Any, ...], d_y: Tensors, need: Sequence[Need]) -> Tensors:
         x, weight = saved
         d, geometry = d_y[0], self.geometry
         if d is None:
             return (None,) * len(self.call.inputs)
-        d_x = reference.input_cotangent(d, x, weight, geometry) if need[0] else None
-        d_w = reference.weight_cotangent(d, x, weight, geometry, need[1] is Need.SHARED) if need[1] else None
+        d_x = reference.input_cotangent(d, weight, geometry) if need[0] else None
+        d_w = reference.weight_cotangent(d, x, geometry, need[1] is Need.SHARED) if need[1] else None
         return self._results(d_x, d_w, d, need)
 
     def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
@@ -68,15 +69,14 @@ class Conv2d(TaskOp):
         d, d_dot, geometry = d_y[0], d_y_dot[0], self.geometry
         d_x_dot = d_w_dot = None
         if need[0]:
-            d_x_dot = reference.input_cotangent_dot(d, d_dot, x, weight, weight_dot, geometry)
+            d_x_dot = reference.input_cotangent_dot(d, d_dot, weight, weight_dot, geometry)
         if need[1]:
             shared = need[1] is Need.SHARED
-            d_w_dot = reference.weight_cotangent_dot(d, d_dot, x, x_dot, weight, geometry, shared)
+            d_w_dot = reference.weight_cotangent_dot(d, d_dot, x, x_dot, geometry, shared)
         return self._results(d_x_dot, d_w_dot, d_dot, need)
 
     def flops(self) -> int:
-        n, _, height, width = self.call.outputs[0].shape
-        return 2 * n * height * width * math.prod(self.weight_shape)
+        return self.geometry.flops
 
     def _results(self, d_x: Tensor | None, d_w: Tensor | None, d: Tensor | None, need: Sequence[Need]) -> Tensors:
         if not self.has_bias:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def align(value: Tensor, axes: int) -> Tensor:
-    """Insert axes of one behind the task axis until there are ``axes``, so that batch axes broadcast as one task's do."""
+    """Insert axes of one behind the task axis until there are ``axes``: batch axes then broadcast as one task's do."""
     missing = axes - value.dim()
     return value if missing <= 0 else value.reshape(value.shape[0], *[1] * missing, *value.shape[1:])
 

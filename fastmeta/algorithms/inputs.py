@@ -1,0 +1,77 @@
+"""Checks of what a caller hands to an algorithm, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastmeta.engine.compiler import Programs
+from fastmeta.engine.work import Work, require_finite
+
+
+def checked_steps(steps: int) -> int:
+    """The number of inner steps, if it is one."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"MAML: steps must be an int, got {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"MAML: steps must not be negative, got {steps}")
+    return steps
+
+
+def select_parameters(
+    parameters: Mapping[str, nn.Parameter], selection: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+) -> list[str]:
+    """Names of the parameters that adapt, by names, ``fnmatch`` patterns or a predicate."""
+    if selection is None:
+        return [n for n, p in parameters.items() if p.requires_grad and not n.startswith("loss.")]
+    if callable(selection):
+        return [n for n, p in parameters.items() if selection(n, p)]
+    patterns = [selection] if isinstance(selection, str) else list(selection)
+    unmatched = [s for s in patterns if not any(fnmatchcase(name, s) for name in parameters)]
+    if unmatched:
+        raise ValueError(
+            f"MAML: parameters must name parameters of the model, got {unmatched}; known: {list(parameters)}"
+        )
+    return [name for name in parameters if any(fnmatchcase(name, s) for s in patterns)]
+
+
+def check_tensors(work: Work, engine: str) -> None:
+    """Device, dtype, grad and finiteness of what comes in."""
+    dtypes = {p.dtype for p in work.parameters.values() if p.is_floating_point()}
+    device = work.theta[0].device
+    for name, tree in (("support", work.support), ("query", work.query)):
+        for leaf in pytree.tree_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf.device != device:
+                raise ValueError(
+                    f"MAML: {name} must be on the model's device {device}, got {leaf.device}; use tasks.to"
+                )
+            if leaf.is_floating_point() and len(dtypes) == 1 and leaf.dtype not in dtypes:
+                raise TypeError(
+                    f"MAML: {name} must have the model's dtype {dtypes.pop()}, got {leaf.dtype}; "
+                    "use tasks.to(dtype=...)"
+                )
+            if leaf.requires_grad and engine != "autodiff" and torch.is_grad_enabled():
+                raise ValueError(
+                    f"MAML: {name} must not require grad, because the program gives no gradient to a task's data; "
+                    "detach it, or use engine='autodiff'"
+                )
+            if work.check_finite and leaf.is_floating_point():
+                bad = torch.where(torch.isfinite(leaf).flatten(1).all(1), 0.0, torch.nan)
+                require_finite(bad, f"values of {name}")
+
+
+def check_masks(work: Work, programs: Programs) -> None:
+    """Batch norm sees padded samples, weights or not: zero weights would be silently wrong."""
+    for name, tree, program in (("support", work.support, programs.support), ("query", work.query, programs.query)):
+        weighted = isinstance(tree, tuple) and len(tree) == 3
+        if weighted and program is not None and program.batch_statistics and bool((tree[2] == 0).any()):
+            raise ValueError(
+                f"MAML: {name} has zero weights, but batch norm would count the masked samples in its statistics; "
+                "use tasks of equal size, or layer or group norm"
+            )

@@ -1,0 +1,159 @@
+"""To everything in PyTorch that works on gradients, a meta-step is one ordinary function."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+import fastmeta as fm
+from tests.engine.cases import T
+from tests.oracle import relative_error
+
+
+def build() -> tuple[nn.Module, fm.TaskBatch]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    sets = ((torch.randn(T, n, 4, dtype=torch.float64), torch.randint(3, (T, n))) for n in (5, 6))
+    return model, fm.TaskBatch(*sets)
+
+
+def grads(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def test_gradients_accumulate_and_scale() -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    truth = maml.value_and_grad(tasks)[1]
+    (maml(tasks).loss * 1024).backward()
+    maml(tasks).loss.backward()
+    assert relative_error({n: g / 1025 for n, g in grads(model).items()}, truth) <= 1e-12
+
+
+def test_parameter_hooks_and_clipping_see_the_meta_gradient() -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    truth = maml.value_and_grad(tasks)[1]
+    seen = {}
+    for n, p in model.named_parameters():
+        p.register_hook(lambda g, n=n: seen.__setitem__(n, g.clone()))
+    maml(tasks).loss.backward()
+    assert relative_error(seen, truth) <= 1e-12
+    norm = torch.stack([g.norm() for g in truth.values()]).norm()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3) == pytest.approx(float(norm))
+
+
+def test_an_optimizer_lowers_the_meta_loss() -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    optimizer = torch.optim.Adam(maml.parameters(), lr=0.05)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = maml(tasks).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 2
+
+
+def test_retaining_the_graph_and_a_second_backward() -> None:
+    model, tasks = build()
+    out = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)(tasks)
+    out.loss.backward(retain_graph=True)
+    once = {n: g.clone() for n, g in grads(model).items()}
+    out.loss.backward()
+    assert relative_error(grads(model), {n: 2 * g for n, g in once.items()}) <= 1e-12
+    with pytest.raises(RuntimeError, match="second time"):
+        out.loss.backward()
+
+
+def test_saved_tensor_hooks_see_what_is_kept() -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.numel()) or t.numpy(), torch.from_numpy):
+        loss = maml(tasks).loss
+    loss.backward()
+    assert packed
+    assert relative_error(grads(model), maml.value_and_grad(tasks)[1]) <= 1e-12
+
+
+def test_changing_a_parameter_before_backward_raises() -> None:
+    model, tasks = build()
+    loss = fm.MAML(model, F.cross_entropy, lr=0.1)(tasks).loss
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nothing_is_kept_without_gradients_or_after_backward() -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=3)
+    with torch.no_grad():
+        assert not maml(tasks).loss.requires_grad
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(weakref.ref(t)) or t, lambda t: t):
+        out = maml(tasks)
+    out.loss.backward()
+    before = sum(r() is not None for r in kept)
+    gc.collect()
+    fixed = {p.data_ptr() for p in model.parameters()} | {x.data_ptr() for s in (tasks.support, tasks.query) for x in s}
+    alive = [r() for r in kept if r() is not None and r().data_ptr() not in fixed]
+    results = {out.loss.data_ptr(), out.task_losses.data_ptr(), out.logits.data_ptr(), out.support_losses.data_ptr()}
+    assert before < len(kept)
+    assert all(t.data_ptr() in results for t in alive)
+
+
+def test_the_same_numbers_every_time() -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=3)
+    first, second = maml.value_and_grad(tasks)[1], maml.value_and_grad(tasks)[1]
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def _worker(rank: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, tasks = build()
+    wide = fm.TaskBatch(*(tuple(torch.cat([x, x.flip(0)])[:4] for x in s) for s in (tasks.support, tasks.query)))
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    parallel = nn.parallel.DistributedDataParallel(maml)
+    parallel(wide[2 * rank : 2 * rank + 2]).loss.backward()
+    if rank == 0:
+        results.put({n: g.numpy() for n, g in grads(model).items()})
+        results.put(
+            {n: g.numpy() for n, g in fm.MAML(model, F.cross_entropy, lr=0.1, steps=2).value_and_grad(wide)[1].items()}
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel_averages_over_processes(unused_port) -> None:
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_worker, args=(rank, unused_port, results)) for rank in range(2)]
+    for p in processes:
+        p.start()
+    found, truth = ({n: torch.from_numpy(g) for n, g in results.get(timeout=120).items()} for _ in range(2))
+    for p in processes:
+        p.join(60)
+    assert relative_error(found, truth) <= 1e-12
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

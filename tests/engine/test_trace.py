@@ -1,0 +1,181 @@
+"""What cannot be traced runs on autodiff and says why; nothing loses a derivative on the way."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastmeta as fm
+from tests.engine.cases import T
+from tests.oracle import relative_error
+
+
+def sets():
+    return tuple((torch.randn(T, n, 4, dtype=torch.float64), torch.randint(3, (T, n))) for n in (5, 6))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6).double()
+        self.head = nn.Linear(6, 3).double()
+
+
+class Branches(Base):
+    def forward(self, x):
+        h = self.inner(x)
+        return self.head(torch.tanh(h) if h.sum() > 0 else torch.sigmoid(h))
+
+
+class Reads(Base):
+    def forward(self, x):
+        h = self.inner(x)
+        return self.head(h * float(h.detach().abs().max()))
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and passes the gradient through as if it had not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, d):
+        return d
+
+
+class Rounds(Base):
+    def forward(self, x):
+        return self.head(Straight.apply(self.inner(x)))
+
+
+class NoGrad(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            scale = self.inner(x).std()
+        return self.head(self.inner(x) / scale)
+
+
+class Data(Base):
+    def forward(self, x):
+        h = self.inner(x)
+        return self.head(h * h.data.sigmoid())
+
+
+class Hooked(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.register_full_backward_hook(lambda module, d_x, d_y: (2 * d_x[0],))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x)))
+
+
+OUTSIDE = torch.ones(6, dtype=torch.float64, requires_grad=True)
+
+
+class Closure(Base):
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x)) * OUTSIDE)
+
+
+CASES = {
+    Branches: "data-dependent",
+    Reads: "data-dependent",
+    Rounds: "Straight brings its own backward",
+    NoGrad: "no_grad",
+    Data: r"\.data",
+    Hooked: "backward hook",
+    Closure: "neither a parameter",
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_it_runs_on_autodiff_and_names_the_cause_once(kind) -> None:
+    model, tasks = kind(), fm.TaskBatch(*sets())
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    with pytest.warns(UserWarning, match=CASES[kind]):
+        loss = maml(tasks).loss
+    loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maml(tasks)
+    explicit = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, engine="autodiff").value_and_grad(tasks)[1]
+    assert relative_error({n: p.grad for n, p in model.named_parameters()}, explicit) <= 1e-12
+    assert re.search(CASES[kind], str(maml.explain(tasks)))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_program_asked_for_raises_with_the_reason(kind) -> None:
+    maml = fm.MAML(kind(), F.cross_entropy, engine="program")
+    with pytest.raises(RuntimeError, match=CASES[kind]):
+        maml(fm.TaskBatch(*sets()))
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    before = {n: (id(p), p.clone()) for n, p in (*model.named_parameters(), *model.named_buffers())}
+    fm.MAML(model, F.cross_entropy)(fm.TaskBatch(*sets()))
+    for n, t in (*model.named_parameters(), *model.named_buffers()):
+        assert before[n][0] == id(t)
+        assert torch.equal(before[n][1], t)
+    apply = torch.autograd.Function.apply
+    assert apply.__func__ is not None
+    assert Straight.apply(torch.ones(1)).item() == 1
+
+
+def test_detach_blocks_both_derivatives() -> None:
+    class Detaches(Base):
+        def forward(self, x):
+            h = self.inner(x)
+            return self.head(torch.tanh(h) * h.detach().abs())
+
+    model, tasks = Detaches(), fm.TaskBatch(*sets())
+    program = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, engine="program").value_and_grad(tasks)[1]
+    autodiff = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, engine="autodiff").value_and_grad(tasks)[1]
+    assert relative_error(program, autodiff) <= 1e-9
+
+
+def test_noise_differs_between_tasks_and_is_replayed() -> None:
+    class Noisy(Base):
+        def forward(self, x):
+            h = self.inner(x)
+            return self.head(torch.tanh(h + torch.rand_like(h)))
+
+    model = Noisy()
+    one = tuple(tuple(x[:1].expand(T, *x.shape[1:]) for x in s) for s in sets())
+    out = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, engine="program")(fm.TaskBatch(*one))
+    assert out.task_losses.unique().numel() == T
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_new_shapes_are_traced_and_old_ones_remembered() -> None:
+    calls = []
+
+    class Counts(Base):
+        def forward(self, x):
+            calls.append(tuple(x.shape))
+            return self.head(torch.tanh(self.inner(x)))
+
+    maml = fm.MAML(Counts(), F.cross_entropy, engine="program")
+    support, query = sets()
+    maml(fm.TaskBatch(support, query))
+    traced = len(calls)
+    maml(fm.TaskBatch(support, query))
+    maml(fm.TaskBatch(tuple(x[:2] for x in support), tuple(x[:2] for x in query)))
+    assert len(calls) == traced
+    maml(fm.TaskBatch(query, query))
+    assert len(calls) == traced
+    maml(fm.TaskBatch(tuple(x[:, :3] for x in support), query))
+    assert len(calls) > traced
+    traced = len(calls)
+    maml.retrace()
+    maml(fm.TaskBatch(support, query))
+    assert len(calls) > traced
