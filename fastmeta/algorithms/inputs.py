@@ -22,6 +22,17 @@ def checked_steps(steps: int) -> int:
     return steps
 
 
+def checked_chunk_size(chunk_size: int | None) -> int | None:
+    """The number of tasks to run at a time, if it is one."""
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"MAML: chunk_size must be an int or None, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"MAML: chunk_size must be at least 1, got {chunk_size}")
+    return chunk_size
+
+
 def select_parameters(
     parameters: Mapping[str, nn.Parameter], selection: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 ) -> list[str]:

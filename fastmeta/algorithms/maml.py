@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.algorithms.adapted import AdaptedModel
-from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_steps, select_parameters
+from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_chunk_size, checked_steps, select_parameters
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
@@ -20,7 +20,7 @@ from fastmeta.engine.function import MetaStep, Step
 from fastmeta.engine.objective import Objective
 from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
-from fastmeta.engine.unroll import adjoint, unroll
+from fastmeta.engine.unroll import unroll, value_and_gradient
 from fastmeta.engine.work import Work
 from fastmeta.inner.rates import Rate, Rates, RateTable
 from fastmeta.tasks.batch import TaskBatch
@@ -73,6 +73,8 @@ class MAML(nn.Module):
             training mode normalises by the statistics of the set it is given (transductive on the query set).
         check_finite: raise as soon as a tensor of the tasks or a loss is not finite, naming task and step. Costs a
             synchronisation a step on a GPU.
+        chunk_size: run at most so many tasks at a time. By default as many as keep an operation's operands in cache on
+            a CPU. :meth:`value_and_grad` holds the tapes of one chunk only, whatever T is.
         engine: ``"program"`` runs the traced program and raises where that is impossible; ``"autodiff"`` runs plain
             autograd over tasks, to any order; ``"auto"`` takes the program if the model can be traced, and otherwise
             autodiff, with one warning that names the cause.
@@ -94,6 +96,7 @@ class MAML(nn.Module):
         allow_unused: bool = False,
         update_running_stats: bool = False,
         check_finite: bool = False,
+        chunk_size: int | None = None,
         engine: Engine = "auto",
     ) -> None:
         super().__init__()
@@ -112,6 +115,7 @@ class MAML(nn.Module):
         self.allow_unused = allow_unused
         self.update_running_stats = update_running_stats
         self.check_finite = check_finite
+        self.chunk_size = checked_chunk_size(chunk_size)
         self.engine = engine
         self._rates_of(self._packing(self._objective.parameters()))
 
@@ -130,13 +134,13 @@ class MAML(nn.Module):
             ValueError: no query, another device, an unused parameter, a loss or input that is not finite.
             RuntimeError: ``engine="program"`` and the model cannot be traced.
         """
-        work, programs = self._prepare(tasks, steps, need_query=True)
+        work, programs = self._prepare(tasks, steps, differentiate=torch.is_grad_enabled())
         if programs is None:
             return self._autodiff(work)
-        step = Step(work, *programs.both, [])
+        step = Step(work, programs)
         loss, task_losses, support_losses, *leaves = MetaStep.apply(step, work.alpha, *work.parameters.values())
-        self._follow(step.query, work, step.mutations)
-        return MetaOutput(loss, task_losses, _outputs(step.query, leaves), support_losses)
+        self._follow(programs, work, step.mutations)
+        return MetaOutput(loss, task_losses, _outputs(programs.both[1], leaves), support_losses)
 
     def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean query loss and its meta-gradient, without autograd in between.
@@ -152,7 +156,7 @@ class MAML(nn.Module):
         Raises:
             As :meth:`forward`.
         """
-        work, programs = self._prepare(tasks, steps, need_query=True)
+        work, programs = self._prepare(tasks, steps, differentiate=True)
         if programs is None:
             out = self._autodiff(work)
             inputs = {n: p for n, p in work.parameters.items() if p.requires_grad}
@@ -161,17 +165,13 @@ class MAML(nn.Module):
             return out.loss.detach(), {
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
-        support, query = programs.both
         learned = work.alpha.requires_grad
         with torch.no_grad():
-            trajectory = unroll(work, support, query, keep_tapes=not work.first_order, keep_gradients=learned)
-            losses = trajectory.evaluated.loss
-            d_loss = torch.full_like(losses, 1 / losses.shape[0])
-            result = adjoint(work, support, query, trajectory, d_loss)
-            self._follow(query, work, trajectory.mutations)
+            losses, result, mutations = value_and_gradient(work, programs, learned=learned)
+            self._follow(programs, work, mutations)
         gradients: dict[str, Tensor] = {}
         adapted = dict(zip(work.packing.names, work.packing.unpack_shared(result.theta), strict=True))
-        outer = dict(zip(query.outer, result.outer, strict=True))
+        outer = dict(zip(programs.both[1].outer, result.outer, strict=True))
         for name, parameter in work.parameters.items():
             if parameter.requires_grad:
                 g = adapted.get(name) if name in adapted else outer.get(name)
@@ -199,13 +199,17 @@ class MAML(nn.Module):
         single = not isinstance(support, TaskBatch)
         tasks = TaskBatch(pytree.tree_map(_unsqueeze, support)) if single else TaskBatch(support.support)
         with torch.no_grad():
-            work, programs = self._prepare(tasks, steps, need_query=False)
+            work, programs = self._prepare(tasks, steps, differentiate=False, need_query=False)
             if programs is None:
                 result = autodiff.run(work, keep_buffers=False, allow_unused=self.allow_unused)
                 phi, losses = result.phi, result.support_losses
             else:
-                trajectory = unroll(work, programs.support, None, keep_tapes=False, keep_gradients=False)
-                phi, losses = trajectory.phi, trajectory.support_losses
+                trajectories = [
+                    unroll(work.part(chunk), programs.support, None, keep_tapes=False, keep_gradients=False)
+                    for chunk in programs.chunks(work.tasks)
+                ]
+                phi = torch.cat([trajectory.phi for trajectory in trajectories])
+                losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
         adapted = dict(zip(work.packing.names, work.packing.unpack(phi.contiguous()), strict=True))
         return AdaptedModel(self.model, adapted, losses, single=single)
 
@@ -214,7 +218,7 @@ class MAML(nn.Module):
 
         Runs one inner step to count what is kept.
         """
-        work, programs = self._prepare(tasks, steps, need_query=True, check_unused=False)
+        work, programs = self._prepare(tasks, steps, differentiate=True, check_unused=False)
         if programs is None:
             return explain_autodiff(work, self._why_autodiff(work))
         return explain_programs(work, programs)
@@ -228,7 +232,13 @@ class MAML(nn.Module):
         return f"steps={self.steps}, first_order={self.first_order}, engine={self.engine!r}"
 
     def _prepare(
-        self, tasks: TaskBatch, steps: int | None, *, need_query: bool, check_unused: bool = True
+        self,
+        tasks: TaskBatch,
+        steps: int | None,
+        *,
+        differentiate: bool,
+        need_query: bool = True,
+        check_unused: bool = True,
     ) -> tuple[Work, Programs | None]:
         if not isinstance(tasks, TaskBatch):
             raise TypeError(f"MAML: tasks must be a TaskBatch, got {type(tasks).__name__}")
@@ -253,6 +263,8 @@ class MAML(nn.Module):
             rates.segments,
             self.first_order,
             self.check_finite,
+            differentiate,
+            self.chunk_size,
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)
@@ -292,10 +304,12 @@ class MAML(nn.Module):
                 warnings.warn(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
         return MetaOutput(result.evaluated.mean(), result.evaluated, result.outputs, result.support_losses)
 
-    def _follow(self, program: Program, work: Work, mutations: list[dict[str, Tensor]]) -> None:
+    def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]]) -> None:
         if self.update_running_stats and mutations:
             with torch.no_grad():
-                _write_buffers(self._objective.buffers(), running_stats.updated(program, work.buffers, mutations))
+                _write_buffers(
+                    self._objective.buffers(), running_stats.updated(programs.both[1], work.buffers, mutations)
+                )
         mutations.clear()
 
     def _packing(self, parameters: Mapping[str, nn.Parameter]) -> Packing:

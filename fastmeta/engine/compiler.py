@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmeta.engine.plan import plan
+from fastmeta.engine.plan import chunk_size, plan
 from fastmeta.engine.program import Program
 from fastmeta.engine.trace import Graph, NotTraceable, trace
 from fastmeta.engine.work import Work, task_of
@@ -21,6 +22,13 @@ class Programs:
 
     support: Program
     query: Program | None
+    chunk_size: int
+
+    def chunks(self, tasks: int) -> list[slice]:
+        """The task axis cut into runs of at most ``chunk_size``, as even as they can be."""
+        count = -(-tasks // self.chunk_size)
+        bounds = [tasks * i // count for i in range(count + 1)]
+        return [slice(a, b) for a, b in pairwise(bounds)]
 
     @property
     def both(self) -> tuple[Program, Program]:
@@ -53,17 +61,19 @@ class Compiler:
         Raises:
             NotTraceable: with the reason; remembered like a success.
         """
-        support = self._program(work, work.support)
-        return Programs(support, None if work.query is None else self._program(work, work.query))
+        # a step of first order sends nothing but g_k on, so that other parameters' cotangents are not asked of it
+        support = self._program(work, work.support, () if work.first_order else work.outer_names)
+        query = None if work.query is None else self._program(work, work.query, work.outer_names)
+        size = work.chunk_size or min(chunk_size(p, work.packing.size) for p in (support, query) if p is not None)
+        return Programs(support, query, size)
 
-    def _program(self, work: Work, batch: Any) -> Program:
+    def _program(self, work: Work, batch: Any, outer: tuple[str, ...]) -> Program:
         key = self._signature(work, batch)
-        plan_key = (key, work.packing.names, work.outer_names)
+        plan_key = (key, work.packing.names, outer)
         program = self._programs.get(plan_key)
         if program is None:
-            program = self._programs[plan_key] = plan(
-                self._graph(work, batch, key), work.packing.names, work.outer_names
-            )
+            program = plan(self._graph(work, batch, key), work.packing.names, outer)
+            self._programs[plan_key] = program
         return program
 
     def _graph(self, work: Work, batch: Any, key: Any) -> Graph:

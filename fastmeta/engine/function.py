@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta.engine.compiler import Programs
 from fastmeta.engine.executor import Tape
-from fastmeta.engine.program import Program
-from fastmeta.engine.unroll import Trajectory, adjoint, unroll
+from fastmeta.engine.unroll import Trajectory, adjoint, joined_mutations, unroll
 from fastmeta.engine.work import Work
 
 
 @dataclass
 class Step:
-    """A meta-step on its way through autograd; ``trajectory`` holds results only once the forward has run."""
+    """A meta-step on its way through autograd, and the buffer values its forward pass found."""
 
     work: Work
-    support: Program
-    query: Program
-    mutations: list[dict[str, Tensor]]
+    programs: Programs
+    mutations: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 class MetaStep(torch.autograd.Function):
@@ -37,26 +36,28 @@ class MetaStep(torch.autograd.Function):
         """Return mean loss, task losses, support losses and the query outputs."""
         work = step.work
         wanted = any(ctx.needs_input_grad)
-        trajectory = unroll(
-            work,
-            step.support,
-            step.query,
-            keep_tapes=wanted and not work.first_order,
-            keep_gradients=ctx.needs_input_grad[1],
-        )
-        query = trajectory.evaluated
-        step.mutations = trajectory.mutations
-        outputs = query.outputs
+        trajectories = [
+            unroll(
+                work.part(chunk),
+                *step.programs.both,
+                keep_tapes=wanted and not work.first_order,
+                keep_gradients=ctx.needs_input_grad[1],
+            )
+            for chunk in step.programs.chunks(work.tasks)
+        ]
+        step.mutations = joined_mutations([trajectory.mutations for trajectory in trajectories])
+        queries = [trajectory.evaluated for trajectory in trajectories]
+        losses = torch.cat([query.loss for query in queries])
+        support_losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
+        outputs = [torch.cat(pieces) for pieces in zip(*[query.outputs for query in queries], strict=True)]
         if wanted:
-            kept = [_tape_state(tape) for tape in (*trajectory.tapes, query)]
-            leaves, ctx.spec = pytree.tree_flatten((kept, trajectory.gradients, [query.loss]))
+            leaves, ctx.spec = pytree.tree_flatten([_kept(trajectory) for trajectory in trajectories])
             ctx.tensors = [isinstance(leaf, Tensor) for leaf in leaves]
             ctx.save_for_backward(*parameters, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
             ctx.step, ctx.count = step, len(parameters)
-        ctx.mark_non_differentiable(trajectory.support_losses, *(o for o in outputs if not o.is_floating_point()))
+        ctx.mark_non_differentiable(support_losses, *(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
-        outputs = tuple(o.view_as(o) for o in outputs)
-        return query.loss.mean(), query.loss.clone(), trajectory.support_losses, *outputs
+        return losses.mean(), losses, support_losses, *outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -71,23 +72,25 @@ class MetaStep(torch.autograd.Function):
     @staticmethod
     def _adjoint(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
-        work = step.work
+        work, programs = step.work, step.programs
         kept = iter(ctx.saved_tensors[ctx.count :])
-        leaves = [next(kept) if is_tensor else None for is_tensor in ctx.tensors]
-        states, gradients, (loss,) = pytree.tree_unflatten(leaves, ctx.spec)
-        tapes = [_tape(state, first=k == 0, loss=loss) for k, state in enumerate(states[:-1])]
-        trajectory = Trajectory(loss, loss, tapes, gradients, _tape(states[-1], first=work.steps == 0, loss=loss))
+        states = pytree.tree_unflatten([next(kept) if is_tensor else None for is_tensor in ctx.tensors], ctx.spec)
         d_mean, d_tasks, _, *d_outputs = cotangents
-        d_loss = torch.zeros_like(loss) if d_tasks is None else d_tasks
-        if d_mean is not None:
-            d_loss = d_loss + d_mean / loss.shape[0]
-        result = adjoint(work, step.support, step.query, trajectory, d_loss, d_outputs)
-        by_name: dict[str, Tensor | None] = dict(
-            zip(work.packing.names, work.packing.unpack_shared(result.theta), strict=True)
-        )
-        by_name.update(zip(step.query.outer, result.outer, strict=True))
-        d_parameters = [by_name.get(name) for name in work.parameters]
-        return None, result.alpha, *d_parameters
+        total = None
+        for chunk, state in zip(programs.chunks(work.tasks), states, strict=True):
+            trajectory = _trajectory(state, work.steps)
+            d_loss = torch.zeros_like(trajectory.evaluated.loss) if d_tasks is None else d_tasks[chunk]
+            if d_mean is not None:
+                d_loss = d_loss + d_mean / work.tasks
+            d_outputs_here = [d if d is None else d[chunk] for d in d_outputs]
+            part = adjoint(work.part(chunk), *programs.both, trajectory, d_loss, d_outputs_here)
+            total = part if total is None else total + part
+        if total is None:
+            raise RuntimeError("MAML: a meta-step must have at least one task")
+        adapted = zip(work.packing.names, work.packing.unpack_shared(total.theta), strict=True)
+        by_name: dict[str, Tensor | None] = dict(adapted)
+        by_name.update(zip(programs.both[1].outer, total.outer, strict=True))
+        return None, total.alpha, *(by_name.get(name) for name in work.parameters)
 
 
 class _Last(torch.autograd.Function):
@@ -105,10 +108,15 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _tape_state(tape: Tape) -> tuple[Any, Any]:
-    return tape.saved, tape.d_y
+def _kept(trajectory: Trajectory) -> Any:
+    """What the adjoint needs of a trajectory, as a pytree."""
+    tapes = [(tape.saved, tape.d_y) for tape in (*trajectory.tapes, trajectory.evaluated)]
+    return tapes, trajectory.gradients, trajectory.evaluated.loss
 
 
-def _tape(state: tuple[Any, Any], *, first: bool, loss: Tensor) -> Tape:
-    saved, d_y = state
-    return Tape(first, loss, (), {}, saved, d_y)
+def _trajectory(kept: Any, steps: int) -> Trajectory:
+    """The trajectory :func:`_kept` came from, as far as the adjoint reads it."""
+    states, gradients, loss = kept
+    tapes = [Tape(k == 0, loss, (), {}, saved, d_y) for k, (saved, d_y) in enumerate(states[:-1])]
+    saved, d_y = states[-1]
+    return Trajectory(loss, loss, tapes, gradients, Tape(steps == 0, loss, (), {}, saved, d_y))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fastmeta.core.task_op import Need, TaskOp, Unsupported, registry
 from fastmeta.engine.program import Instruction, Program, Route
 from fastmeta.engine.trace import Graph, Node, NotTraceable
 from fastmeta.ops.generic import GenericOp
+
+CHUNK_BYTES = 4 << 20
+CHUNK_WEIGHT_BYTES = 8 << 20
 
 
 def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
@@ -47,6 +51,20 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
         frozenset(first.tasked),
         frozenset(later.tasked),
     )
+
+
+def chunk_size(program: Program, elements: int) -> int:
+    """How many tasks to run at a time, so that what an operation reads and writes stays in cache.
+
+    Args:
+        program: the planned program.
+        elements: P, adapting elements of one task.
+    """
+    graph = program.graph
+    tasked = [graph.values[slot] for i in program.instructions for slot in i.outputs if slot in program.tasked_later]
+    largest = max((prod(v.shape) * v.dtype.itemsize for v in tasked), default=1)
+    weights = elements * graph.values[graph.loss].dtype.itemsize
+    return max(1, min(CHUNK_BYTES // max(largest, 1), CHUNK_WEIGHT_BYTES // max(weights, 1)))
 
 
 def _choose(node: Node, active: set[int]) -> tuple[TaskOp, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Work:
         segments: ``[S + 1]`` where alpha has one rate a parameter.
         first_order: drop the Hessian.
         check_finite: stop at the first loss that is not finite.
+        differentiate: whether a meta-gradient will be asked for.
+        chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
     """
 
     objective: Objective
@@ -41,6 +43,8 @@ class Work:
     segments: Tensor | None
     first_order: bool
     check_finite: bool
+    differentiate: bool
+    chunk_size: int | None
 
     @property
     def tasks(self) -> int:
@@ -51,8 +55,18 @@ class Work:
     @property
     def outer_names(self) -> tuple[str, ...]:
         """Parameters that do not adapt and whose meta-gradient is wanted."""
+        if not self.differentiate:
+            return ()
         adapted = set(self.packing.names)
         return tuple(n for n, p in self.parameters.items() if n not in adapted and p.requires_grad)
+
+    def part(self, tasks: slice) -> Work:
+        """The same meta-step for some of the tasks."""
+
+        def cut(tree: Any) -> Any:
+            return pytree.tree_map(lambda leaf: leaf[tasks], tree)
+
+        return replace(self, support=cut(self.support), query=None if self.query is None else cut(self.query))
 
     @property
     def theta(self) -> list[Tensor]:
