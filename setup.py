@@ -29,7 +29,16 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 X86_LEVELS = ("v2", "v3", "v4")
 # No contraction to fused multiply-adds: every instruction set then returns the same bits (csrc/inner_update/math.h).
-UNIX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+UNIX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+]
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 
 
