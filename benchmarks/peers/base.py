@@ -27,10 +27,14 @@ def _as_is(result: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Step:
-    """A prepared meta-gradient: ``run`` is what is timed, ``gradients`` reads its result as torch tensors by name."""
+    """A prepared meta-gradient: ``run`` is what is timed, ``gradients`` reads its result as torch tensors by name.
+
+    ``again`` makes a step of the same program for another problem of the same shapes; without it one prepares anew.
+    """
 
     run: Callable[[], Any]
     gradients: Callable[[Any], dict[str, Tensor]] = _as_is
+    again: Callable[[Problem], Step] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ Layer = Callable[[dict[str, Any], Any], Any]
 def prepare(problem: Problem, form: str) -> Step:
     try:
         import jax
-        import jax.numpy as jnp
     except ImportError as error:
         raise Unavailable(f"not installed: {error}") from error
 
@@ -50,10 +49,15 @@ def prepare(problem: Problem, form: str) -> Step:
             return jax.tree.map(lambda g: g.mean(0), jax.lax.map(lambda t: jax.grad(task)(p, *t), tensors))
         return jax.grad(lambda q: jax.vmap(task, (None, 0, 0, 0, 0))(q, *tensors).mean())(p)
 
-    gradient = jax.jit(over_tasks)
-    theta = {n: jnp.asarray(p.detach().numpy()) for n, p in problem.model.named_parameters()}
+    return _bind(jax.jit(over_tasks), problem)
+
+
+def _bind(gradient: Callable[..., Any], problem: Problem) -> Step:
+    import jax
+
+    theta = {n: _array(p.detach()) for n, p in problem.model.named_parameters()}
     tensors = [_array(t) for t in (*problem.support, *problem.query)]
-    return Step(lambda: jax.block_until_ready(gradient(theta, *tensors)), _to_torch)
+    return Step(lambda: jax.block_until_ready(gradient(theta, *tensors)), _to_torch, functools.partial(_bind, gradient))
 
 
 def _array(t: Tensor) -> Any:

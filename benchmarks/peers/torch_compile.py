@@ -6,38 +6,49 @@ inlined into the graph before differentiation and can.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import grad
 
 from benchmarks.peers.base import Step, Unsupported, Variant
-from benchmarks.peers.torch_func import meta_gradient, task_loss
+from benchmarks.peers.torch_func import Params, meta_gradient, task_loss
 from benchmarks.workloads import Problem
 
 
 def prepare_vmap(problem: Problem) -> Step:
-    theta = {n: p.detach() for n, p in problem.model.named_parameters()}
     torch._dynamo.reset()
-    compiled = torch.compile(meta_gradient(problem), fullgraph=True, dynamic=False)
-    return Step(lambda: compiled(theta, *problem.support, *problem.query))
+    return _bind_vmap(torch.compile(meta_gradient(problem), fullgraph=True, dynamic=False), problem)
+
+
+def _bind_vmap(compiled: Callable[..., Params], problem: Problem) -> Step:
+    theta = {n: p.detach() for n, p in problem.model.named_parameters()}
+    return Step(
+        lambda: compiled(theta, *problem.support, *problem.query), again=functools.partial(_bind_vmap, compiled)
+    )
 
 
 def prepare_task(problem: Problem) -> Step:
     if not any(isinstance(m, nn.Conv2d) for m in problem.model.modules()):
         raise Unsupported("without convolutions the vmapped form is 4 times faster or more")
+    torch._dynamo.reset()
+    return _bind_task(torch.compile(grad(task_loss(problem)), fullgraph=True, dynamic=False), problem)
+
+
+def _bind_task(compiled: Callable[..., Params], problem: Problem) -> Step:
     theta = {n: p.detach() for n, p in problem.model.named_parameters()}
     tasks = list(zip(*problem.support, *problem.query, strict=True))
-    torch._dynamo.reset()
-    compiled = torch.compile(grad(task_loss(problem)), fullgraph=True, dynamic=False)
 
-    def run() -> dict[str, Tensor]:
+    def run() -> Params:
         total = [torch.zeros_like(p) for p in theta.values()]
         for task in tasks:
             g = compiled(theta, *task)
             torch._foreach_add_(total, [g[n] for n in theta], alpha=1 / len(tasks))
         return dict(zip(theta, total, strict=True))
 
-    return Step(run)
+    return Step(run, again=functools.partial(_bind_task, compiled))
 
 
 COMPILE_VMAP = Variant(
