@@ -254,7 +254,7 @@ class MAML(nn.Module):
         work = Work(
             self._objective,
             dict(parameters),
-            self._objective.buffers(),
+            self._buffers(),
             packing,
             tasks.support,
             tasks.query,
@@ -311,6 +311,11 @@ class MAML(nn.Module):
                     self._objective.buffers(), running_stats.updated(programs.both[1], work.buffers, mutations)
                 )
         mutations.clear()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers, or copies if this meta-step will write them while its tape still reads them."""
+        buffers = self._objective.buffers()
+        return {name: b.clone() for name, b in buffers.items()} if self.update_running_stats else buffers
 
     def _packing(self, parameters: Mapping[str, nn.Parameter]) -> Packing:
         names = select_parameters(parameters, self._selection)

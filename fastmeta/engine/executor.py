@@ -83,7 +83,7 @@ def forward(
             for position in route.expand:
                 x[position] = x[position].unsqueeze(0).expand(tasks, *x[position].shape)
             y, kept = instruction.op.forward(x)
-        saved.append(kept)
+        saved.append(kept if route.active else ())  # no other map will run
         values.update((slot, v) for slot, v in zip(instruction.outputs, y, strict=True) if v is not None)
     tasked = program.tasked(first)
 
