@@ -129,10 +129,12 @@ class Trainer:
                         self._save(log)
                     if ended or out_of_time:
                         return "finished" if ended else "out of time"
+                    before = time.monotonic()
                     figures = self._step()
-                    done = state.step - first
-                    pace = (time.monotonic() - started) / done
-                    figures |= {"tasks_per_s": config.meta_batch / pace, "eta": pace * (config.iterations - state.step)}
+                    now = time.monotonic()
+                    pace = (now - started) / (state.step - first)  # with validations, as the time to go will have them
+                    figures["tasks_per_s"] = config.meta_batch / (now - before)
+                    figures["eta"] = pace * (config.iterations - state.step)
                     for name, value in figures.items():
                         smooth[name] = value if name not in smooth else 0.9 * smooth[name] + 0.1 * value
                     self._record(log, smooth, spent + time.monotonic() - started)
