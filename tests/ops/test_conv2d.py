@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fastmeta.core.task_op import Call, Need, Unsupported
 from fastmeta.ops.conv2d import Conv2d, reference
+from fastmeta.ops.generic import GenericOp
 from tests.ops import four_maps
-from tests.ops.four_maps import A, Case
+from tests.ops.four_maps import A, Case, Run, compare
 
 conv2d = torch.ops.aten.conv2d.default
 same = torch.ops.aten.conv2d.padding
@@ -33,6 +34,15 @@ CASES = [
 ]
 
 
+NEVER = {"GROUPED_FLOPS": 0, "JOINED_ELEMENTS": 0, "PATCH_SHARE": 0}
+STRATEGIES = [
+    ("looped", NEVER),
+    ("joined", NEVER | {"JOINED_ELEMENTS": 1 << 20}),
+    ("grouped", NEVER | {"GROUPED_FLOPS": 1 << 40, "GROUPED_CHANNELS": 1}),
+    ("patches", NEVER | {"PATCH_SHARE": 1e9}),
+]
+
+
 def shares(c: Case) -> tuple[str, ...]:
     return ("weight",) if c.args[2] is None else ("weight", "bias")
 
@@ -42,16 +52,28 @@ def test_four_maps(c):
     four_maps.check_all(c, shares(c))
 
 
-@pytest.mark.parametrize("joined", [0, 1 << 20])
-@pytest.mark.parametrize("channels", [1, 99])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s[0])
 @pytest.mark.parametrize("c", CASES, ids=str)
-def test_every_strategy(c, joined, channels, monkeypatch):
-    """Grouped or looped over tasks, joined or separate products: chosen for speed, the same result."""
-    monkeypatch.setattr(reference, "JOINED_ELEMENTS", joined)
-    monkeypatch.setattr(reference, "GROUPED_CHANNELS", channels)
-    four_maps.check(c)
-    four_maps.check(c, shared=shares(c), need=Need.TASK)
-    four_maps.check_missing(c)
+def test_every_strategy(c, strategy, monkeypatch):
+    """Patches, grouped or looped over tasks, joined or separate products: chosen for speed, the same result."""
+    for name, value in strategy[1].items():
+        monkeypatch.setattr(reference, name, value)
+    four_maps.check_all(c, shares(c))
+
+
+@pytest.mark.parametrize("c", CASES, ids=str)
+def test_agrees_with_the_generic_operation(c):
+    compare(Run(c).maps(), Run(c, op=GenericOp).maps(), four_maps.FLOAT64_BOUND, str(c))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s[0])
+def test_results_keep_channels_last(strategy, monkeypatch):
+    for name, value in strategy[1].items():
+        monkeypatch.setattr(reference, name, value)
+    run = Run(CASES[0], dtype=torch.float32)
+    maps = run.maps()
+    for value in (maps.forward[0], maps.backward[0], maps.tangent[0], maps.tangent_backward[0]):
+        assert value.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
 @given(
