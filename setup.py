@@ -62,6 +62,12 @@ def write_record(folder: Path, mode: str, instruction_sets: list[str], reason: s
     (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
+def remove_extension(folder: Path) -> None:
+    """Remove what an earlier build left, which would be used in spite of the record."""
+    for stale in folder.glob("_C.*"):
+        stale.unlink()
+
+
 class BuildPython(build_py):
     """Copies the modules, and notes that nothing is compiled where that was asked for."""
 
@@ -70,6 +76,7 @@ class BuildPython(build_py):
         super().run()
         if build_mode() == "none":
             package = ROOT / "fastmeta" if self.editable_mode else Path(self.build_lib) / "fastmeta"
+            remove_extension(package)
             write_record(package, "none", [], "the package was installed with FASTMETA_BUILD=none")
 
 
@@ -98,8 +105,7 @@ class BuildExtension(build_ext):
             sys.exit(f"setup: FASTMETA_BUILD={mode} needs a C++17 compiler and Python's headers: {fault}")
         reason = f"no C++17 compiler with Python's headers was found when the package was installed ({fault})"
         self.warn(f"fastmeta will run on its reference implementations: {reason}")
-        for stale in self.folder.glob("_C.*"):
-            stale.unlink()
+        remove_extension(self.folder)
         self.extensions = []
         write_record(self.folder, mode, [], reason)
 
