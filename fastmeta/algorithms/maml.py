@@ -254,7 +254,7 @@ class MAML(nn.Module):
         work = Work(
             self._objective,
             dict(parameters),
-            self._buffers(),
+            self._buffers_to_read(),
             packing,
             tasks.support,
             tasks.query,
@@ -312,7 +312,7 @@ class MAML(nn.Module):
                 )
         mutations.clear()
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def _buffers_to_read(self) -> dict[str, Tensor]:
         """The buffers, or copies if this meta-step will write them while its tape still reads them."""
         buffers = self._objective.buffers()
         return {name: b.clone() for name, b in buffers.items()} if self.update_running_stats else buffers
