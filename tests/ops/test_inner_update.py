@@ -375,6 +375,21 @@ def test_half_precision_runs_on_the_reference(dtype: torch.dtype, kind: str) -> 
         fastmeta.inner_update(lam, g, alpha, segments, backend="native")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind: str) -> None:
+    inputs, segments = packed(kind, T=3, P=1025)
+    there = tuple(x.cuda().requires_grad_() for x in inputs)
+    here = tuple(x.requires_grad_() for x in inputs)
+    found, expected = (fastmeta.inner_update(*x, segments) for x in (there, here))
+    assert found.is_cuda
+    assert close(found.cpu(), expected)
+    gradients = [torch.autograd.grad((y**2).sum(), x) for y, x in ((found, there), (expected, here))]
+    assert close(tuple(x.cpu() for x in gradients[0]), gradients[1])
+    with pytest.raises(RuntimeError, match="runs on cpu, not on cuda"):
+        fastmeta.inner_update(*there, segments, backend="native")
+
+
 def test_an_explicit_request_that_cannot_be_met_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"backend must be one of 'native', 'reference', got 'triton'"):
