@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmeta.core.task_op import Call, Need, Unsupported
-from fastmeta.ops.conv2d import Conv2d, reference
+from fastmeta.ops.conv2d import Conv2d, layout, reference
 from fastmeta.ops.generic import GenericOp
 from tests.ops import four_maps
 from tests.ops.four_maps import A, Case, Run, compare
@@ -59,6 +59,13 @@ def test_every_strategy(c, strategy, monkeypatch):
     for name, value in strategy[1].items():
         monkeypatch.setattr(reference, name, value)
     four_maps.check_all(c, shares(c))
+
+
+def test_wide_groups(monkeypatch):
+    monkeypatch.setattr(layout, "WIDE_CHANNELS", 1)
+    for name, value in STRATEGIES[2][1].items():
+        monkeypatch.setattr(reference, name, value)
+    four_maps.check_all(CASES[0], ("weight", "bias"))
 
 
 @pytest.mark.parametrize("c", CASES, ids=str)

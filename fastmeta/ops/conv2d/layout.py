@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# From so many channels over all groups, oneDNN's grouped convolutions are faster with channels first: 32 tasks of 64
+# channels, 7x7, 4.0 ms against 5.1 forward and 10 against 15 for the weight's gradient; 4 tasks, no difference.
+WIDE_CHANNELS = 1024
+
 
 def images(value: Tensor) -> Tensor:
     """``[T, N, C, H, W]`` as ``[T * N, C, H, W]``, channels last in memory; a view where it lies so already."""
@@ -22,6 +26,9 @@ def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
 def side_by_side(*values: Tensor) -> Tensor:
     """Each ``[T, N, C, H, W]`` as ``[N, T * C, H, W]``, a task a group of channels; several joined within a task."""
     n, height, width = values[0].shape[1], *values[0].shape[3:]
+    if sum(v.shape[0] * v.shape[2] for v in values) >= WIDE_CHANNELS:
+        first = [value.transpose(0, 1) for value in values]
+        return (first[0] if len(first) == 1 else torch.cat(first, 2)).reshape(n, -1, height, width)
     last = [value.permute(1, 3, 4, 0, 2) for value in values]
     joined = last[0] if len(last) == 1 else torch.cat(last, -1)
     return joined.reshape(n, height, width, -1).permute(0, 3, 1, 2)
