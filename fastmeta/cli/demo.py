@@ -33,9 +33,10 @@ EXACT = 1e-9  # float64: rounding accumulates to about 1e-13 here, any wrong ter
 SINGLE = 1e-4  # float32: a ReLU mask that flips by rounding changes a gradient by about 1e-5, in anyone's code
 WRONG = "WRONG"
 NOTES = """
-Errors are the largest relative error of a parameter, against the float64 loop. K: inner steps, T: tasks.
-Random weights adapt at the inner rate that suits them best. A peer marked (off) is wrong by itself: with PyTorch 2.13,
-torch.func.vmap loses a part of the second derivative of batch norm whose scale differs between tasks.
+Errors are the largest relative error of a parameter, against the loop in float64.
+K: inner steps, T: tasks. Random weights adapt at the inner rate that suits them
+best. A peer marked (off) errs by itself: in PyTorch 2.13, torch.func.vmap loses
+a part of batch norm's second derivative where its scale differs between tasks.
 """
 PEERS = ("fastmeta", "PyTorch loop", "torch.func.vmap")
 RATES = (0.05, 0.1, 0.2, 0.4)  # random weights are shown at the inner rate that suits them best
@@ -65,7 +66,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/demo"),
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default=False)] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Meta-steps on the digits.")] = 400,
-    waves: Annotated[int, typer.Option(min=1, help="Meta-steps on the sine waves.")] = 2000,
+    waves: Annotated[int, typer.Option(min=1, help="Meta-steps on the sine waves.")] = 3000,
     seconds: Annotated[float, typer.Option(min=0, help="Time for timing each workload.")] = 6.0,
 ) -> None:
     """Check the meta-gradient, train on embedded data, time a meta-step; print one table and write three pictures.
@@ -89,8 +90,9 @@ def demo(
     console.print("timing the meta-step ...")
     sections.append(Section(("time of a meta-step", *PEERS), [measure(load, seconds) for load in loads]))
     console.print(tabulate(sections))
-    console.print(NOTES.strip(), highlight=False)
-    console.print(f"pictures in {out}: " + ", ".join(sorted(p.name for p in out.glob("*.png"))), highlight=False)
+    console.print(NOTES.strip(), highlight=False, soft_wrap=True)
+    names = ", ".join(sorted(p.name for p in out.glob("*.png")))
+    console.print(f"pictures in {out}: {names}", highlight=False, soft_wrap=True)
     console.print(f"{time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads", highlight=False)
     if any(WRONG in row[1] for row in checked):
         raise RuntimeError(f"demo: the meta-gradient must be that of hand-written PyTorch; see the rows marked {WRONG}")
@@ -111,7 +113,7 @@ def workloads() -> list[Workload]:
     return [
         Workload("conv net K=1", digits.model, F.cross_entropy, episodes, 0.4, 1),
         Workload("conv net K=3", digits.model, F.cross_entropy, episodes, 0.2, 3),
-        Workload("sine waves K=5", sinusoid.model, F.mse_loss, waves, 0.01, 5),
+        Workload("sine K=5", sinusoid.model, F.mse_loss, waves, 0.01, 5),
     ]
 
 
@@ -211,7 +213,7 @@ def train_waves(console: Console, iterations: int, out: Path, scratch: Path) -> 
     """Meta-train on sine waves and draw the adaptation."""
     from fastmeta.learner.results import draw_waves, judge
 
-    config = defaults("sinusoid").changed(iterations=iterations, val_every=iterations, val_tasks=100, meta_lr=3e-3)
+    config = defaults("sinusoid").changed(iterations=iterations, val_every=iterations, val_tasks=100)
     console.print(f"meta-training on sine waves: {config.shots} points a wave ...")
     problem = build(config)
     maml = fit(console, config, problem, scratch)

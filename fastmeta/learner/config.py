@@ -111,8 +111,8 @@ class TrainConfig:
 
 _DEFAULTS = {
     "sinusoid": TrainConfig(
-        "sinusoid", ways=1, shots=10, queries=10, inner_steps=1, eval_steps=10, inner_lr=0.01, meta_lr=1e-3,
-        meta_lr_end=1e-4, filters=40, meta_batch=25, iterations=15_000, val_every=1000, val_tasks=600, log_every=100,
+        "sinusoid", ways=1, shots=10, queries=10, inner_steps=1, eval_steps=10, inner_lr=0.01, meta_lr=3e-3,
+        meta_lr_end=1e-5, filters=40, meta_batch=25, iterations=15_000, val_every=1000, val_tasks=600, log_every=100,
     ),
     "digits": TrainConfig(
         "digits", ways=5, shots=1, queries=5, inner_steps=1, eval_steps=3, inner_lr=0.4, meta_lr=3e-3,
