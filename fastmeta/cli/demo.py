@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +53,32 @@ class Workload:
     lr: float
     steps: int
 
+    def double(self) -> Workload:
+        """The same in float64."""
+        model = copy.deepcopy(self.model).double()
+        return replace(self, model=model, tasks=self.tasks.to(dtype=torch.float64))
+
+    @functools.cached_property
+    def maml(self) -> MAML:
+        """The learner; it is traced once, by the first meta-step."""
+        from fastmeta.algorithms.maml import MAML
+
+        return MAML(self.model, self.loss, lr=self.lr, steps=self.steps, engine="program")
+
+    def fused(self) -> peers.Gradients:
+        """The meta-gradient as a user of fastmeta asks for it: forward, then ``backward()``."""
+        self.model.zero_grad(set_to_none=True)
+        self.maml(self.tasks).loss.backward()
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def loop(self) -> peers.Gradients:
+        """The same by a hand-written loop."""
+        return peers.loop(self.model, self.loss, self.tasks, self.lr, self.steps)[1]
+
+    def vmapped(self) -> peers.Gradients:
+        """The same by ``torch.func.vmap``."""
+        return peers.vmapped(self.model, self.loss, self.tasks, self.lr, self.steps)[1]
+
 
 @dataclass(frozen=True)
 class Section:
@@ -67,6 +93,7 @@ def demo(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default=False)] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Meta-steps on the digits.")] = 400,
     waves: Annotated[int, typer.Option(min=1, help="Meta-steps on the sine waves.")] = 3000,
+    tasks: Annotated[int, typer.Option(min=2, help="Tasks of each test.")] = 100,
     seconds: Annotated[float, typer.Option(min=0, help="Time for timing each workload.")] = 6.0,
 ) -> None:
     """Check the meta-gradient, train on embedded data, time a meta-step; print one table and write three pictures.
@@ -85,8 +112,8 @@ def demo(
     checked = [row for load in loads for row in check(load)]
     sections = [Section(("meta-gradient error", *PEERS), checked)]
     with tempfile.TemporaryDirectory(prefix="fastmeta-demo-") as scratch:
-        sections.append(train_digits(console, iterations, out, Path(scratch) / "digits"))
-        sections.append(train_waves(console, waves, out, Path(scratch) / "waves"))
+        sections.append(train_digits(console, iterations, tasks, out, Path(scratch) / "digits"))
+        sections.append(train_waves(console, waves, 2 * tasks, out, Path(scratch) / "waves"))
     console.print("timing the meta-step ...")
     sections.append(Section(("time of a meta-step", *PEERS), [measure(load, seconds) for load in loads]))
     console.print(tabulate(sections))
@@ -119,14 +146,13 @@ def workloads() -> list[Workload]:
 
 def check(load: Workload) -> list[tuple[str, str, str, str]]:
     """Error of the meta-gradient against float64 autograd, in float64 and in float32."""
-    double = copy.deepcopy(load.model).double()
-    tasks = load.tasks.to(dtype=torch.float64)
-    _, truth = peers.loop(double, load.loss, tasks, load.lr, load.steps)
+    exact = load.double()
+    truth = exact.loop()
     rows = []
-    for model, batch, kind in ((double, tasks, "float64"), (load.model, load.tasks, "float32")):
-        own = peers.relative_error(fused(model, load)(batch), truth)
-        hand = peers.relative_error(peers.loop(model, load.loss, batch, load.lr, load.steps)[1], truth)
-        func = peers.relative_error(peers.vmapped(model, load.loss, batch, load.lr, load.steps)[1], truth)
+    for variant, kind in ((exact, "float64"), (load, "float32")):
+        own, hand, func = (
+            peers.relative_error(gradients(), truth) for gradients in (variant.fused, variant.loop, variant.vmapped)
+        )
         bound = EXACT if kind == "float64" else max(2 * hand, SINGLE)
         reference = "(the truth)" if kind == "float64" else f"{hand:.1e}"
         mark, off = "" if own <= bound else f" {WRONG}", "" if func <= bound else " (off)"
@@ -134,28 +160,9 @@ def check(load: Workload) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def fused(model: nn.Module, load: Workload) -> Callable[[TaskBatch], peers.Gradients]:
-    """The meta-gradient as a user of fastmeta asks for it: forward, then ``backward()``."""
-    from fastmeta.algorithms.maml import MAML
-
-    maml = MAML(model, load.loss, lr=load.lr, steps=load.steps, engine="program")
-
-    def gradients(tasks: TaskBatch) -> peers.Gradients:
-        model.zero_grad(set_to_none=True)
-        maml(tasks).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    return gradients
-
-
 def measure(load: Workload, seconds: float) -> tuple[str, str, str, str]:
     """Median times of the three, interleaved so that all meet the same moods of the machine."""
-    step = fused(load.model, load)
-    contestants: list[Callable[[], object]] = [
-        lambda: step(load.tasks),
-        lambda: peers.loop(load.model, load.loss, load.tasks, load.lr, load.steps),
-        lambda: peers.vmapped(load.model, load.loss, load.tasks, load.lr, load.steps),
-    ]
+    contestants = (load.fused, load.loop, load.vmapped)
     for contestant in contestants:
         contestant()
     times: list[list[float]] = [[], [], []]
@@ -174,8 +181,9 @@ def measure(load: Workload, seconds: float) -> tuple[str, str, str, str]:
     )
 
 
-def train_digits(console: Console, iterations: int, out: Path, scratch: Path) -> Section:
+def train_digits(console: Console, iterations: int, tasks: int, out: Path, scratch: Path) -> Section:
     """Meta-train on some digits, test on others; compare with random weights."""
+    from fastmeta.algorithms.maml import MAML
     from fastmeta.learner import plots
     from fastmeta.learner.evaluation import evaluate
     from fastmeta.learner.metrics import read_metrics
@@ -187,17 +195,20 @@ def train_digits(console: Console, iterations: int, out: Path, scratch: Path) ->
     maml = fit(console, config, trained, scratch)
     plots.learning_curve(read_metrics(Run(scratch).metrics), out / "digits_learning_curve.png")
 
-    def curve(learner: MAML, problem: Problem, stream: str = "test") -> list[Evaluation]:
+    def curve(learner: MAML, problem: Problem) -> list[Evaluation]:
         return [
-            evaluate(learner, problem.sampler(stream, 1), "accuracy", tasks=100, steps=steps, batch=50)
+            evaluate(learner, problem.sampler("test", 1), "accuracy", tasks=tasks, steps=steps, batch=50)
             for steps in range(config.eval_steps + 3)
         ]
 
     ours = curve(maml, trained)
-    random = max(
-        (curve(learner_of(untrained, config, rate), untrained) for rate in RATES),
-        key=lambda found: found[config.eval_steps].after.mean,
-    )
+    rate = torch.zeros(())
+    plain = MAML(untrained.model, untrained.loss, lr=rate)
+    attempts = []
+    for value in RATES:
+        rate.fill_(value)
+        attempts.append(curve(plain, untrained))
+    random = max(attempts, key=lambda found: found[config.eval_steps].after.mean)
     curves = {"meta-trained": ours, "random weights, best inner rate": random}
     points = {label: [(e.after.mean, e.after.ci95) for e in found] for label, found in curves.items()}
     plots.accuracy_by_step(points, 1 / config.ways, out / "digits_adaptation.png")
@@ -209,7 +220,7 @@ def train_digits(console: Console, iterations: int, out: Path, scratch: Path) ->
     return Section(heading, rows)
 
 
-def train_waves(console: Console, iterations: int, out: Path, scratch: Path) -> Section:
+def train_waves(console: Console, iterations: int, tasks: int, out: Path, scratch: Path) -> Section:
     """Meta-train on sine waves and draw the adaptation."""
     from fastmeta.learner.results import draw_waves, judge
 
@@ -217,7 +228,7 @@ def train_waves(console: Console, iterations: int, out: Path, scratch: Path) -> 
     console.print(f"meta-training on sine waves: {config.shots} points a wave ...")
     problem = build(config)
     maml = fit(console, config, problem, scratch)
-    record = judge(maml, problem, config, iterations, tasks=200)
+    record = judge(maml, problem, config, iterations, tasks=tasks)
     draw_waves(maml, config, out / "sinusoid_adaptation.png")
     heading = ("error, unseen waves", "before", f"after {record['steps']} steps", "")
     before, after = (f"{record[which]:.2f} ± {record[which + '_ci95']:.2f}" for which in ("before", "after"))
@@ -233,13 +244,6 @@ def fit(console: Console, config: TrainConfig, problem: Problem, folder: Path) -
     trainer = Trainer(config, problem, open_new(folder, config), Live(console) if console.is_terminal else Silent())
     trainer.fit()
     return trainer.maml
-
-
-def learner_of(problem: Problem, config: TrainConfig, rate: float) -> MAML:
-    """A learner around a problem's own network."""
-    from fastmeta.algorithms.maml import MAML
-
-    return MAML(problem.model, problem.loss, lr=rate, steps=config.eval_steps)
 
 
 def tabulate(sections: list[Section]) -> Table:
