@@ -93,6 +93,26 @@ def test_an_integer_factor_gets_no_cotangent():
     assert d_n is None
 
 
-def test_integers_are_refused():
-    with pytest.raises(Unsupported, match="result must be floating"):
-        Sum(Call.example(aten.add.Tensor, torch.tensor(1), 1))
+@pytest.mark.parametrize(
+    ("op", "target", "args", "want"),
+    [
+        (Sum, aten.add.Tensor, (torch.tensor(3), 1), [4, 4]),
+        (Sum, aten.rsub.Scalar, (torch.tensor(3), 1, 2), [-5, -5]),
+        (Product, aten.mul.Tensor, (torch.tensor(3), torch.tensor(2)), [6, 6]),
+        (Quotient, aten.div.Tensor, (torch.tensor(3), torch.tensor(2)), [1.5, 1.5]),
+    ],
+)
+def test_integers_carry_no_derivative(op, target, args, want):
+    call = Call.example(target, *args)
+    numbers = [a.expand(2) for a in args if isinstance(a, torch.Tensor)]
+    (y,), saved = op(call).forward(numbers)
+    assert y.tolist() == want
+    assert y.dtype is target(*args).dtype
+    nothing = (None,) * len(numbers)
+    assert op(call).tangent(saved, nothing)[0] == (None,)
+    assert op(call).backward(saved, (torch.ones(2),), [Need.TASK] * len(numbers)) == nothing
+
+
+def test_truth_values_are_refused():
+    with pytest.raises(Unsupported, match="must be of real numbers"):
+        Sum(Call.example(aten.add.Tensor, torch.tensor(True), torch.tensor(False)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastmeta.core.task_op import Call, Input, Need, TaskOp, Tensors, Unsupported, plus, registry
@@ -18,8 +19,8 @@ class Elementwise(TaskOp):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.dtype = call.outputs[0].dtype
-        if not self.dtype.is_floating_point:
-            raise Unsupported(f"{self.name}: result must be floating, got {self.dtype}")
+        if self.dtype.is_complex or self.dtype is torch.bool:
+            raise Unsupported(f"{self.name}: result must be of real numbers, got {self.dtype}")
         if call.arguments.get("rounding_mode") is not None:
             raise Unsupported(f"{self.name}: rounding")
         self.fits = [Fit.of(tuple(i.shape), tuple(call.outputs[0].shape)) for i in call.inputs]
@@ -33,6 +34,10 @@ class Elementwise(TaskOp):
     def _spread_dots(self, x_dot: Tensors) -> list[Any]:
         return [None if v is None else fit.spread(v.to(self.dtype)) for fit, v in zip(self.fits, x_dot, strict=True)]
 
+    def _fixed(self, x_dot: Tensors) -> bool:
+        """Whether no tangent passes: there is none, or the result is of integers."""
+        return not self.dtype.is_floating_point or all(v is None for v in x_dot)
+
     def _fill(self, y_dot: Tensor) -> Tensor:
         shape = self.call.outputs[0].shape
         return y_dot if y_dot.shape[1:] == shape else y_dot.expand(-1, *shape)
@@ -40,7 +45,7 @@ class Elementwise(TaskOp):
     def _cotangent(self, d: Tensor | None, slope: Any, position: int, need: Sequence[Need]) -> Tensor | None:
         """``slope * d`` (``slope = None`` for one) as the input at ``position`` takes it."""
         dtype = self.call.inputs[position].dtype
-        if d is None or not need[position] or not dtype.is_floating_point:
+        if d is None or not need[position] or not (dtype.is_floating_point and self.dtype.is_floating_point):
             return None
         return self.fits[position].gather(d if slope is None else d * slope).to(dtype)
 
@@ -85,6 +90,8 @@ class Sum(Elementwise):
         return self._scaled(d_y[0], need)
 
     def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
+        if self._fixed(x_dot):
+            return (None,), ()
         given = [(v, f) for v, f in zip(self._spread_dots(x_dot), self.factors, strict=True) if v is not None]
         return (self._fill(reference.combine([v for v, _ in given], [f for _, f in given])),), ()
 
@@ -115,11 +122,13 @@ class Bilinear(Elementwise):
         return tuple(self._cotangent(d_y[0], slope, i, need) for i, slope in enumerate(self._slopes(saved)))
 
     def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
+        if self._fixed(x_dot):
+            return (None,), (None,) * len(x_dot)
         dots = self._spread_dots(x_dot)
         y_dot = None
         for slope, dot in zip(self._slopes(saved), dots, strict=True):
             y_dot = plus(y_dot, None if dot is None else slope * dot)
-        return (None if y_dot is None else self._fill(y_dot),), self._slopes_dot(saved, dots)
+        return (self._fill(y_dot),), self._slopes_dot(saved, dots)  # type: ignore[arg-type]
 
     def tangent_backward(
         self, saved: tuple[Any, ...], saved_dot: tuple[Any, ...], d_y: Tensors, d_y_dot: Tensors, need: Sequence[Need]
