@@ -212,7 +212,7 @@ def train_digits(console: Console, iterations: int, tasks: int, out: Path, scrat
     curves = {"meta-trained": ours, "random weights, best inner rate": random}
     points = {label: [(e.after.mean, e.after.ci95) for e in found] for label, found in curves.items()}
     plots.accuracy_by_step(points, 1 / config.ways, out / "digits_adaptation.png")
-    heading = ("accuracy, unseen digits", "before", f"after {config.eval_steps} steps", "")
+    heading = ("accuracy, new digits", "before", f"after {config.eval_steps} steps", "")
     rows = [
         (label, _percent(found[0]), _percent(found[config.eval_steps]), "")
         for label, found in (("meta-trained", ours), ("from random weights", random))
@@ -230,7 +230,7 @@ def train_waves(console: Console, iterations: int, tasks: int, out: Path, scratc
     maml = fit(console, config, problem, scratch)
     record = judge(maml, problem, config, iterations, tasks=tasks)
     draw_waves(maml, config, out / "sinusoid_adaptation.png")
-    heading = ("error, unseen waves", "before", f"after {record['steps']} steps", "")
+    heading = ("error, new waves", "before", f"after {record['steps']} steps", "")
     before, after = (f"{record[which]:.2f} ± {record[which + '_ci95']:.2f}" for which in ("before", "after"))
     return Section(heading, [("meta-trained", before, after, "")])
 

@@ -46,5 +46,5 @@ def test_the_demonstration_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().out
     pictures = {"digits_learning_curve.png", "digits_adaptation.png", "sinusoid_adaptation.png"}
     assert {p.name for p in (tmp_path / "demo").iterdir()} == pictures
-    for word in ("float64", "float32", "unseen", "inner", "ms"):
+    for word in ("float64", "float32", "new digits", "inner", "ms"):
         assert word in told
