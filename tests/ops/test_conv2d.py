@@ -37,7 +37,7 @@ CASES = [
 NEVER = {"GROUPED_FLOPS": 0, "JOINED_ELEMENTS": 0, "PATCH_SHARE": 0}
 STRATEGIES = [
     ("looped", NEVER),
-    ("joined", NEVER | {"JOINED_ELEMENTS": 1 << 20}),
+    ("joined", NEVER | {"JOINED_ELEMENTS": 1 << 17}),
     ("grouped", NEVER | {"GROUPED_FLOPS": 1 << 40, "GROUPED_CHANNELS": 1}),
     ("patches", NEVER | {"PATCH_SHARE": 1e9}),
 ]

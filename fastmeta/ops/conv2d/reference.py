@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ from fastmeta.ops.conv2d.layout import apart, fresh, images, kernel, matrix, pat
 GROUPED_FLOPS = 50_000_000
 # A grouped convolution of few channels a group misses the fast kernels (1 channel, 28x28: 4 times slower than a loop).
 GROUPED_CHANNELS = 8
-# The two correlations of d_W_dot as one, by samples laid end to end, win by 1.2 to 1.4 while a task's operand is in
-# cache (64 channels, 5 and 20 images of 14x14), and lose to the copy above this many elements (75 of 42x42: by 1.3).
-JOINED_ELEMENTS = 1 << 20
+# The two correlations of d_W_dot as one, by samples laid end to end, win by 1.1 to 1.6 for a few small images (64
+# channels, 5 images of 14x14, 7x7, 3x3), and lose to the copy above this many elements (20 of 14x14: by 1.0 to 1.3).
+JOINED_ELEMENTS = 1 << 17
 # Where a patch is no longer than this share of the channels it becomes, patches take less memory than the result, and
 # matrix products beat convolutions of so few input channels: 1 to 64 channels at 28x28 2.3 ms against 4.2 forward, 2.1
 # against 3.7 to 12 for d_W, after 1.5 once. At 27 to 32 (colour images, 32 channels) there is nothing to gain.
@@ -100,6 +101,7 @@ def keep(x: Tensor, geometry: Geometry) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``y = x * W + b``."""
+    weight, bias = _alone(weight, 4), _alone(bias, 1)
     if x.dim() == 3:
         return _by_rows(x, weight, bias, geometry)
     tasks = x.shape[0]
@@ -133,7 +135,7 @@ def tangent(
         return None if x_dot is None else forward(x_dot, weight, bias_dot, geometry)
     if x_dot is None:
         return forward(x, weight_dot, bias_dot, geometry)
-    tasks = x_dot.shape[0]
+    tasks, weight = x_dot.shape[0], _alone(weight, 4)
     if x.dim() == 5 and weight.dim() == 5 and geometry.grouped:
         stacked = torch.cat([weight, weight_dot], 2).flatten(0, 1)
         flat = None if bias_dot is None else bias_dot.reshape(-1)
@@ -146,7 +148,7 @@ def tangent(
 
 def input_cotangent(d_y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """``d_x = d_y *^T W``."""
-    tasks = d_y.shape[0]
+    tasks, weight = d_y.shape[0], _alone(weight, 4)
     if weight.dim() == 4:
         return geometry.spread(images(d_y), weight, geometry.groups).unflatten(0, (tasks, -1))
     if geometry.grouped:
@@ -165,8 +167,8 @@ def input_cotangent_dot(
         return None if d_y_dot is None else input_cotangent(d_y_dot, weight, geometry)
     if d_y_dot is None:
         return input_cotangent(d_y, weight_dot, geometry)
-    tasks = d_y.shape[0]
-    if geometry.grouped:
+    tasks, weight = d_y.shape[0], _alone(weight, 4)
+    if geometry.grouped or tasks == 1:
         if weight.dim() == 4:
             return input_cotangent(d_y, weight_dot, geometry).add_(input_cotangent(d_y_dot, weight, geometry))
         stacked = torch.cat([weight, weight_dot], 1).flatten(0, 1)
@@ -182,8 +184,9 @@ def weight_cotangent(d_y: Tensor, x: Tensor, geometry: Geometry, shared: bool) -
         d = _rows(d_y)
         product = torch.mm(d.flatten(0, 1).t(), x.flatten(0, 1)) if shared else torch.bmm(d.mT, x)
         return kernel(product, geometry.weight_shape).contiguous()
-    if shared:
-        return geometry.correlate(images(x), images(d_y), geometry.groups)
+    if shared or tasks == 1:
+        total = geometry.correlate(images(x), images(d_y), geometry.groups)
+        return total if shared else total.unsqueeze(0)
     if geometry.grouped:
         return geometry.correlate(side_by_side(x), side_by_side(d_y), tasks, tasks).unflatten(0, (tasks, -1))
     pairs = zip(_each(x), _each(d_y), strict=True)
@@ -201,7 +204,7 @@ def weight_cotangent_dot(
     tasks = d_y.shape[0]
     if x.dim() == 3 or shared or not (geometry.grouped or geometry.joined):
         return weight_cotangent(d_y_dot, x, geometry, shared).add_(weight_cotangent(d_y, x_dot, geometry, shared))
-    if geometry.grouped:
+    if geometry.grouped and tasks > 1:
         both = torch.cat([side_by_side(x), side_by_side(x_dot)]), torch.cat([side_by_side(d_y_dot), side_by_side(d_y)])
         return geometry.correlate(*both, tasks, tasks).unflatten(0, (tasks, -1))
     operands = zip(_each(x), _each(x_dot), _each(d_y_dot), _each(d_y), strict=True)
@@ -214,6 +217,11 @@ def bias_cotangent(d_y: Tensor, shared: bool) -> Tensor:
     """``d_b``, the sum of ``d_y`` over images and positions, ``[T, O]``, or over tasks too, ``[O]``."""
     sums = d_y.sum((1, 3, 4))
     return sums.sum(0) if shared else sums
+
+
+def _alone(value: Any, rank: int) -> Any:
+    """The value of the only task, without the task axis; anything else as it is."""
+    return value[0] if value is not None and value.dim() > rank and value.shape[0] == 1 else value
 
 
 def _each(value: Tensor) -> tuple[Tensor, ...]:
