@@ -22,6 +22,7 @@ class Row:
     Attributes:
         module: the submodule whose parameters it reads.
         op: operation.
+        call: the ATen call it stands for.
         shape: of one task's result.
         plan: how the fast weights are held: ``dense``, or ``shared`` where no task has its own.
         backend: who runs it.
@@ -33,6 +34,7 @@ class Row:
 
     module: str
     op: str
+    call: str
     shape: tuple[int, ...]
     plan: str
     backend: str
@@ -46,6 +48,7 @@ class Row:
         return (
             self.module,
             self.op,
+            self.call,
             "x".join(map(str, self.shape)),
             self.plan,
             self.backend,
@@ -93,7 +96,18 @@ class Explanation:
         if self.engine == "autodiff":
             return f"{head}\nwhy not the program: {self.reason}\nkept: autograd's graph of the whole loop"
         table: list[tuple[str, ...]] = [
-            ("module", "op", "one task's result", "plan", "backend", "MFLOP", "saved KiB", "cotangents KiB", "why")
+            (
+                "module",
+                "op",
+                "call",
+                "one task's result",
+                "plan",
+                "backend",
+                "MFLOP",
+                "saved KiB",
+                "cotangents KiB",
+                "why",
+            )
         ]
         table.extend(row.cells() for row in self.rows)
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
@@ -144,6 +158,7 @@ def _row(work: Work, instruction: Instruction, saved: int, cotangents: int) -> R
     return Row(
         instruction.module,
         instruction.op.name,
+        str(instruction.op.call.target).removeprefix("aten.").partition(".")[0],
         instruction.op.call.outputs[0].shape,
         "shared" if route.single else "dense",
         "reference",

@@ -1,0 +1,91 @@
+"""``explain()`` tells what runs, what it keeps and why; the figures are those of the real tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastmeta as fm
+from tests.engine.cases import CASES, T
+
+
+def explained(name: str, **settings):
+    case = CASES[name]
+    model = case.model()
+    maml = fm.MAML(model, case.loss, **{"lr": case.lr, "steps": 2, **settings})
+    return maml.explain(fm.TaskBatch(*case.tasks(torch.float32)))
+
+
+def test_every_call_has_a_row_with_its_operation() -> None:
+    table = explained("conv4")
+    assert [row.op for row in table.rows].count("conv2d") == 4
+    assert {row.op for row in table.rows} >= {
+        "conv2d",
+        "batch_norm",
+        "activation",
+        "max_pool",
+        "linear",
+        "cross_entropy",
+    }
+    assert all(row.reason == "" for row in table.rows)
+    text = str(table)
+    assert "kept per inner step: operands" in text
+    assert all(row.op in text for row in table.rows)
+
+
+def test_the_workloads_need_no_generic_operation() -> None:
+    for name in ("mlp-relu", "mlp-tanh-mse", "mlp-layernorm-bce", "conv4", "residual", "transformer"):
+        assert [row.op for row in explained(name).rows if row.op == "generic"] == [], name
+
+
+def test_a_generic_operation_gives_its_reason() -> None:
+    reasons = [row.reason for row in explained("generic").rows if row.op == "generic"]
+    assert reasons
+    assert all("aten." in reason for reason in reasons)
+
+
+def test_rows_name_the_module_and_count_operations() -> None:
+    rows = {row.module: row for row in explained("mlp-relu").rows if row.op == "linear"}
+    assert set(rows) == {"0", "2", "4"}
+    # per task and pass 2 * 5 * 4 * 8; two steps and a query are three passes of 3, two Hessian-vector products of 6
+    assert rows["0"].flops == 2 * 5 * 4 * 8 * (3 * 3 + 6 * 2) * T
+
+
+def test_what_is_kept_is_counted_from_the_tensors_themselves() -> None:
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    tasks = fm.TaskBatch(*((torch.randn(T, n, 4), torch.randn(T, n, 3)) for n in (5, 5)))
+    kept = fm.MAML(model, F.mse_loss, lr=0.1, steps=1, engine="program").explain(tasks).kept
+    floats = 4 * T
+    assert kept["fast weights"] == floats * (4 * 8 + 8 * 3)
+    # tanh keeps its result, which is the second layer's input; the loss keeps outputs or their difference
+    assert floats * 5 * (8 + 3) <= kept["operands"] <= floats * 5 * (8 + 8 + 3 + 3)
+    # of the loss, of its broadcast operand, of the second layer's result, of tanh's, of the first layer's
+    assert floats * (1 + 5 * 3) <= kept["cotangents"] <= floats * (1 + 5 * (3 + 3 + 8 + 8))
+
+
+def test_first_order_keeps_nothing_for_the_hessian() -> None:
+    assert explained("conv4", first_order=True).kept == {}
+    rate = torch.tensor(0.1, requires_grad=True)
+    assert set(explained("conv4", first_order=True, lr=rate).kept) == {"gradients"}
+
+
+def test_what_no_task_changes_runs_once() -> None:
+    class Prior(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x * F.softplus(self.scale))
+
+    tasks = fm.TaskBatch(*((torch.randn(T, n, 4), torch.randint(3, (T, n))) for n in (5, 5)))
+    rows = fm.MAML(Prior(), F.cross_entropy, parameters=["head.*"]).explain(tasks).rows
+    assert [row.plan for row in rows if "softplus" in row.reason or row.reason.startswith("no task")] == ["shared"]
+
+
+def test_autodiff_says_why() -> None:
+    text = str(explained("mlp-relu", engine="autodiff"))
+    assert "autodiff engine" in text
+    assert "it was asked for" in text
