@@ -22,7 +22,7 @@ FLOAT64_BOUND = 2e-12
 # Allowance of the tolerance law for the order of summation: c * eps * sqrt(n), see CONTRIBUTING.md.
 SUMMATION_FACTOR = 8.0
 
-LAYOUTS = ("plain", "strided", "expanded")
+LAYOUTS = ("plain", "strided", "expanded", "repeated")
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,8 @@ class Case:
             value = a.draw(None if position in without or layout == "expanded" else tasks, dtype, generator)
             if layout == "expanded" and position not in without:
                 value = value.expand(tasks, *a.shape)
-            elif layout == "strided":
-                value = strided(value)
-            drawn.append(value)
-            return value
+            drawn.append(laid(value, layout))
+            return drawn[-1]
 
         self._map(one)
         return drawn
@@ -100,6 +98,13 @@ class Case:
             return [walk(v) for v in value] if isinstance(value, (list, tuple)) else value
 
         return [walk(v) for v in self.args], {k: walk(v) for k, v in self.kwargs.items()}
+
+
+def laid(value: Tensor, layout: str) -> Tensor:
+    """``value`` as ``layout`` has it in memory; ``repeated`` makes all entries along the last axis one and the same."""
+    if layout == "repeated" and value.dim() > 1 and value.is_floating_point():
+        return value[..., :1].expand_as(value)
+    return strided(value) if layout == "strided" else value
 
 
 def strided(value: Tensor) -> Tensor:
@@ -192,6 +197,10 @@ class Maps:
     def __iter__(self) -> Iterator[tuple[str, Sequence[Tensor]]]:
         return iter(vars(self).items())
 
+    def cpu(self) -> Maps:
+        """The same on a CPU."""
+        return Maps(*(type(values)(v.cpu() for v in values) for values in vars(self).values()))
+
 
 class Run:
     """One operation on drawn inputs, tangents and cotangents."""
@@ -228,7 +237,7 @@ class Run:
 
         def like(shape: tuple[int, ...]) -> Tensor:
             value = torch.randn(tasks, *shape, dtype=torch.float64, generator=generator).to(dtype)
-            return strided(value) if layout == "strided" else value
+            return laid(value, layout)
 
         self.x_dot = [like(self.call.inputs[p].shape) for p in self.positions]
         self.d_y = [like(self.call.outputs[o].shape) for o in case.outputs]
@@ -282,12 +291,12 @@ class Run:
         shape = self.call.inputs[position].shape
         if self.need[position] is Need.SHARED:
             value = values[position] if len(values) else None
-            return torch.zeros(shape, dtype=self.dtype) if value is None else value
+            return self.x[0].new_zeros(shape, dtype=self.dtype) if value is None else value
         return self._dense(values, position, shape)
 
     def _dense(self, values: Sequence, index: int, shape: tuple[int, ...]) -> Tensor:
         value = values[index] if len(values) else None
-        return torch.zeros(self.tasks, *shape, dtype=self.dtype) if value is None else value
+        return self.x[0].new_zeros((self.tasks, *shape), dtype=self.dtype) if value is None else value
 
     @staticmethod
     def _scatter(values: Sequence, positions: Sequence[int], length: int) -> tuple:

@@ -31,7 +31,7 @@ CASES = [
     Case("group-norm", aten.group_norm.default, (A((2, 4, 3)), 2, A((4,)), A((4,)))),
     Case("conv1d", aten.conv1d.default, (A((2, 3, 8)), A((4, 3, 3)), A((4,)))),
     Case("transposed", aten.conv_transpose2d.input, (A((2, 3, 4, 4)), A((3, 2, 3, 3)), A((2,)))),
-    Case("inverse", aten.linalg_inv_ex.default, (A((3, 3)),)),
+    Case("matrix-exponential", aten.linalg_matrix_exp.default, (A((3, 3)),)),
 ]
 
 

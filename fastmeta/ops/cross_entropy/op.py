@@ -73,9 +73,9 @@ class CrossEntropy(TaskOp):
 
     def _labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Labels within range, and which rows count (``None`` for all of them)."""
-        if labels.device.type != "cpu":  # reading a label back would stall the device, which checks for itself
+        if labels.device.type != "cpu":  # reading a label back would stall the device, whose gather checks for itself
             mask = labels != self.ignored
-            return labels.clamp(0, self.classes - 1), mask
+            return torch.where(mask, labels, 0), mask
         if labels.numel() == 0:
             return labels, None
         low, high = (int(v) for v in torch.aminmax(labels))
