@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     effort = Effort(options.rounds, default.slot_s, options.budget)
     comparisons = []
     for name in options.workload or WORKLOADS:
-        comparisons.append(compare(WORKLOADS[name], variants, effort, memory=options.memory))
+        comparisons.append(compare(WORKLOADS[name], variants, effort, memory=options.memory, say=_to_stderr))
         print(f"\n{comparisons[-1].title}\n{text_table(*details(comparisons[-1]))}", flush=True)
         print("\n".join(remarks(comparisons[-1:])), flush=True)
     if len(comparisons) > 1:
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.results:
         for path in write(comparisons, machine_line(), options.results):
             print(path)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

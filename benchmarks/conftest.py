@@ -32,8 +32,15 @@ class Measured:
             effort = dataclasses.replace(effort, rounds=self.config.getoption("--rounds") or effort.rounds)
             memory = not is_quick() and not self.config.getoption("--no-memory")
             variants = [VARIANTS[name] for name in chosen(self.config, "--variant", VARIANTS)]
-            self.done[workload] = compare(WORKLOADS[workload], variants, effort, memory=memory)
+            self.done[workload] = compare(WORKLOADS[workload], variants, effort, memory=memory, say=self._say)
         return self.done[workload]
+
+    def _say(self, line: str) -> None:
+        """A line of progress, past pytest's capture: one comparison takes minutes."""
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(line)
 
 
 MEASURED = pytest.StashKey[Measured]()

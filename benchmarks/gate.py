@@ -16,6 +16,7 @@ import dataclasses
 import statistics
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from benchmarks.peers.base import Step, Variant
@@ -98,7 +99,19 @@ class Gate:
 
 
 def open_gate(problem: Problem) -> Gate:
-    """Compute the truth and float32's own error for ``problem``."""
+    """Compute the truth and float32's own error for ``problem``, on one thread.
+
+    A second thread gains little on one small task after another, and loses much where other processes want its core.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _open(problem)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _open(problem: Problem) -> Gate:
     truth = _truth(problem)
     copies = [problem, *(problem.nudged(seed) for seed in range(NUDGES))]
     loop, *nudged = (_errors(_loop(p), truth) for p in copies)

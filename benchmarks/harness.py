@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,28 +82,41 @@ class Comparison:
 
 
 def compare(
-    workload: Workload, variants: Sequence[Variant], effort: Effort | None = None, *, memory: bool = False
+    workload: Workload,
+    variants: Sequence[Variant],
+    effort: Effort | None = None,
+    *,
+    memory: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Prepare, judge and time ``variants`` on ``workload``."""
+    """Prepare, judge and time ``variants`` on ``workload``; ``say`` is told how it goes."""
     begin = time.perf_counter()
+
+    def tell(what: str) -> None:
+        say(f"{workload.name} {time.perf_counter() - begin:6.1f} s  {what}")
+
     problem = workload.build()
     gate = open_gate(problem)
+    tell("truth and float32's own error")
     outcomes, steps = [], {}
     for variant in variants:
         outcome, step = _admit(variant, problem, gate)
         outcomes.append(outcome)
+        tell(f"{outcome.name}: {outcome.status} {outcome.reason}")
         if step is not None:
             steps[variant.name] = step
 
     foreign = Foreign()
     times = interleave({name: step.run for name, step in steps.items()}, effort or Effort())
     cores = foreign.cores()
+    tell("timed")
     for outcome in outcomes:
         if outcome.name in times:
             outcome.times_ms = [1e3 * s for s in times[outcome.name].seconds]
             outcome.disturbed = times[outcome.name].disturbed
     if memory:
         peaks = measure_all(workload.name, list(steps))
+        tell("peak memory")
         for outcome in outcomes:
             outcome.memory = peaks.get(outcome.name)
     return Comparison(

@@ -29,45 +29,34 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[list[str], Rows]:
         row += [_best_cell([o for o in c.outcomes if o.name == n]) for n in ours]
         row += [_ratio(c.ratio("eager")), _ratio(c.ratio("eager", "compiled"))]
         errors = next((o.errors for o in c.outcomes if o.name == "fastmeta"), None)
-        row += [f"{errors.total:.1e}" if errors else "", f"{c.loop.total:.1e}"]
+        row += [_error(errors and errors.total), _error(c.loop.total)]
         rows.append(row)
     return header, rows
 
 
 def details(c: Comparison) -> tuple[list[str], Rows]:
     """One row a variant of one workload."""
-    header = [
-        "variant",
-        "median ms",
-        "p20 - p80",
-        "calls",
-        "disturbed",
-        "/ ours",
-        "error",
-        "worst parameter",
-        "peak MiB",
-        "first s",
-    ]
     ours = next((o.median_ms for o in c.outcomes if o.name == "fastmeta"), None)
-    rows = []
-    for o in c.outcomes:
-        peak = "" if o.memory is None or o.memory.peak_mib is None else f"{o.memory.peak_mib:.1f}"
-        rows.append(
-            [
-                o.name,
-                _cell(o),
-                f"{_ms(o.p20_ms)} - {_ms(o.p80_ms)}" if o.times_ms else "",
-                str(len(o.times_ms)) if o.times_ms else "",
-                str(o.disturbed) if o.times_ms else "",
-                _ratio(o.median_ms / ours) if o.median_ms and ours else "",
-                f"{o.errors.total:.1e}" if o.errors else "",
-                f"{o.errors.worst:.1e} {o.errors.parameter}" if o.errors else "",
-                f"{o.errors.float64:.1e}" if o.errors and o.errors.float64 is not None else "",
-                peak,
-                f"{o.first_s:.1f}" if o.first_s is not None else "",
-            ]
-        )
-    return header, rows
+    rows = [_detail(o, ours) for o in c.outcomes]
+    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
+
+
+def _detail(o: Outcome, ours: float | None) -> dict[str, str]:
+    timed, errors = bool(o.times_ms), o.errors
+    return {
+        "variant": o.name,
+        "median ms": _cell(o),
+        "p20 - p80": f"{_ms(o.p20_ms)} - {_ms(o.p80_ms)}" if timed else "",
+        "calls": str(len(o.times_ms)) if timed else "",
+        "disturbed": str(o.disturbed) if timed else "",
+        "/ ours": _ratio(o.median_ms / ours) if o.median_ms and ours else "",
+        "error": _error(errors and errors.total),
+        "worst parameter": f"{_error(errors.worst)} {errors.parameter}" if errors else "",
+        "one task": _error(errors and errors.task),
+        "in float64": _error(errors and errors.float64),
+        "peak MiB": f"{o.memory.peak_mib:.1f}" if o.memory and o.memory.peak_mib is not None else "",
+        "first s": f"{o.first_s:.1f}" if o.first_s is not None else "",
+    }
 
 
 def remarks(comparisons: Sequence[Comparison]) -> list[str]:
@@ -224,3 +213,7 @@ def _ms(value: float | None) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
