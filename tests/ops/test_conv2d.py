@@ -63,6 +63,7 @@ def test_every_strategy(c, strategy, monkeypatch):
 
 def test_wide_groups(monkeypatch):
     monkeypatch.setattr(layout, "WIDE_CHANNELS", 1)
+    monkeypatch.setattr(reference, "JOINED_CHANNELS", 1)
     for name, value in STRATEGIES[2][1].items():
         monkeypatch.setattr(reference, name, value)
     four_maps.check_all(CASES[0], ("weight", "bias"))

@@ -32,6 +32,9 @@ GROUPED_CHANNELS = 8
 # The two correlations of d_W_dot as one, by samples laid end to end, win by 1.1 to 1.6 for a few small images (64
 # channels, 5 images of 14x14, 7x7, 3x3), and lose to the copy above this many elements (20 of 14x14: by 1.0 to 1.3).
 JOINED_ELEMENTS = 1 << 17
+# Transposed convolutions of so many channels over all groups are slow (32 tasks of 64 + 64 channels, 7x7: 26 ms against
+# 11 for two of half as many).
+JOINED_CHANNELS = 2048
 # Where a patch is no longer than this share of the channels it becomes, patches take less memory than the result, and
 # matrix products beat convolutions of so few input channels: 1 to 64 channels at 28x28 2.3 ms against 4.2 forward, 2.1
 # against 3.7 to 12 for d_W, after 1.5 once. At 27 to 32 (colour images, 32 channels) there is nothing to gain.
@@ -169,7 +172,7 @@ def input_cotangent_dot(
         return input_cotangent(d_y, weight_dot, geometry)
     tasks, weight = d_y.shape[0], _alone(weight, 4)
     if geometry.grouped or tasks == 1:
-        if weight.dim() == 4:
+        if weight.dim() == 4 or tasks * 2 * weight.shape[1] >= JOINED_CHANNELS:
             return input_cotangent(d_y, weight_dot, geometry).add_(input_cotangent(d_y_dot, weight, geometry))
         stacked = torch.cat([weight, weight_dot], 1).flatten(0, 1)
         return apart(geometry.spread(side_by_side(d_y_dot, d_y), stacked, tasks), tasks)
