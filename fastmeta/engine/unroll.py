@@ -72,7 +72,7 @@ def unroll(
         keep_tapes: keep each step's tape for the Hessian-vector products.
         keep_gradients: keep each step's gradient for eq. (7).
     """
-    rule = SGD(work.alpha, work.segments)
+    rule = SGD(work.alpha, work.segments, work.packing)
     support_data, tasks = pytree.tree_leaves(work.support), work.tasks
     fixed = _fixed_state(work)
     adapted: Sequence[Tensor] = work.theta
@@ -83,15 +83,14 @@ def unroll(
         if work.check_finite:
             require_finite(tape.loss, f"support loss at inner step {k}")
         g = executor.backward(support, tape, torch.ones_like(tape.loss), outer=False)
-        packed_g = work.packing.pack(g.adapted)
-        packed = rule.step(packed, packed_g, k)
+        packed = rule.step(packed, g.adapted, k)
         adapted = work.packing.unpack(packed)
         losses.append(tape.loss)
         trajectory.mutations.append(tape.mutations)
         if keep_tapes:
             trajectory.tapes.append(tape)
         if keep_gradients:
-            trajectory.gradients.append(packed_g)
+            trajectory.gradients.append(work.packing.pack(g.adapted))
     trajectory.phi = packed
     trajectory.support_losses = torch.stack(losses) if losses else support_data[0].new_empty((0, tasks))
     if query is not None:
@@ -122,7 +121,7 @@ def adjoint(
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
     """
-    rule, packing = SGD(work.alpha, work.segments), work.packing
+    rule, packing = SGD(work.alpha, work.segments, work.packing), work.packing
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs)
     lam, outer = packing.pack(gradients.adapted), list(gradients.outer)
     d_alpha: list[Tensor] = []
@@ -134,7 +133,8 @@ def adjoint(
         if work.first_order:
             continue
         product = executor.hessian_vector_product(support, trajectory.tapes.pop(), packing.unpack(u))
-        lam = lam - packing.pack(product.adapted)
+        for part, h in zip(packing.unpack(lam), product.adapted, strict=True):
+            part.sub_(h)  # lam is this function's own
         outer = [plus(a, None if b is None else -b) for a, b in zip(outer, product.outer, strict=True)]
     return MetaGradient(lam.sum(0), outer, _stack_rates(work.alpha, d_alpha[::-1]))
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from fastmeta.core.packing import Packing
 from fastmeta.ops.inner_update import op as inner_update
+
+# Up to here gradients are packed first, which costs a copy and saves calls; beyond, each is used where it lies.
+PACKED_ELEMENTS = 1 << 18
 
 
 class SGD:
@@ -13,9 +19,11 @@ class SGD:
     Args:
         alpha: ``[1 or K, 1 or S or P]``, of :meth:`Rates.alpha`.
         segments: ``[S + 1]`` where there is one rate a parameter.
+        packing: where each parameter lies.
     """
 
-    def __init__(self, alpha: Tensor, segments: Tensor | None) -> None:
+    def __init__(self, alpha: Tensor, segments: Tensor | None, packing: Packing) -> None:
+        self._packing = packing
         self._alpha = list(alpha.unbind(0))
         self._segments = segments
 
@@ -23,9 +31,21 @@ class SGD:
         """The rates of step ``k``."""
         return self._alpha[k if len(self._alpha) > 1 else 0]
 
-    def step(self, phi: Tensor, g: Tensor, k: int) -> Tensor:
-        """Eq. (3) on packed ``phi`` and ``g``, ``[T, P]``."""
-        return inner_update.step(phi, g, self.rate(k), self._segments)
+    def step(self, phi: Tensor, g: Sequence[Tensor], k: int) -> Tensor:
+        """Eq. (3) on packed ``phi`` ``[T, P]`` and the parameters' gradients ``[T, *shape]``; returns ``[T, P]``."""
+        tasks, elements = phi.shape
+        if tasks * elements <= PACKED_ELEMENTS:
+            return inner_update.step(phi, self._packing.pack(g), self.rate(k), self._segments)
+        alpha = self.rate(k)
+        result = phi.new_empty(tasks, elements)
+        offsets = self._packing.offsets
+        for i, (d, start, stop) in enumerate(zip(g, offsets[:-1], offsets[1:], strict=True)):
+            rate = alpha if alpha.numel() == 1 else alpha[start:stop]
+            if self._segments is not None:
+                rate = alpha[i : i + 1]
+            part = slice(start, stop)
+            inner_update.step(phi[:, part], d.reshape(tasks, -1), rate, out=result[:, part])
+        return result
 
     def adjoint(self, lam: Tensor, g: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
         """Eq. (5) and (7): ``u = alpha * lam`` and ``d_alpha = -sum_t g * lam``.

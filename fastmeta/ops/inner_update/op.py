@@ -23,16 +23,19 @@ def step(
     g: Tensor,  # [T, P]
     alpha: Tensor,  # [] or [1], [S], [P]
     segments: Tensor | None = None,  # int64 [S + 1]
+    out: Tensor | None = None,  # [T, P]
 ) -> Tensor:  # [T, P]
     """``phi[t, p] = theta[t, p] - alpha[a(p)] * g[t, p]``, eq. (3), for callers that differentiate by themselves.
 
-    Raises ``RuntimeError`` where autograd would record the call: :func:`inner_update` is the differentiable function.
+    The result is written to ``out`` where it is given, which may be columns of a wider tensor. Raises ``RuntimeError``
+    where autograd would record the call: :func:`inner_update` is the differentiable function.
     """
     if torch.is_grad_enabled() and (theta.requires_grad or g.requires_grad or alpha.requires_grad):
         _refuse_graph()
     if native.runs(g):
-        return native.step(theta, g, alpha, segments)
-    return reference.step(theta, g, alpha, segments)
+        return native.step(theta, g, alpha, segments, out=out)
+    phi = reference.step(theta, g, alpha, segments)
+    return phi if out is None else out.copy_(phi)
 
 
 def adjoint(
