@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import VARIANTS, compare
+from benchmarks.harness import compare
 from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.report import details, remarks, summary, text_table, write
 from benchmarks.timing import Effort
+from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS
 
 

@@ -11,15 +11,11 @@ from typing import Literal
 
 from benchmarks.gate import Errors, Gate, open_gate
 from benchmarks.memory import Memory, measure_all
-from benchmarks.ours import OURS
-from benchmarks.peers import PEERS
 from benchmarks.peers.base import Kind, Step, Unavailable, Unsupported, Variant
 from benchmarks.timing import Effort, Foreign, interleave, percentile
 from benchmarks.workloads import Problem, Workload
 
 Status = Literal["ok", "not installed", "unsupported", "failed", "wrong"]
-
-VARIANTS: dict[str, Variant] = {v.name: v for v in (*PEERS, *OURS)}
 
 
 @dataclass

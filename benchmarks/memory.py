@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("variant")
     options = parser.parse_args(arguments)
 
-    from benchmarks.harness import VARIANTS
     from benchmarks.machine import use_threads
+    from benchmarks.variants import VARIANTS
 
     use_threads()
     print(json.dumps({"peak_mib": peak_mib(VARIANTS[options.variant], WORKLOADS[options.workload].build())}))

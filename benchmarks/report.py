@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import VARIANTS, Comparison, Outcome
+from benchmarks.harness import Comparison, Outcome
+from benchmarks.variants import VARIANTS
 
 Rows = list[list[str]]
 

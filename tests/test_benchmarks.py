@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import VARIANTS, compare
+from benchmarks.harness import compare
 from benchmarks.memory import RESET, peak_mib
 from benchmarks.peers import LOOP
 from benchmarks.peers.base import Step, Unavailable, Variant
 from benchmarks.report import markdown, summary, write
 from benchmarks.timing import Effort, interleave
+from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS, Problem, sinusoid
 from tests.oracle import maml_loop, relative_error, relative_errors
 
