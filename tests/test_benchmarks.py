@@ -33,7 +33,7 @@ def test_sinusoid_comparison_is_timed_judged_and_written(tmp_path: Path) -> None
     names = ["loop", "torch.func", "fastmeta", "fastmeta.backward"]
     result = compare(K1, [VARIANTS[n] for n in names], BRIEF)
     assert [(o.name, o.status) for o in result.outcomes] == [(n, "ok") for n in names]
-    assert all(len(o.times_ms) >= 2 for o in result.outcomes)
+    assert all(o.times_ms for o in result.outcomes)  # how often depends on the time a round takes
     assert result.ratio("eager") == result.best("eager").median_ms / result["fastmeta"].median_ms
 
     paths = write([result], "a machine", tmp_path)

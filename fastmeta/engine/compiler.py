@@ -42,8 +42,8 @@ class Compiler:
     """Cache of graphs by what a trace depends on, and of programs by what a plan depends on.
 
     A trace depends on the shapes, dtypes and device of the batch, the parameters and the buffers, on each module's
-    training flag and on autocast. Anything else a forward pass branches on (a Python attribute, say) is fixed at the
-    first trace; :meth:`clear` forgets it.
+    training flag. Anything else a forward pass branches on (a Python attribute, say) is fixed at the first trace;
+    :meth:`clear` forgets it.
     """
 
     def __init__(self) -> None:
@@ -61,6 +61,8 @@ class Compiler:
         Raises:
             NotTraceable: with the reason; remembered like a success.
         """
+        if torch.is_autocast_enabled(work.theta[0].device.type):
+            raise NotTraceable("autocast is on: the program runs in the dtype of the parameters")
         # a step of first order sends nothing but g_k on, so that other parameters' cotangents are not asked of it
         support = self._program(work, work.support, () if work.first_order else work.outer_names)
         query = None if work.query is None else self._program(work, work.query, work.outer_names)
@@ -90,15 +92,12 @@ class Compiler:
 
     def _signature(self, work: Work, batch: Any) -> Any:
         leaves, spec = pytree.tree_flatten(batch)
-        device = leaves[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return (
             str(spec),
             tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
             tuple(_kind(p) for p in work.parameters.values()),
             tuple(_kind(b) for b in work.buffers.values()),
             work.objective.modes(),
-            autocast,
         )
 
 

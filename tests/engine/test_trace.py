@@ -130,6 +130,20 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert Straight.apply(torch.ones(1)).item() == 1
 
 
+def test_under_autocast_plain_autograd_runs() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    tasks = fm.TaskBatch(*sets()).to(dtype=torch.float32)
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="autocast is on"):
+        out = maml(tasks)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert maml(tasks).logits.dtype == torch.float32
+
+
 def test_detach_blocks_both_derivatives() -> None:
     class Detaches(Base):
         def forward(self, x):
