@@ -88,3 +88,18 @@ def test_mixed_dtypes_are_refused():
     call = Call.bind(no_stats, (x, half, half, True, 0.1, 1e-5), {}, (x, half, half))
     with pytest.raises(Unsupported, match="one dtype"):
         BatchNorm(call)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_a_large_set_keeps_its_digits(shift):
+    """Statistics of thousands of pixels are summed as well as PyTorch sums an image with its channels first."""
+    z = torch.randn(2, 5, 16, 56, 56).relu() + shift
+    n = z.shape[2]
+    ones, zeros = torch.ones(n), torch.zeros(n)
+    op = BatchNorm(Call.example(no_stats, z[0], ones, zeros, True, 0.0, 1e-5))
+    last = z.movedim(2, -1).contiguous().movedim(-1, 2)
+    got = op.forward([last, ones.expand(2, n), zeros.expand(2, n)])[0][0]
+    truth = torch.stack([torch.nn.functional.batch_norm(v.double(), None, None, training=True) for v in z])
+    own = torch.stack([torch.nn.functional.batch_norm(v, None, None, training=True) for v in z])
+    error, allowed = (got - truth).square().mean().sqrt(), (own - truth).square().mean().sqrt()
+    assert error <= 2 * allowed
