@@ -150,6 +150,7 @@ class TaskOp(ABC):
     targets: ClassVar[tuple[str, ...]] = ()  # ATen overloads it covers, e.g. ``"aten.linear.default"``
     shares: ClassVar[tuple[str, ...]] = ()  # schema names of arguments it takes without a task axis, too
     fixed: ClassVar[tuple[str, ...]] = ()  # floating arguments it has no derivative for: generic where one is wanted
+    saved_names: ClassVar[tuple[str, ...]] = ()  # what ``saved`` holds, for ``explain()``
     random: ClassVar[bool] = False  # draws random numbers, so its results differ between tasks whatever goes in
 
     def __init__(self, call: Call) -> None:

@@ -29,6 +29,7 @@ class Row:
         flops: of the four maps over all tasks and inner steps, and the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
+        keeps: what the saved bytes are.
         reason: why the generic operation stands in, or why it runs once.
     """
 
@@ -41,6 +42,7 @@ class Row:
     flops: int
     saved: int
     cotangents: int
+    keeps: str
     reason: str
 
     def cells(self) -> tuple[str, ...]:
@@ -55,6 +57,7 @@ class Row:
             f"{self.flops / 1e6:.1f}",
             f"{self.saved / 1024:.1f}",
             f"{self.cotangents / 1024:.1f}",
+            self.keeps,
             self.reason,
         )
 
@@ -106,6 +109,7 @@ class Explanation:
                 "MFLOP",
                 "saved KiB",
                 "cotangents KiB",
+                "keeps",
                 "why",
             )
         ]
@@ -165,6 +169,7 @@ def _row(work: Work, instruction: Instruction, saved: int, cotangents: int) -> R
         instruction.op.flops() * times * (1 if route.single else work.tasks),
         saved,
         cotangents,
+        ", ".join(instruction.op.saved_names),
         reason,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -25,6 +26,18 @@ class _AlongAxis(TaskOp):
             raise Unsupported(f"{self.name}: a number without axes")
         self.dim = call["dim"] if call["dim"] < 0 else call["dim"] - len(call.inputs[0].shape)
 
+    def tangent_backward(
+        self, saved: tuple[Any, ...], saved_dot: tuple[Any, ...], d_y: Tensors, d_y_dot: Tensors, need: Sequence[Need]
+    ) -> Tensors:
+        (d_x_dot,) = self.backward(saved, d_y_dot, need)
+        if d_y[0] is None or saved_dot[0] is None:
+            return (d_x_dot,)
+        return (plus(d_x_dot, self._bend(saved[0], saved_dot[0], d_y[0])),)
+
+    @abstractmethod
+    def _bend(self, p: Tensor, y_dot: Tensor, d: Tensor) -> Tensor:
+        """The second-order part of the tangent-backward: of the cotangent ``d``, in direction ``y_dot``."""
+
 
 @registry.register
 class Softmax(_AlongAxis):
@@ -44,13 +57,8 @@ class Softmax(_AlongAxis):
         p_dot = None if x_dot[0] is None else reference.derivative(saved[0], x_dot[0], self.dim)
         return (p_dot,), (p_dot,)
 
-    def tangent_backward(
-        self, saved: tuple[Any, ...], saved_dot: tuple[Any, ...], d_y: Tensors, d_y_dot: Tensors, need: Sequence[Need]
-    ) -> Tensors:
-        (d_x_dot,) = self.backward(saved, d_y_dot, need)
-        if d_y[0] is None or saved_dot[0] is None:
-            return (d_x_dot,)
-        return (plus(d_x_dot, reference.cotangent_dot(saved[0], saved_dot[0], d_y[0], self.dim)),)
+    def _bend(self, p: Tensor, p_dot: Tensor, d: Tensor) -> Tensor:
+        return reference.cotangent_dot(p, p_dot, d, self.dim)
 
 
 @registry.register
@@ -71,11 +79,5 @@ class LogSoftmax(_AlongAxis):
         y_dot = None if x_dot[0] is None else reference.log_tangent(saved[0], x_dot[0], self.dim)
         return (y_dot,), (y_dot,)
 
-    def tangent_backward(
-        self, saved: tuple[Any, ...], saved_dot: tuple[Any, ...], d_y: Tensors, d_y_dot: Tensors, need: Sequence[Need]
-    ) -> Tensors:
-        (d_x_dot,) = self.backward(saved, d_y_dot, need)
-        if d_y[0] is None or saved_dot[0] is None:
-            return (d_x_dot,)
-        twist = saved[0] * saved_dot[0] * reference.total(d_y[0], self.dim)
-        return (-twist if d_x_dot is None else d_x_dot - twist,)
+    def _bend(self, p: Tensor, y_dot: Tensor, d: Tensor) -> Tensor:
+        return -(p * y_dot * reference.total(d, self.dim))
