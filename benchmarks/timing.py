@@ -12,6 +12,7 @@ from typing import Any
 
 LEAST = 3  # turns of a variant, however slow
 DISTURBED = 0.3  # cores that other processes take during a turn, from which on it is not counted
+TICKS = 8  # of the system's clock: over fewer, its coarse accounts cannot tell DISTURBED from a rounding
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def percentile(values: list[float], share: float) -> float:
 
 
 class Foreign:
-    """How many cores other processes used since it was made; ``None`` where it cannot be told."""
+    """How many cores other processes used since it was made; ``None`` where it cannot be told.
+
+    The system accounts for whole ticks only (10 ms on most), so nothing is said about less than ``TICKS`` of them.
+    """
 
     def __init__(self) -> None:
         self._begin = self._read()
@@ -107,7 +111,7 @@ class Foreign:
         if self._begin is None or end is None:
             return None
         busy, own, wall = (b - a for a, b in zip(self._begin, end, strict=True))
-        return max(0.0, (busy - own) / wall) if wall > 0 else 0.0
+        return max(0.0, (busy - own) / wall) if wall * os.sysconf("SC_CLK_TCK") >= TICKS else None
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:

@@ -80,7 +80,7 @@ def test_turns_are_interleaved() -> None:
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     times = interleave(calls, Effort(rounds=3, slot_s=0.0, budget_s=0.1))
     assert [o for i, o in enumerate(order) if i == 0 or order[i - 1] != o][:3] == ["a", "b", "c"]
-    assert {name: len(t.seconds) >= 3 for name, t in times.items()} == dict.fromkeys("abc", True)
+    assert {name: (len(t.seconds) >= 3, t.disturbed) for name, t in times.items()} == dict.fromkeys("abc", (True, 0))
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
