@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from benchmarks import probe
 from benchmarks.gate import Errors, Gate, open_gate
 from benchmarks.memory import Memory, measure_all
 from benchmarks.peers.base import Kind, Step, Unavailable, Unsupported, Variant
@@ -96,7 +97,7 @@ def compare(
     tell("truth and float32's own error")
     outcomes, steps = [], {}
     for variant in variants:
-        outcome, step = _admit(variant, problem, gate)
+        outcome, step = _admit(variant, workload.name, problem, gate)
         outcomes.append(outcome)
         tell(f"{outcome.name}: {outcome.status} {outcome.reason}")
         if step is not None:
@@ -127,10 +128,15 @@ def compare(
     )
 
 
-def _admit(variant: Variant, problem: Problem, gate: Gate) -> tuple[Outcome, Step | None]:
+def _admit(variant: Variant, workload: str, problem: Problem, gate: Gate) -> tuple[Outcome, Step | None]:
     """Prepare a variant on its own copy of the model and let it through only with the right gradient."""
     outcome = Outcome(variant.name, variant.peer, variant.kind, variant.about)
     own = dataclasses.replace(problem, model=copy.deepcopy(problem.model))
+    if variant.probe:
+        outcome.reason = probe.refusal(workload, variant.name)
+        if outcome.reason:
+            outcome.status = "unsupported"
+            return outcome, None
     begin = time.perf_counter()
     try:
         step = variant.prepare(own)

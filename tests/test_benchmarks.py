@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import probe
 from benchmarks.harness import compare
 from benchmarks.memory import RESET, peak_mib
 from benchmarks.peers import LOOP
@@ -73,6 +74,12 @@ def test_an_absent_or_broken_peer_is_shown_with_its_reason() -> None:
     for text in (summary([result], ""), markdown([result], "", "picture.png")):
         assert "No module named 'absent'" in text
         assert "does not run here" in text
+
+
+def test_a_compiler_that_does_not_end_is_stopped_and_a_broken_one_is_named() -> None:
+    assert probe.refusal("sinusoid_k1", "loop") == ""
+    assert probe.refusal("sinusoid_k1", "loop", limit_s=0.01) == "compiling did not finish within 0.01 s"
+    assert "'nobody'" in probe.refusal("sinusoid_k1", "nobody")
 
 
 def test_turns_are_interleaved() -> None:

@@ -46,3 +46,4 @@ class Variant:
     kind: Kind
     prepare: Callable[[Problem], Step]
     about: str
+    probe: bool = False  # preparing may not end: a process under a time limit tries first

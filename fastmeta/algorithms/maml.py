@@ -16,11 +16,12 @@ from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
-from fastmeta.engine.function import MetaStep, Step
+from fastmeta.engine.function import Custom, MetaStep, Step
+from fastmeta.engine.meta_step import Cotangents, evaluate
 from fastmeta.engine.objective import Objective
 from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
-from fastmeta.engine.unroll import unroll, value_and_gradient
+from fastmeta.engine.unroll import unroll
 from fastmeta.engine.work import Work
 from fastmeta.inner.rates import Rate, Rates, RateTable
 from fastmeta.tasks.batch import TaskBatch
@@ -74,7 +75,7 @@ class MAML(nn.Module):
         check_finite: raise as soon as a tensor of the tasks or a loss is not finite, naming task and step. Costs a
             synchronisation a step on a GPU.
         chunk_size: run at most so many tasks at a time. By default as many as keep an operation's operands in cache on
-            a CPU. :meth:`value_and_grad` holds the tapes of one chunk only, whatever T is.
+            a CPU. The tapes of one chunk only are held at a time, whatever T is.
         engine: ``"program"`` runs the traced program and raises where that is impossible; ``"autodiff"`` runs plain
             autograd over tasks, to any order; ``"auto"`` takes the program if the model can be traced, and otherwise
             autodiff, with one warning that names the cause.
@@ -105,6 +106,7 @@ class MAML(nn.Module):
         self._objective = Objective(model, loss)
         self._selection = parameters
         self._compiler = Compiler()
+        self._custom = Custom()
         self._warned: set[str] = set()
         self.model = model
         if isinstance(loss, nn.Module):
@@ -122,6 +124,10 @@ class MAML(nn.Module):
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
         """Adapt to every task's support set and evaluate on its query set.
 
+        Where gradients are enabled, the meta-gradient of the mean loss is computed on the way, chunk by chunk, so that
+        ``backward()`` has only to scale it; call it under ``torch.no_grad()`` where only the numbers are wanted. If
+        something else than ``.loss`` is differentiated, ``backward()`` runs the meta-step again.
+
         Args:
             tasks: the tasks, on the model's device and in its dtype.
             steps: another number of inner steps than the module's, for evaluation.
@@ -137,7 +143,7 @@ class MAML(nn.Module):
         work, programs = self._prepare(tasks, steps, differentiate=torch.is_grad_enabled())
         if programs is None:
             return self._autodiff(work)
-        step = Step(work, programs)
+        step = Step(work, programs, self._custom)
         loss, task_losses, support_losses, *leaves = MetaStep.apply(step, work.alpha, *work.parameters.values())
         self._follow(programs, work, step.mutations)
         return MetaOutput(loss, task_losses, _outputs(programs.both[1], leaves), support_losses)
@@ -167,20 +173,21 @@ class MAML(nn.Module):
             }
         learned = work.alpha.requires_grad
         with torch.no_grad():
-            losses, result, mutations = value_and_gradient(work, programs, learned=learned)
-            self._follow(programs, work, mutations)
+            result = evaluate(work, programs, Cotangents.of_mean(work), learned=learned)
+            self._follow(programs, work, result.mutations)
+        gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
-        adapted = dict(zip(work.packing.names, work.packing.unpack_shared(result.theta), strict=True))
-        outer = dict(zip(programs.both[1].outer, result.outer, strict=True))
+        adapted = dict(zip(work.packing.names, work.packing.unpack_shared(gradient.theta), strict=True))
+        outer = dict(zip(programs.both[1].outer, gradient.outer, strict=True))
         for name, parameter in work.parameters.items():
             if parameter.requires_grad:
                 g = adapted.get(name) if name in adapted else outer.get(name)
                 gradients[name] = torch.zeros_like(parameter) if g is None else g
         if learned:
             rates = self._learned_rates()
-            d_rates = torch.autograd.grad(work.alpha, list(rates.values()), result.alpha)
+            d_rates = torch.autograd.grad(work.alpha, list(rates.values()), gradient.alpha)
             gradients.update(zip(rates, d_rates, strict=True))
-        return losses.mean(), gradients
+        return result.losses.mean(), gradients
 
     def adapt(self, support: Any, *, steps: int | None = None) -> AdaptedModel:
         """Adapt to one task, or to all tasks of a batch, without meta-gradients.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.executor import Tape
-from fastmeta.engine.unroll import Trajectory, adjoint, joined_mutations, unroll
+from fastmeta.engine.meta_step import Cotangents, evaluate
+from fastmeta.engine.unroll import MetaGradient
 from fastmeta.engine.work import Work
+
+
+@dataclass
+class Custom:
+    """Whether the last objective differentiated was another than the mean loss; one a learner, across meta-steps."""
+
+    seen: bool = False
 
 
 @dataclass
@@ -21,76 +28,110 @@ class Step:
 
     work: Work
     programs: Programs
+    custom: Custom
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 class MetaStep(torch.autograd.Function):
-    """Unroll in the forward, adjoint in the backward.
+    """Unroll and adjoint, so that no chunk's tapes outlive it.
 
-    What the adjoint needs is given to autograd for keeping, so ``retain_graph``, saved-tensor hooks and the error on
-    a second backward work as for any other function. A third derivative raises.
+    The forward pass already computes the gradient of the mean loss, which is what nearly everyone differentiates;
+    backward scales it. Any other objective (single task losses, the outputs) is known in backward only: the meta-step
+    is then run again with its cotangents, and from the next one on its forward pass leaves the gradient out.
+
+    What backward needs is given to autograd for keeping, so ``retain_graph``, saved-tensor hooks and the errors on
+    changed tensors and on a second backward work as for any other function. A third derivative raises.
     """
 
     @staticmethod
     def forward(ctx: Any, step: Step, alpha: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return mean loss, task losses, support losses and the query outputs."""
-        work = step.work
+        work, programs = step.work, step.programs
         wanted = any(ctx.needs_input_grad)
-        trajectories = [
-            unroll(
-                work.part(chunk),
-                *step.programs.both,
-                keep_tapes=wanted and not work.first_order,
-                keep_gradients=ctx.needs_input_grad[1],
-            )
-            for chunk in step.programs.chunks(work.tasks)
-        ]
-        step.mutations = joined_mutations([trajectory.mutations for trajectory in trajectories])
-        queries = [trajectory.evaluated for trajectory in trajectories]
-        losses = torch.cat([query.loss for query in queries])
-        support_losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
-        outputs = [torch.cat(pieces) for pieces in zip(*[query.outputs for query in queries], strict=True)]
+        cotangents = Cotangents.of_mean(work) if wanted and not step.custom.seen else None
+        dice = _Dice(programs, work) if wanted else None
+        result = evaluate(work, programs, cotangents, learned=ctx.needs_input_grad[1], outputs=True)
+        step.mutations = result.mutations
         if wanted:
-            leaves, ctx.spec = pytree.tree_flatten([_kept(trajectory) for trajectory in trajectories])
+            g = result.gradient
+            parts = None if g is None else (g.theta, g.outer, g.alpha)
+            kept = parts, work.support, work.query, _read_buffers(work, result.mutations)
+            leaves, ctx.spec = pytree.tree_flatten(kept)
             ctx.tensors = [isinstance(leaf, Tensor) for leaf in leaves]
-            ctx.save_for_backward(*parameters, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-            ctx.step, ctx.count = step, len(parameters)
-        ctx.mark_non_differentiable(support_losses, *(o for o in outputs if not o.is_floating_point()))
+            ctx.save_for_backward(alpha, *parameters, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+            ctx.step, ctx.dice, ctx.count = step, dice, len(parameters)
+        floats = [o.is_floating_point() for o in result.outputs]
+        ctx.mark_non_differentiable(
+            result.support_losses, *(o for o, is_float in zip(result.outputs, floats, strict=True) if not is_float)
+        )
         ctx.set_materialize_grads(False)
-        return losses.mean(), losses, support_losses, *outputs
+        return result.losses.mean(), result.losses, result.support_losses, *result.outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Run the adjoint; see eq. (5)-(8')."""
+        """Scale the meta-gradient, or compute it; see eq. (5)-(8')."""
         with torch.no_grad():
-            gradients = MetaStep._adjoint(ctx, *cotangents)
+            gradients = MetaStep._gradients(ctx, *cotangents)
         if torch.is_grad_enabled():  # create_graph: constants would make a third derivative silently wrong
             anchor = torch.empty(0, requires_grad=True)
             gradients = tuple(g if g is None else _Last.apply(g, anchor) for g in gradients)
         return gradients
 
     @staticmethod
-    def _adjoint(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, d_mean: Tensor | None, d_tasks: Tensor | None, *d_others: Tensor | None) -> Any:
         step: Step = ctx.step
-        work, programs = step.work, step.programs
-        kept = iter(ctx.saved_tensors[ctx.count :])
-        states = pytree.tree_unflatten([next(kept) if is_tensor else None for is_tensor in ctx.tensors], ctx.spec)
-        d_mean, d_tasks, _, *d_outputs = cotangents
-        total = None
-        for chunk, state in zip(programs.chunks(work.tasks), states, strict=True):
-            trajectory = _trajectory(state, work.steps)
-            d_loss = torch.zeros_like(trajectory.evaluated.loss) if d_tasks is None else d_tasks[chunk]
+        work = step.work
+        alpha, *saved = ctx.saved_tensors
+        leaves = iter(saved[ctx.count :])
+        parts, support, query, buffers = pytree.tree_unflatten(
+            [next(leaves) if is_tensor else None for is_tensor in ctx.tensors], ctx.spec
+        )
+        d_outputs = d_others[1:]
+        step.custom.seen = d_tasks is not None or any(d is not None for d in d_outputs)
+        if parts is not None and not step.custom.seen:
+            total = MetaGradient(*parts).scaled(alpha.new_zeros(()) if d_mean is None else d_mean)
+        else:
+            again = replace(
+                work,
+                parameters=dict(zip(work.parameters, saved[: ctx.count], strict=True)),
+                buffers=buffers,
+                support=support,
+                query=query,
+                alpha=alpha,
+            )
+            d_losses = alpha.new_zeros(work.tasks) if d_tasks is None else d_tasks
             if d_mean is not None:
-                d_loss = d_loss + d_mean / work.tasks
-            d_outputs_here = [d if d is None else d[chunk] for d in d_outputs]
-            part = adjoint(work.part(chunk), *programs.both, trajectory, d_loss, d_outputs_here)
-            total = part if total is None else total + part
-        if total is None:
-            raise RuntimeError("MAML: a meta-step must have at least one task")
+                d_losses = d_losses + d_mean / work.tasks
+            with ctx.dice:
+                total = evaluate(
+                    again, step.programs, Cotangents(d_losses, d_outputs), learned=ctx.needs_input_grad[1]
+                ).meta_gradient
         adapted = zip(work.packing.names, work.packing.unpack_shared(total.theta), strict=True)
         by_name: dict[str, Tensor | None] = dict(adapted)
-        by_name.update(zip(programs.both[1].outer, total.outer, strict=True))
+        by_name.update(zip(step.programs.both[1].outer, total.outer, strict=True))
         return None, total.alpha, *(by_name.get(name) for name in work.parameters)
+
+
+class _Dice:
+    """Rolls again what the forward pass has rolled: dropout masks and the like."""
+
+    def __init__(self, programs: Programs, work: Work) -> None:
+        device = work.theta[0].device
+        self._devices = [device] if device.type == "cuda" else []
+        self._states: list[Tensor] = []
+        if any(i.op.random for program in programs.both for i in program.instructions):
+            self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
+
+    def __enter__(self) -> None:
+        self._fork = torch.random.fork_rng(self._devices, enabled=bool(self._states))
+        self._fork.__enter__()
+        if self._states:
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._devices, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
 
 
 class _Last(torch.autograd.Function):
@@ -108,15 +149,7 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _kept(trajectory: Trajectory) -> Any:
-    """What the adjoint needs of a trajectory, as a pytree."""
-    tapes = [(tape.saved, tape.d_y) for tape in (*trajectory.tapes, trajectory.evaluated)]
-    return tapes, trajectory.gradients, trajectory.evaluated.loss
-
-
-def _trajectory(kept: Any, steps: int) -> Trajectory:
-    """The trajectory :func:`_kept` came from, as far as the adjoint reads it."""
-    states, gradients, loss = kept
-    tapes = [Tape(k == 0, loss, (), {}, saved, d_y) for k, (saved, d_y) in enumerate(states[:-1])]
-    saved, d_y = states[-1]
-    return Trajectory(loss, loss, tapes, gradients, Tape(steps == 0, loss, (), {}, saved, d_y))
+def _read_buffers(work: Work, mutations: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The buffers a second run reads: copies of those that a training pass over the model may write meanwhile."""
+    written = {name for one in mutations for name in one}
+    return {name: b.clone() if name in written else b for name, b in work.buffers.items()}

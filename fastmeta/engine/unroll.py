@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
-from fastmeta.engine.compiler import Programs
 from fastmeta.engine.executor import Tape
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
@@ -58,6 +57,11 @@ class MetaGradient:
         """The gradient of two chunks of tasks."""
         outer = [plus(a, b) for a, b in zip(self.outer, other.outer, strict=True)]
         return MetaGradient(self.theta + other.theta, outer, plus(self.alpha, other.alpha))
+
+    def scaled(self, factor: Tensor) -> MetaGradient:
+        """The gradient of a meta-loss times ``factor``, ``[]``."""
+        outer = [d if d is None else factor * d for d in self.outer]
+        return MetaGradient(factor * self.theta, outer, None if self.alpha is None else factor * self.alpha)
 
 
 def unroll(
@@ -137,39 +141,6 @@ def adjoint(
             part.sub_(h)  # lam is this function's own
         outer = [plus(a, None if b is None else -b) for a, b in zip(outer, product.outer, strict=True)]
     return MetaGradient(lam.sum(0), outer, _stack_rates(work.alpha, d_alpha[::-1]))
-
-
-def value_and_gradient(
-    work: Work, programs: Programs, *, learned: bool
-) -> tuple[Tensor, MetaGradient, list[dict[str, Tensor]]]:
-    """Task losses ``[T]``, the gradient of their mean, and the new buffer values of each pass, chunk by chunk.
-
-    A chunk's tapes are dropped before the next one starts.
-
-    Args:
-        work: the meta-step.
-        programs: its programs.
-        learned: whether the rates get a gradient.
-    """
-    support, query = programs.both
-    losses, mutations, total = [], [], None
-    for chunk in programs.chunks(work.tasks):
-        part = work.part(chunk)
-        trajectory = unroll(part, support, query, keep_tapes=not work.first_order, keep_gradients=learned)
-        losses.append(trajectory.evaluated.loss)
-        mutations.append(trajectory.mutations)
-        d_loss = torch.full_like(losses[-1], 1 / work.tasks)
-        gradient = adjoint(part, support, query, trajectory, d_loss)
-        total = gradient if total is None else total + gradient
-    if total is None:
-        raise RuntimeError("MAML: a meta-step must have at least one task")
-    return torch.cat(losses), total, joined_mutations(mutations)
-
-
-def joined_mutations(chunks: Sequence[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-    """New buffer values of each pass, ``[T, ...]``, from those of the chunks."""
-    passes = zip(*chunks, strict=True)
-    return [{name: torch.cat([m[name] for m in pieces]) for name in pieces[0]} for pieces in passes]
 
 
 def _fixed_state(work: Work) -> dict[str, Tensor]:
