@@ -28,17 +28,17 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 X86_LEVELS = ("v2", "v3", "v4")
-# No contraction to fused multiply-adds: every instruction set then returns the same bits (csrc/inner_update/math.h).
 UNIX_FLAGS = [
     "-std=c++17",
     "-O3",
-    "-ffp-contract=off",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-g0",
     "-Wall",
     "-Wextra",
 ]
+# Without contraction to fused multiply-adds every instruction set returns the same bits (csrc/inner_update/math.h).
+SAME_BITS = "inner_update"
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 
 
@@ -113,6 +113,12 @@ class BuildExtension(build_ext):
         """Options for every file."""
         return MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS
 
+    def contraction(self, source: str) -> list[str]:
+        """Whether products and sums of ``source`` may become fused multiply-adds, as an option."""
+        if self.compiler.compiler_type == "msvc":
+            return []
+        return ["-ffp-contract=off" if Path(source).parent.name == SAME_BITS else "-ffp-contract=fast"]
+
     def fault(self, source: str, flags: list[str]) -> str:
         """What is wrong with compiling ``source``; empty where nothing is."""
         with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +137,11 @@ class BuildExtension(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64") and not msvc
         levels = [level for level in X86_LEVELS if x86 and not self.fault("", [f"-march=x86-64-{level}"])]
         macros: list[Any] = [(f"FASTMETA_HAVE_{level.upper()}", "1") for level in levels]
-        jobs = [(source, "", flags) for source in extension.sources]
+        jobs = [(source, "", [*flags, *self.contraction(source)]) for source in extension.sources]
         for source in extension.sources:
             if Path(source).name == "cpu.cpp":
-                jobs += [(source, level, [*flags, f"-march=x86-64-{level}"]) for level in levels]
+                own = [*flags, *self.contraction(source)]
+                jobs += [(source, level, [*own, f"-march=x86-64-{level}"]) for level in levels]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, level, arguments = job

@@ -15,9 +15,10 @@ from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_chunk
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
+from fastmeta.engine.evaluation import Cotangents
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
 from fastmeta.engine.function import Custom, MetaStep, Step
-from fastmeta.engine.meta_step import Cotangents, evaluate
+from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.objective import Objective
 from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
@@ -27,6 +28,7 @@ from fastmeta.inner.rates import Rate, Rates, RateTable
 from fastmeta.tasks.batch import TaskBatch
 
 Engine = Literal["auto", "program", "autodiff"]
+Executor = Literal["auto", "native", "reference"]
 
 
 class MetaOutput(NamedTuple):
@@ -79,6 +81,9 @@ class MAML(nn.Module):
         engine: ``"program"`` runs the traced program and raises where that is impossible; ``"autodiff"`` runs plain
             autograd over tasks, to any order; ``"auto"`` takes the program if the model can be traced, and otherwise
             autodiff, with one warning that names the cause.
+        executor: who runs the program: ``"native"`` the compiled executor, which raises where it lacks a kernel;
+            ``"reference"`` the operations in torch; ``"auto"`` the native one where it can. :meth:`explain` says
+            which, and why.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -99,10 +104,13 @@ class MAML(nn.Module):
         check_finite: bool = False,
         chunk_size: int | None = None,
         engine: Engine = "auto",
+        executor: Executor = "auto",
     ) -> None:
         super().__init__()
         if engine not in ("auto", "program", "autodiff"):
             raise ValueError(f"MAML: engine must be 'auto', 'program' or 'autodiff', got {engine!r}")
+        if executor not in ("auto", "native", "reference"):
+            raise ValueError(f"MAML: executor must be 'auto', 'native' or 'reference', got {executor!r}")
         self._objective = Objective(model, loss)
         self._selection = parameters
         self._compiler = Compiler()
@@ -119,6 +127,7 @@ class MAML(nn.Module):
         self.check_finite = check_finite
         self.chunk_size = checked_chunk_size(chunk_size)
         self.engine = engine
+        self.executor = executor
         self._rates_of(self._packing(self._objective.parameters()))
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
@@ -177,7 +186,7 @@ class MAML(nn.Module):
             self._follow(programs, work, result.mutations)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
-        adapted = dict(zip(work.packing.names, work.packing.unpack_shared(gradient.theta), strict=True))
+        adapted = dict(zip(work.packing.names, gradient.adapted, strict=True))
         outer = dict(zip(programs.both[1].outer, gradient.outer, strict=True))
         for name, parameter in work.parameters.items():
             if parameter.requires_grad:
@@ -272,6 +281,8 @@ class MAML(nn.Module):
             self.check_finite,
             differentiate,
             self.chunk_size,
+            self.executor,
+            self.update_running_stats,
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)

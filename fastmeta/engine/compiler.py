@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta.engine.lower import NotLowered
+from fastmeta.engine.native import NativeStep
 from fastmeta.engine.plan import chunk_size, plan
 from fastmeta.engine.program import Program
 from fastmeta.engine.trace import Graph, NotTraceable, trace
@@ -23,6 +25,7 @@ class Programs:
     support: Program
     query: Program | None
     chunk_size: int
+    native: NativeStep | str = "there is no query set"  # or why there is none
 
     def chunks(self, tasks: int) -> list[slice]:
         """The task axis cut into runs of at most ``chunk_size``, as even as they can be."""
@@ -49,11 +52,13 @@ class Compiler:
     def __init__(self) -> None:
         self._graphs: dict[Any, Graph | NotTraceable] = {}
         self._programs: dict[Any, Program] = {}
+        self._steps: dict[tuple[int, int], NativeStep | str] = {}  # by the programs, which are never dropped alone
 
     def clear(self) -> None:
         """Forget every trace."""
         self._graphs.clear()
         self._programs.clear()
+        self._steps.clear()
 
     def compile(self, work: Work) -> Programs:
         """The programs of ``work``.
@@ -67,7 +72,21 @@ class Compiler:
         support = self._program(work, work.support, () if work.first_order else work.outer_names)
         query = None if work.query is None else self._program(work, work.query, work.outer_names)
         size = work.chunk_size or min(chunk_size(p, work.packing.size) for p in (support, query) if p is not None)
-        return Programs(support, query, size)
+        return Programs(support, query, size, self._native(work, support, query))
+
+    def _native(self, work: Work, support: Program, query: Program | None) -> NativeStep | str:
+        """The lowered meta-step, or the reason why there is none; either is remembered."""
+        if query is None:
+            return "there is no query set"
+        if work.executor == "reference":
+            return "the reference executor was asked for"
+        key = id(support), id(query)
+        if key not in self._steps:
+            try:
+                self._steps[key] = NativeStep(support, query)
+            except NotLowered as reason:
+                self._steps[key] = str(reason)
+        return self._steps[key]
 
     def _program(self, work: Work, batch: Any, outer: tuple[str, ...]) -> Program:
         key = self._signature(work, batch)

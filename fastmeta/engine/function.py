@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.meta_step import Cotangents, evaluate
-from fastmeta.engine.unroll import MetaGradient
+from fastmeta.engine.evaluation import Cotangents, MetaGradient
+from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.work import Work
 
 
@@ -54,8 +54,8 @@ class MetaStep(torch.autograd.Function):
         step.mutations = result.mutations
         if wanted:
             g = result.gradient
-            parts = None if g is None else (g.theta, g.outer, g.alpha)
-            kept = parts, work.support, work.query, _read_buffers(work, result.mutations)
+            parts = None if g is None else (g.adapted, g.outer, g.alpha)
+            kept = parts, work.support, work.query, _read_buffers(work, programs)
             leaves, ctx.spec = pytree.tree_flatten(kept)
             ctx.tensors = [isinstance(leaf, Tensor) for leaf in leaves]
             ctx.save_for_backward(alpha, *parameters, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
@@ -106,8 +106,7 @@ class MetaStep(torch.autograd.Function):
                 total = evaluate(
                     again, step.programs, Cotangents(d_losses, d_outputs), learned=ctx.needs_input_grad[1]
                 ).meta_gradient
-        adapted = zip(work.packing.names, work.packing.unpack_shared(total.theta), strict=True)
-        by_name: dict[str, Tensor | None] = dict(adapted)
+        by_name: dict[str, Tensor | None] = dict(zip(work.packing.names, total.adapted, strict=True))
         by_name.update(zip(step.programs.both[1].outer, total.outer, strict=True))
         return None, total.alpha, *(by_name.get(name) for name in work.parameters)
 
@@ -149,7 +148,7 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _read_buffers(work: Work, mutations: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _read_buffers(work: Work, programs: Programs) -> dict[str, Tensor]:
     """The buffers a second run reads: copies of those that a training pass over the model may write meanwhile."""
-    written = {name for one in mutations for name in one}
+    written = {name for program in programs.both for name in program.graph.mutations}
     return {name: b.clone() if name in written else b for name, b in work.buffers.items()}

@@ -1,70 +1,22 @@
-"""A meta-step chunk by chunk: results, and the meta-gradient while a chunk's tapes are still at hand."""
+"""A meta-step by the executor that can run it; the reference goes chunk by chunk and drops each chunk's tapes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.unroll import MetaGradient, adjoint, unroll
+from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
+from fastmeta.engine.unroll import adjoint, unroll
 from fastmeta.engine.work import Work
-
-
-@dataclass(frozen=True)
-class Cotangents:
-    """Derivatives of an outer objective.
-
-    Attributes:
-        losses: by each task's query loss, ``[T]``.
-        outputs: by the query outputs, ``[T, ...]``, where it depends on them.
-    """
-
-    losses: Tensor
-    outputs: Sequence[Tensor | None] = ()
-
-    @staticmethod
-    def of_mean(work: Work) -> Cotangents:
-        """Those of the mean loss, eq. (4)."""
-        return Cotangents(work.alpha.new_full((work.tasks,), 1 / work.tasks))
-
-    def part(self, tasks: slice) -> Cotangents:
-        """The same for some of the tasks."""
-        return Cotangents(self.losses[tasks], [d if d is None else d[tasks] for d in self.outputs])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a meta-step gives.
-
-    Attributes:
-        losses: query loss of each task, ``[T]``.
-        support_losses: ``[K, T]``, each before its step.
-        outputs: the adapted model's output tensors on the query set, ``[T, ...]``; empty unless asked for.
-        gradient: the meta-gradient, if cotangents were given.
-        mutations: new buffer values, ``[T, ...]``, of each pass in order.
-    """
-
-    losses: Tensor
-    support_losses: Tensor
-    outputs: list[Tensor]
-    gradient: MetaGradient | None
-    mutations: list[dict[str, Tensor]]
-
-    @property
-    def meta_gradient(self) -> MetaGradient:
-        """The gradient, where cotangents were given."""
-        if self.gradient is None:
-            raise RuntimeError("meta-step: gradient must have been asked for, got an evaluation without cotangents")
-        return self.gradient
 
 
 def evaluate(
     work: Work, programs: Programs, cotangents: Cotangents | None, *, learned: bool, outputs: bool = False
 ) -> Evaluation:
-    """Unroll every chunk of tasks and, with cotangents, run its adjoint; then its tapes are dropped.
+    """Adapt to and evaluate every task and, with cotangents, run the adjoint.
 
     Args:
         work: the meta-step.
@@ -72,7 +24,25 @@ def evaluate(
         cotangents: of the objective whose gradient is wanted, or ``None`` for no gradient.
         learned: whether the rates get a gradient.
         outputs: whether the query outputs are wanted.
+
+    Raises:
+        RuntimeError: the native executor was asked for and cannot run this.
     """
+    step = programs.native
+    if isinstance(step, str):
+        refusal = step
+    else:
+        refusal = step.refusal(work, cotangents, outputs=outputs)
+        if not refusal:
+            return step.run(work, cotangents, learned=learned, outputs=outputs)
+    if work.executor == "native":
+        raise RuntimeError(f"MAML: executor 'native' is not available here: {refusal}")
+    return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
+
+
+def _by_reference(
+    work: Work, programs: Programs, cotangents: Cotangents | None, *, learned: bool, outputs: bool
+) -> Evaluation:
     support, query = programs.both
     losses, support_losses, kept, mutations = [], [], [], []
     total: MetaGradient | None = None

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
+from fastmeta.engine.evaluation import MetaGradient
 from fastmeta.engine.executor import Tape
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
@@ -43,25 +44,6 @@ class Trajectory:
         if self.query is None:
             raise RuntimeError("trajectory: query must have been evaluated, got an unroll that only adapts")
         return self.query
-
-
-@dataclass(frozen=True)
-class MetaGradient:
-    """Gradients of a meta-loss: of the adapting parameters packed ``[P]``, of the others, and of the rates."""
-
-    theta: Tensor
-    outer: list[Tensor | None]
-    alpha: Tensor | None
-
-    def __add__(self, other: MetaGradient) -> MetaGradient:
-        """The gradient of two chunks of tasks."""
-        outer = [plus(a, b) for a, b in zip(self.outer, other.outer, strict=True)]
-        return MetaGradient(self.theta + other.theta, outer, plus(self.alpha, other.alpha))
-
-    def scaled(self, factor: Tensor) -> MetaGradient:
-        """The gradient of a meta-loss times ``factor``, ``[]``."""
-        outer = [d if d is None else factor * d for d in self.outer]
-        return MetaGradient(factor * self.theta, outer, None if self.alpha is None else factor * self.alpha)
 
 
 def unroll(
@@ -140,7 +122,7 @@ def adjoint(
         for part, h in zip(packing.unpack(lam), product.adapted, strict=True):
             part.sub_(h)  # lam is this function's own
         outer = [plus(a, None if b is None else -b) for a, b in zip(outer, product.outer, strict=True)]
-    return MetaGradient(lam.sum(0), outer, _stack_rates(work.alpha, d_alpha[::-1]))
+    return MetaGradient(packing.unpack_shared(lam.sum(0)), outer, _stack_rates(work.alpha, d_alpha[::-1]))
 
 
 def _fixed_state(work: Work) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ class Work:
         check_finite: stop at the first loss that is not finite.
         differentiate: whether a meta-gradient will be asked for.
         chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
+        executor: ``auto``, ``native`` or ``reference``.
+        keep_mutations: whether new buffer values are wanted.
     """
 
     objective: Objective
@@ -45,6 +47,8 @@ class Work:
     check_finite: bool
     differentiate: bool
     chunk_size: int | None
+    executor: str
+    keep_mutations: bool
 
     @property
     def tasks(self) -> int:

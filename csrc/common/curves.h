@@ -1,0 +1,61 @@
+// Activation functions of vectors with the two derivatives that exact second order takes.
+//
+// A curve says what it needs besides its result y: `keeps_input` where its slope cannot be had from y. `slope` is f' and
+// `bend` f'' at a point, given (y, z) of that point; a curve without bend has f'' = 0 almost everywhere.
+#pragma once
+
+#include "curve_names.h"
+#include "elementary.h"
+
+namespace fastmeta {
+namespace {
+
+template <class R, Activation activation>
+struct Curve {
+  using V = Vector<R>;
+  static constexpr bool is_identity = activation == Activation::identity;
+  static constexpr bool keeps_input = activation == Activation::silu || activation == Activation::gelu;
+  static constexpr bool bends =
+      keeps_input || activation == Activation::tanh || activation == Activation::sigmoid;
+
+  static FASTMETA_INLINE V value(V z, [[maybe_unused]] R negative_slope) {
+    if constexpr (activation == Activation::relu) return select<R>(z > 0, z, select<R>(z == z, V{}, z));
+    if constexpr (activation == Activation::leaky_relu) return select<R>(z > 0, z, negative_slope * z);
+    if constexpr (activation == Activation::tanh) return hyperbolic_tangent(z);
+    if constexpr (activation == Activation::sigmoid) return logistic(z);
+    if constexpr (activation == Activation::silu) return z * logistic(z);
+    if constexpr (activation == Activation::gelu) return z * normal_distribution(z);
+    return z;
+  }
+
+  static FASTMETA_INLINE V slope([[maybe_unused]] V y, [[maybe_unused]] V z, [[maybe_unused]] R negative_slope) {
+    if constexpr (activation == Activation::relu) return select<R>(y > 0, splat(R(1)), V{});
+    if constexpr (activation == Activation::leaky_relu) return select<R>(z > 0, splat(R(1)), splat(negative_slope));
+    if constexpr (activation == Activation::tanh) return 1 - y * y;
+    if constexpr (activation == Activation::sigmoid) return y * (1 - y);
+    if constexpr (activation == Activation::silu) {
+      const V s = logistic(z);
+      return s + z * s * (1 - s);
+    }
+    if constexpr (activation == Activation::gelu) return normal_distribution(z) + z * normal_density(z);
+    return splat(R(1));
+  }
+
+  static FASTMETA_INLINE V bend([[maybe_unused]] V y, [[maybe_unused]] V z) {
+    if constexpr (activation == Activation::tanh) return -2 * y * (1 - y * y);
+    if constexpr (activation == Activation::sigmoid) return y * (1 - y) * (1 - 2 * y);
+    if constexpr (activation == Activation::silu) {
+      const V s = logistic(z), d = s * (1 - s);
+      return 2 * d + z * d * (1 - 2 * s);
+    }
+    if constexpr (activation == Activation::gelu) return (2 - z * z) * normal_density(z);
+    return V{};
+  }
+
+ private:
+  static FASTMETA_INLINE V normal_distribution(V z) { return (1 + error_function(z * R(0.70710678118654752440))) * R(0.5); }
+  static FASTMETA_INLINE V normal_density(V z) { return exponential(z * z * R(-0.5)) * R(0.39894228040143267794); }
+};
+
+}  // namespace
+}  // namespace fastmeta

@@ -1,0 +1,112 @@
+// Products of small matrices whose right factor and result have rows of whole vectors, kept in registers tile by tile.
+#pragma once
+
+#include "simd.h"
+
+namespace fastmeta {
+namespace {
+
+// One product A B of a sum of products. Element (m, k) of A is a[m * row + k * column], so that a transposed A needs no
+// copy; B has rows of whole vectors, b_row elements apart.
+template <class R>
+struct Term {
+  const R* a;
+  std::int64_t row, column;
+  const R* b;
+  std::int64_t b_row;
+  std::int64_t depth;
+};
+
+constexpr int tile_rows_limit = 8;
+
+// Rows of a tile of `vectors` vectors: with its accumulators, one row of B and one element of A still in registers.
+constexpr int tile_rows(int vectors) {
+  const int rows = (vector_registers - vectors - 1) / vectors;
+  return rows > tile_rows_limit ? tile_rows_limit : rows;
+}
+
+// c [rows, vectors]: base (a row, or null for zero) plus the sum of `terms` products.
+template <class R, int rows, int vectors>
+void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const R* base, R* c, std::int64_t c_row) {
+  Vector<R> sums[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j)
+      sums[i][j] = base != nullptr ? load(base + n + j * width<R>) : Vector<R>{};
+  for (int t = 0; t < count; ++t) {
+    const std::int64_t row = terms[t].row, column = terms[t].column, b_row = terms[t].b_row;
+    const R* a = terms[t].a + m * row;
+    const R* b = terms[t].b + n;
+    for (std::int64_t k = terms[t].depth; k > 0; --k, a += column, b += b_row) {
+      Vector<R> right[vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) right[j] = load(b + j * width<R>);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const Vector<R> left = splat(a[i * row]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) store(c + (m + i) * c_row + n + j * width<R>, sums[i][j]);
+}
+
+template <class R, int vectors, int rows = tile_rows(vectors)>
+FASTMETA_INLINE void tile_of(int wanted, const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const R* base,
+                             R* c, std::int64_t c_row) {
+  if constexpr (rows > 1) {
+    if (wanted < rows) return tile_of<R, vectors, rows - 1>(wanted, terms, count, m, n, base, c, c_row);
+  }
+  tile<R, rows, vectors>(terms, count, m, n, base, c, c_row);
+}
+
+template <class R, int vectors>
+void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const R* base, R* c, std::int64_t c_row) {
+  constexpr int most = tile_rows(vectors);
+  std::int64_t tiles = (rows + most - 1) / most;
+  for (std::int64_t m = 0; tiles > 0; --tiles) {  // as even as they can be: a thin last tile wastes the pipeline
+    const std::int64_t here = (rows - m + tiles - 1) / tiles;
+    tile_of<R, vectors>(static_cast<int>(here), terms, count, m, n, base, c, c_row);
+    m += here;
+  }
+}
+
+// c [rows, columns] = base + sum of products; `columns` is a whole number of vectors, and so is c's row distance.
+template <class R>
+void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c,
+             std::int64_t c_row) {
+  // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 2 leave 6.
+  constexpr int most = vector_registers >= 32 ? 4 : 2;
+  const std::int64_t vectors = columns / width<R>;
+  std::int64_t strips = (vectors + most - 1) / most;
+  for (std::int64_t j = 0; strips > 0; --strips) {
+    const std::int64_t here = (vectors - j + strips - 1) / strips;
+    const std::int64_t n = j * width<R>;
+    switch (here) {
+      case 1: strip<R, 1>(terms, count, rows, n, base, c, c_row); break;
+      case 2: strip<R, 2>(terms, count, rows, n, base, c, c_row); break;
+      case 3: strip<R, 3>(terms, count, rows, n, base, c, c_row); break;
+      default: strip<R, 4>(terms, count, rows, n, base, c, c_row); break;
+    }
+    j += here;
+  }
+}
+
+// out [columns, padded(rows)] = the transposed of in [rows, columns], whose rows lie `in_row` apart; padding is zero.
+template <class R>
+void transpose(const R* in, std::int64_t in_row, std::int64_t rows, std::int64_t columns, R* out) {
+  const std::int64_t out_row = padded<R>(rows);
+  constexpr int edge = 8;
+  for (std::int64_t j = 0; j < columns; j += edge)
+    for (std::int64_t i = 0; i < out_row; i += edge)
+      for (std::int64_t c = j; c < columns && c < j + edge; ++c)
+        for (std::int64_t r = i; r < i + edge && r < out_row; ++r) out[c * out_row + r] = r < rows ? in[r * in_row + c] : R(0);
+}
+
+}  // namespace
+}  // namespace fastmeta

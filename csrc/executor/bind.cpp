@@ -1,0 +1,183 @@
+// Entry of the native executor from Python: a lowered program as dictionaries, tensors as addresses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../linear_block/kernels.h"
+#include "../loss/kernels.h"
+#include "meta_gradient.h"
+
+namespace py = pybind11;
+
+namespace fastmeta::executor {
+namespace {
+
+#define FASTMETA_CASE(isa) \
+  case Isa::isa: return &isa::table;
+
+#define FASTMETA_MAPS(space)                              \
+  const fastmeta::space::Table* space##_table(Isa isa) {  \
+    using namespace fastmeta::space;                      \
+    switch (isa) {                                        \
+      FASTMETA_FOR_EACH_ISA(FASTMETA_CASE)                \
+      default: return &plain::table;                      \
+    }                                                     \
+  }                                                       \
+  Maps<float> space##_f32(Isa isa) { return space##_table(isa)->f32; } \
+  Maps<double> space##_f64(Isa isa) { return space##_table(isa)->f64; }
+
+FASTMETA_MAPS(linear_block)
+FASTMETA_MAPS(loss)
+#undef FASTMETA_MAPS
+#undef FASTMETA_CASE
+
+Activation activation_of(const std::string& name) {
+  static const std::map<std::string, Activation> names{
+      {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
+      {"tanh", Activation::tanh},         {"sigmoid", Activation::sigmoid}, {"silu", Activation::silu},
+      {"gelu", Activation::gelu}};
+  return names.at(name);
+}
+
+loss::Kind loss_of(const std::string& name) {
+  static const std::map<std::string, loss::Kind> names{{"squared_error", loss::Kind::squared_error},
+                                                       {"cross_entropy", loss::Kind::cross_entropy},
+                                                       {"binary_cross_entropy", loss::Kind::binary_cross_entropy}};
+  return names.at(name);
+}
+
+template <class T>
+T get(const py::dict& d, const char* key) {
+  return d[key].cast<T>();
+}
+
+void describe_linear(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<linear_block::Shape>();
+  shape->n = get<std::int64_t>(d, "n");
+  shape->in = get<std::int64_t>(d, "in");
+  shape->out = get<std::int64_t>(d, "out");
+  shape->activation = activation_of(get<std::string>(d, "activation"));
+  shape->slope = get<double>(d, "slope");
+  shape->bias = operation.w[1] != absent;
+  shape->data = operation.x[0].is_data;
+  operation.shape = shape;
+  operation.f32 = linear_block_f32;
+  operation.f64 = linear_block_f64;
+}
+
+void describe_loss(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<loss::Shape>();
+  shape->kind = loss_of(get<std::string>(d, "kind"));
+  shape->n = get<std::int64_t>(d, "n");
+  shape->features = get<std::int64_t>(d, "features");
+  shape->mean = get<bool>(d, "mean");
+  shape->ignored = get<std::int64_t>(d, "ignored");
+  if (shape->kind == loss::Kind::cross_entropy) {
+    operation.classes = shape->features;
+    operation.label_rows = shape->n;
+    operation.ignored = shape->ignored;
+  }
+  operation.shape = shape;
+  operation.f32 = loss_f32;
+  operation.f64 = loss_f64;
+}
+
+Operation operation_of(const py::dict& d) {
+  Operation operation;
+  int i = 0;
+  for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x")) operation.x[i++] = {is_data, index};
+  i = 0;
+  for (const int w : get<std::vector<int>>(d, "w")) operation.w[i++] = w;
+  operation.target = get<int>(d, "target");
+  operation.y = get<int>(d, "y");
+  const auto name = get<std::string>(d, "operation");
+  if (name == "linear_block") describe_linear(d, operation);
+  else if (name == "loss") describe_loss(d, operation);
+  else throw std::invalid_argument("executor: operation must be linear_block or loss, got " + name);
+  return operation;
+}
+
+Program program_of(const py::dict& d) {
+  Program program;
+  for (const py::handle& item : d["operations"]) program.operations.push_back(operation_of(item.cast<py::dict>()));
+  program.values = get<int>(d, "values");
+  program.output = get<int>(d, "output");
+  program.adapted = get<int>(d, "adapted");
+  program.differentiated = get<int>(d, "differentiated");
+  program.parameters = get<int>(d, "parameters");
+  return program;
+}
+
+using Address = std::uintptr_t;
+
+template <class R>
+R* at(Address address) {
+  return reinterpret_cast<R*>(address);
+}
+
+template <class R, class T>
+std::vector<T> all(const std::vector<Address>& addresses) {
+  std::vector<T> pointers;
+  for (const Address a : addresses) pointers.push_back(at<R>(a));
+  return pointers;
+}
+
+std::vector<Leaf> leaves(const std::vector<std::pair<Address, std::int64_t>>& given) {
+  std::vector<Leaf> leaves;
+  for (const auto& [address, stride] : given) leaves.push_back({at<const char>(address), stride});
+  return leaves;
+}
+
+template <class R>
+void bind_type(py::module_& m, const char* name) {
+  using Self = MetaGradient<R>;
+  py::class_<Self>(m, name, "A lowered meta-step; see csrc/executor/meta_gradient.h.")
+      .def(py::init([](const py::dict& support, const py::dict& query) {
+        return std::make_unique<Self>(program_of(support), program_of(query), isa_in_use());
+      }))
+      .def_property_readonly("isa", [](const Self& self) { return isa_name(self.isa()); })
+      .def("workspace_bytes", &Self::workspace_bytes)
+      .def("run", [](Self& self, std::int64_t tasks, std::int64_t steps, bool first_order, Address alpha,
+                     bool rate_per_step, bool rate_per_parameter, const std::vector<Address>& parameters,
+                     const std::vector<std::pair<Address, std::int64_t>>& support,
+                     const std::vector<std::pair<Address, std::int64_t>>& query, Address d_losses,
+                     const std::vector<Address>& gradients, Address d_alpha, Address losses, Address support_losses,
+                     Address outputs, std::int64_t output_rows, std::int64_t output_columns, int threads) {
+        const Request<R> request{tasks,
+                                 steps,
+                                 first_order,
+                                 at<const R>(alpha),
+                                 rate_per_step,
+                                 rate_per_parameter,
+                                 all<const R, const R*>(parameters),
+                                 leaves(support),
+                                 leaves(query),
+                                 at<const R>(d_losses),
+                                 all<R, R*>(gradients),
+                                 at<R>(d_alpha),
+                                 at<R>(losses),
+                                 at<R>(support_losses),
+                                 at<R>(outputs),
+                                 output_rows,
+                                 output_columns,
+                                 threads};
+        py::gil_scoped_release released;
+        self.run(request);
+      });
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  bind_type<float>(m, "MetaGradient32");
+  bind_type<double>(m, "MetaGradient64");
+}
+
+}  // namespace fastmeta::executor

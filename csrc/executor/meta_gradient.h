@@ -1,0 +1,68 @@
+// The meta-gradient of a batch of tasks: each task's inner loop, query set and adjoint in one go, tasks over threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "plan.h"
+
+namespace fastmeta::executor {
+
+// A data tensor of all tasks: the first task's address, and the distance to the next one's in bytes.
+struct Leaf {
+  const char* address;
+  std::int64_t stride;
+};
+
+// What one call is asked. Pointers are null where their result is not wanted.
+template <class R>
+struct Request {
+  std::int64_t tasks, steps;
+  bool first_order;
+  const R* alpha;  // [steps or 1, 1 or adapted parameters]
+  bool rate_per_step, rate_per_parameter;
+  std::vector<const R*> parameters;  // in the program's order
+  std::vector<Leaf> support, query;
+  const R* d_losses;          // [tasks]: cotangents of the query losses; null where no gradient is wanted
+  std::vector<R*> gradients;  // of the differentiated parameters
+  R* d_alpha;                 // like alpha
+  R* losses;                  // [tasks]
+  R* support_losses;          // [steps, tasks]
+  R* outputs;                 // [tasks, output_rows, output_columns]
+  std::int64_t output_rows, output_columns;
+  int threads;
+};
+
+template <class R>
+class MetaGradient {
+ public:
+  MetaGradient(Program support, Program query, Isa isa);
+  ~MetaGradient();
+
+  Isa isa() const { return isa_; }
+  void run(const Request<R>& request);
+  // Bytes that each thread holds.
+  std::int64_t workspace_bytes(std::int64_t steps, bool second_order, bool learned) const;
+
+ private:
+  struct Layout;
+  struct Memory;
+  class Loan;
+
+  Layout layout(std::int64_t steps, bool second_order, bool learned) const;
+  void check(const Request<R>& request) const;
+  void run_task(const Request<R>& request, const Layout& at, std::int64_t task, R* memory, const R* theta, R* total,
+                double* d_alpha) const;
+  void adjoint(const Request<R>& request, const Layout& at, const Data& support, R* memory, const R* theta,
+               double* d_alpha) const;
+
+  const Isa isa_;
+  const Program support_program_, query_program_;
+  const Plan<R> support_, query_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Memory>> free_;  // workspaces that no call uses now
+};
+
+}  // namespace fastmeta::executor

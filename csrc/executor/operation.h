@@ -1,0 +1,68 @@
+// What a native operation gives the executor: its four maps for one task, on one thread, over memory it is given.
+//
+// Values between operations lie in one of two layouts, their last axis padded with zeros to whole vectors:
+//   rows   [n, padded(features)]
+//   images [n, height, width, padded(channels)]
+// A task's data lie as the caller has them: contiguous, not padded, images as [n, channels, height, width].
+//
+// Fast weights lie packed, in whatever layout the operation likes best, for the whole inner loop: the executor packs the
+// shared weights once a meta-step, updates packed weights with packed gradients, and unpacks the meta-gradient once.
+// Padding of packed weights is zero, and so must be the padding of their gradients.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmeta::executor {
+
+constexpr int max_inputs = 2;
+constexpr int max_weights = 4;
+
+// Numbers of elements.
+struct Sizes {
+  std::int64_t y;                     // the result
+  std::int64_t saved;                 // what forward and backward leave for each other and for the tangents, kept a step
+  std::int64_t saved_dot;             // what tangent leaves for tangent_backward
+  std::int64_t scratch;               // of any one map
+  std::int64_t weights[max_weights];  // packed; 0 where there is none
+};
+
+// One operation at one inner step of one task. No buffer overlaps another; all start at multiples of 64 bytes.
+template <class R>
+struct Primal {
+  const R* x[max_inputs];
+  const void* target;  // of a loss: labels [n] of 64 bits or floats, as the caller has them
+  const R* w[max_weights];
+  R* y;
+  R* saved;
+  const R* dy;          // from here on for backward and the tangents
+  R* dx[max_inputs];    // overwritten; null where it is not wanted
+  R* dw[max_weights];   // overwritten; null where it is not wanted
+};
+
+// Derivatives of the above along a direction.
+template <class R>
+struct Tangent {
+  const R* x_dot[max_inputs];   // null where the input does not vary
+  const R* w_dot[max_weights];  // null where the weight does not vary
+  R* y_dot;
+  R* saved_dot;
+  const R* dy_dot;
+  R* dx_dot[max_inputs];   // overwritten; null where it is not wanted
+  R* dw_dot[max_weights];  // overwritten; null where it is not wanted
+};
+
+// Where tangent has not run, because nothing varies, saved_dot is zero in tangent_backward.
+// `shape` points to the operation's own description. forward and tangent write y and y_dot, padding included.
+template <class R>
+struct Maps {
+  std::int64_t width;  // elements of a vector
+  Sizes (*sizes)(const void* shape);
+  void (*pack)(const void* shape, int which, const R* tensor, R* packed);
+  void (*unpack)(const void* shape, int which, const R* packed, R* tensor);
+  void (*forward)(const void* shape, const Primal<R>&, R* scratch);
+  void (*backward)(const void* shape, const Primal<R>&, R* scratch);
+  void (*tangent)(const void* shape, const Primal<R>&, const Tangent<R>&, R* scratch);
+  void (*tangent_backward)(const void* shape, const Primal<R>&, const Tangent<R>&, R* scratch);
+};
+
+}  // namespace fastmeta::executor

@@ -1,0 +1,204 @@
+#include "../common/curves.h"
+#include "../common/product.h"
+#include "kernels.h"
+
+#ifndef FASTMETA_ISA
+#define FASTMETA_ISA plain
+#endif
+
+// The weight is packed as its transposed, [in, padded(out)]: forward and the weight's gradient then run along rows of
+// whole vectors. Only the input's cotangent wants it the other way round, and has it transposed when it comes to that.
+
+namespace fastmeta::linear_block::FASTMETA_ISA {
+namespace {
+
+using executor::Primal;
+using executor::Sizes;
+using executor::Tangent;
+
+template <class R>
+struct Layout {
+  const Shape& s;
+  std::int64_t in, out, x_row;  // padded; distance between rows of x
+
+  explicit Layout(const void* shape)
+      : s(*static_cast<const Shape*>(shape)), in(padded<R>(s.in)), out(padded<R>(s.out)), x_row(s.data ? s.in : in) {}
+
+  bool identity() const { return s.activation == Activation::identity; }
+  bool keeps_input() const {  // z where the slope cannot be had from y
+    return s.activation == Activation::silu || s.activation == Activation::gelu || s.activation == Activation::leaky_relu;
+  }
+  bool bends() const { return s.activation >= Activation::tanh; }
+
+  // Parts of `saved`.
+  std::int64_t z() const { return 0; }
+  std::int64_t dz() const { return keeps_input() ? s.n * out : 0; }
+  std::int64_t turned() const { return dz() + (identity() ? 0 : s.n * out); }  // the weight, [out, padded(in)]
+  std::int64_t saved() const { return turned() + (s.data ? 0 : s.out * in); }
+
+  const R* dz_of(const Primal<R>& p) const { return identity() ? p.dy : p.saved + dz(); }
+};
+
+template <class R>
+Sizes sizes(const void* shape) {
+  const Layout<R> l(shape);
+  const std::int64_t rows = l.s.n * l.out;
+  Sizes sizes{};
+  sizes.y = rows;
+  sizes.saved = l.saved();
+  sizes.saved_dot = l.bends() ? rows : 0;                                       // z_dot
+  sizes.scratch = (l.identity() ? 0 : rows) + (l.s.data ? 0 : l.s.out * l.in);  // dz_dot, W_dot turned
+  sizes.weights[0] = l.s.in * l.out;
+  sizes.weights[1] = l.s.bias ? l.out : 0;
+  return sizes;
+}
+
+template <class R>
+void pack(const void* shape, int which, const R* tensor, R* packed) {
+  const Layout<R> l(shape);
+  if (which == 0) return transpose(tensor, l.s.in, l.s.out, l.s.in, packed);
+  for (std::int64_t o = 0; o < l.out; ++o) packed[o] = o < l.s.out ? tensor[o] : R(0);
+}
+
+template <class R>
+void unpack(const void* shape, int which, const R* packed, R* tensor) {
+  const Layout<R> l(shape);
+  if (which != 0) {
+    for (std::int64_t o = 0; o < l.s.out; ++o) tensor[o] = packed[o];
+    return;
+  }
+  constexpr std::int64_t edge = 8;
+  for (std::int64_t i0 = 0; i0 < l.s.in; i0 += edge)
+    for (std::int64_t o = 0; o < l.s.out; ++o)
+      for (std::int64_t i = i0; i < l.s.in && i < i0 + edge; ++i) tensor[o * l.s.in + i] = packed[i * l.out + o];
+}
+
+// Runs `f` with the curve of the shape's activation.
+template <class R, class F>
+FASTMETA_INLINE void with_curve(Activation activation, F f) {
+  switch (activation) {
+    case Activation::relu: return f(Curve<R, Activation::relu>{});
+    case Activation::leaky_relu: return f(Curve<R, Activation::leaky_relu>{});
+    case Activation::tanh: return f(Curve<R, Activation::tanh>{});
+    case Activation::sigmoid: return f(Curve<R, Activation::sigmoid>{});
+    case Activation::silu: return f(Curve<R, Activation::silu>{});
+    case Activation::gelu: return f(Curve<R, Activation::gelu>{});
+    default: return;
+  }
+}
+
+template <class R>
+void column_sums(const R* x, std::int64_t rows, std::int64_t columns, R* sums) {
+  for (std::int64_t j = 0; j < columns; j += width<R>) {
+    Vector<R> total{};
+    for (std::int64_t i = 0; i < rows; ++i) total += load(x + i * columns + j);
+    store(sums + j, total);
+  }
+}
+
+template <class R>
+void forward(const void* shape, const Primal<R>& p, R*) {
+  const Layout<R> l(shape);
+  const Term<R> term{p.x[0], l.x_row, 1, p.w[0], l.out, l.s.in};
+  product(&term, 1, l.s.n, l.out, l.s.bias ? p.w[1] : nullptr, p.y, l.out);
+  const std::int64_t count = l.s.n * l.out;
+  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < count; i += width<R>) {
+      const Vector<R> z = load(p.y + i);
+      if (l.keeps_input()) store(p.saved + l.z() + i, z);
+      store(p.y + i, curve.value(z, static_cast<R>(l.s.slope)));
+    }
+  });
+  if (l.s.activation != Activation::sigmoid) return;
+  for (std::int64_t i = 0; i < l.s.n; ++i)  // the one curve whose value at 0, the padding's, is not 0
+    for (std::int64_t j = l.s.out; j < l.out; ++j) p.y[i * l.out + j] = 0;
+}
+
+template <class R>
+void backward(const void* shape, const Primal<R>& p, R*) {
+  const Layout<R> l(shape);
+  const std::int64_t count = l.s.n * l.out;
+  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < count; i += width<R>) {
+      const Vector<R> z = l.keeps_input() ? load(p.saved + l.z() + i) : Vector<R>{};
+      const Vector<R> slope = curve.slope(load(p.y + i), z, static_cast<R>(l.s.slope));
+      store(p.saved + l.dz() + i, slope * load(p.dy + i));
+    }
+  });
+  const R* dz = l.dz_of(p);
+  if (p.dw[0] != nullptr) {
+    const Term<R> term{p.x[0], 1, l.x_row, dz, l.out, l.s.n};
+    product(&term, 1, l.s.in, l.out, static_cast<const R*>(nullptr), p.dw[0], l.out);
+  }
+  if (p.dw[1] != nullptr) column_sums(dz, l.s.n, l.out, p.dw[1]);
+  if (p.dx[0] != nullptr) {
+    R* turned = p.saved + l.turned();
+    transpose(p.w[0], l.out, l.s.in, l.s.out, turned);
+    const Term<R> term{dz, l.out, 1, turned, l.in, l.s.out};
+    product(&term, 1, l.s.n, l.in, static_cast<const R*>(nullptr), p.dx[0], l.in);
+  }
+}
+
+template <class R>
+void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
+  const Layout<R> l(shape);
+  Term<R> terms[2];
+  int count = 0;
+  if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, 1, p.w[0], l.out, l.s.in};
+  if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, 1, t.w_dot[0], l.out, l.s.in};
+  product(terms, count, l.s.n, l.out, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot, l.out);
+  const std::int64_t elements = l.s.n * l.out;
+  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < elements; i += width<R>) {
+      const Vector<R> z = l.keeps_input() ? load(p.saved + l.z() + i) : Vector<R>{};
+      const Vector<R> z_dot = load(t.y_dot + i);
+      if (curve.bends) store(t.saved_dot + i, z_dot);
+      store(t.y_dot + i, curve.slope(load(p.y + i), z, static_cast<R>(l.s.slope)) * z_dot);
+    }
+  });
+}
+
+template <class R>
+void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+  const Layout<R> l(shape);
+  const std::int64_t elements = l.s.n * l.out;
+  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < elements; i += width<R>) {
+      const Vector<R> y = load(p.y + i), z = l.keeps_input() ? load(p.saved + l.z() + i) : Vector<R>{};
+      Vector<R> dz_dot = curve.slope(y, z, static_cast<R>(l.s.slope)) * load(t.dy_dot + i);
+      if (curve.bends) dz_dot += curve.bend(y, z) * load(p.dy + i) * load(t.saved_dot + i);
+      store(scratch + i, dz_dot);
+    }
+  });
+  const R* dz = l.dz_of(p);
+  const R* dz_dot = l.identity() ? t.dy_dot : scratch;
+  if (t.dw_dot[0] != nullptr) {
+    Term<R> terms[2];
+    int count = 0;
+    terms[count++] = {p.x[0], 1, l.x_row, dz_dot, l.out, l.s.n};
+    if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], 1, l.in, dz, l.out, l.s.n};
+    product(terms, count, l.s.in, l.out, static_cast<const R*>(nullptr), t.dw_dot[0], l.out);
+  }
+  if (t.dw_dot[1] != nullptr) column_sums(dz_dot, l.s.n, l.out, t.dw_dot[1]);
+  if (t.dx_dot[0] != nullptr) {
+    Term<R> terms[2];
+    int count = 0;
+    terms[count++] = {dz_dot, l.out, 1, p.saved + l.turned(), l.in, l.s.out};
+    if (t.w_dot[0] != nullptr) {
+      R* turned = scratch + (l.identity() ? 0 : elements);
+      transpose(t.w_dot[0], l.out, l.s.in, l.s.out, turned);
+      terms[count++] = {dz, l.out, 1, turned, l.in, l.s.out};
+    }
+    product(terms, count, l.s.n, l.in, static_cast<const R*>(nullptr), t.dx_dot[0], l.in);
+  }
+}
+
+template <class R>
+constexpr executor::Maps<R> maps{width<R>,    sizes<R>,   pack<R>,    unpack<R>,
+                                 forward<R>,  backward<R>, tangent<R>, tangent_backward<R>};
+
+}  // namespace
+
+extern const Table table{maps<float>, maps<double>};
+
+}  // namespace fastmeta::linear_block::FASTMETA_ISA

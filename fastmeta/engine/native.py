@@ -1,0 +1,113 @@
+"""The native executor: a whole meta-step in one call, tasks over threads, each task's state in cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta.core import native
+from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
+from fastmeta.engine.lower import NotLowered, lower
+from fastmeta.engine.program import Program
+from fastmeta.engine.work import Work, require_finite
+
+
+class NativeStep:
+    """A meta-step that csrc/executor runs.
+
+    Raises:
+        NotLowered: the programs have an operation without native kernels, or the extension is missing.
+    """
+
+    def __init__(self, support: Program, query: Program) -> None:
+        extension = native.extension()
+        if extension is None:
+            raise NotLowered(native.missing_reason())
+        graph = query.graph
+        if graph.values[graph.loss].dtype not in (torch.float32, torch.float64):
+            raise NotLowered(f"the loss is of {graph.values[graph.loss].dtype}")
+        lowered = [lower(program, query.outer) for program in (support, query)]
+        self._lowered = lowered[1]
+        double = graph.values[graph.loss].dtype == torch.float64
+        self._type = extension.MetaGradient64 if double else extension.MetaGradient32
+        self._programs = [one.program for one in lowered]
+        self._isa = extension.instruction_set
+        self._step: Any = self._type(*self._programs)
+        self._wanted = len(query.adapted), len(query.adapted) + len(query.outer)
+        self._outputs = [graph.values[slot] for slot in graph.outputs]
+        self._mutates = bool(graph.mutations)
+
+    @property
+    def instruction_set(self) -> str:
+        """The one its kernels are compiled for."""
+        return self._step.isa
+
+    def workspace_bytes(self, work: Work, *, learned: bool) -> int:
+        """Bytes each thread holds for ``work``."""
+        return self._step.workspace_bytes(work.steps, not work.first_order, learned)
+
+    def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
+        """Why this work cannot run here; empty where it can."""
+        if work.theta[0].device.type != "cpu":
+            return f"the parameters are on {work.theta[0].device}"
+        if work.alpha.shape[1] > 1 and work.segments is None:
+            return "there is one inner rate an element"
+        if cotangents is not None and any(d is not None for d in cotangents.outputs):
+            return "an objective on the query outputs is differentiated"
+        if outputs and self._outputs and self._lowered.output is None:
+            return "the query outputs are not one value of the program"
+        if self._mutates and work.keep_mutations:
+            return "running statistics are wanted"
+        return ""
+
+    def run(self, work: Work, cotangents: Cotangents | None, *, learned: bool, outputs: bool) -> Evaluation:
+        """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`."""
+        if self._step.isa != self._isa():  # another one was asked for since
+            self._step = self._type(*self._programs)
+        tasks, steps = work.tasks, work.steps
+        alpha = work.alpha.detach().contiguous()
+        parameters = [work.parameters[name].detach().contiguous() for name in self._lowered.parameters]
+        support, query = ([_by_task(x) for x in pytree.tree_leaves(s)] for s in (work.support, work.query))
+        d_losses = None if cotangents is None else cotangents.losses.contiguous()
+        losses = alpha.new_empty(tasks)
+        support_losses = alpha.new_empty((steps, tasks))
+        adapted, wanted = self._wanted
+        gradients = [] if d_losses is None else [torch.empty_like(p) for p in parameters[:wanted]]
+        d_alpha = torch.zeros_like(alpha) if learned and d_losses is not None else None
+        rows, features = self._lowered.output or (0, 0)
+        results = [alpha.new_empty((tasks, *value.shape)) for value in self._outputs] if outputs else []
+        self._step.run(
+            tasks,
+            steps,
+            work.first_order,
+            alpha.data_ptr(),
+            alpha.shape[0] > 1,
+            alpha.shape[1] > 1,
+            [p.data_ptr() for p in parameters],
+            [(x.data_ptr(), x.stride(0) * x.element_size()) for x in support],
+            [(x.data_ptr(), x.stride(0) * x.element_size()) for x in query],
+            0 if d_losses is None else d_losses.data_ptr(),
+            [g.data_ptr() for g in gradients],
+            0 if d_alpha is None else d_alpha.data_ptr(),
+            losses.data_ptr(),
+            support_losses.data_ptr(),
+            results[0].data_ptr() if results else 0,
+            rows,
+            features,
+            torch.get_num_threads(),
+        )
+        if work.check_finite:
+            for k in range(steps):
+                require_finite(support_losses[k], f"support loss at inner step {k}")
+            require_finite(losses, "query loss")
+        outer: list[Tensor | None] = list(gradients[adapted:])
+        gradient = None if d_losses is None else MetaGradient(gradients[:adapted], outer, d_alpha)
+        return Evaluation(losses, support_losses, results, gradient, [])
+
+
+def _by_task(leaf: Tensor) -> Tensor:
+    """``leaf`` with each task's part contiguous; tasks may lie anywhere."""
+    return leaf if leaf.shape[0] == 0 or leaf[0].is_contiguous() else leaf.contiguous()
