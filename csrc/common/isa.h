@@ -29,6 +29,19 @@ enum class Isa : int { plain, v2, v3, v4 };
 // X(name) for every instruction set of this build, the least first.
 #define FASTMETA_FOR_EACH_ISA(X) X(plain) FASTMETA_IF_V2(X) FASTMETA_IF_V3(X) FASTMETA_IF_V4(X)
 
+// In an operation's namespace, after its struct Table: every instruction set's table, and table_of(isa).
+#define FASTMETA_TABLES                                                                        \
+  FASTMETA_FOR_EACH_ISA(FASTMETA_DECLARE_TABLE)                                                \
+  static inline const Table& table_of(Isa isa) {                                               \
+    switch (isa) { FASTMETA_FOR_EACH_ISA(FASTMETA_TABLE_CASE) default: return plain::table; } \
+  }
+#define FASTMETA_DECLARE_TABLE(isa) \
+  namespace isa {                   \
+  extern const Table table;         \
+  }
+#define FASTMETA_TABLE_CASE(isa) \
+  case Isa::isa: return isa::table;
+
 const char* isa_name(Isa isa);
 bool isa_compiled(Isa isa);
 bool isa_supported(Isa isa);  // by the processor and the operating system

@@ -97,15 +97,24 @@ void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t co
   }
 }
 
-// out [columns, padded(rows)] = the transposed of in [rows, columns], whose rows lie `in_row` apart; padding is zero.
+// c [rows, columns], rows padded with zeros: c[m][o] = base[o] (or zero) plus the sum over `terms` of the dot products of
+// a's row m and b's row o, both of `depth` elements in whole vectors. For few columns, where `product` would compute
+// padding for the most part.
 template <class R>
-void transpose(const R* in, std::int64_t in_row, std::int64_t rows, std::int64_t columns, R* out) {
-  const std::int64_t out_row = padded<R>(rows);
-  constexpr int edge = 8;
-  for (std::int64_t j = 0; j < columns; j += edge)
-    for (std::int64_t i = 0; i < out_row; i += edge)
-      for (std::int64_t c = j; c < columns && c < j + edge; ++c)
-        for (std::int64_t r = i; r < i + edge && r < out_row; ++r) out[c * out_row + r] = r < rows ? in[r * in_row + c] : R(0);
+void dot_products(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c,
+                  std::int64_t c_row) {
+  for (std::int64_t m = 0; m < rows; ++m) {
+    for (std::int64_t j = 0; j < c_row; j += width<R>) store(c + m * c_row + j, Vector<R>{});
+    for (std::int64_t o = 0; o < columns; ++o) {
+      Vector<R> sums{};
+      for (int t = 0; t < count; ++t) {
+        const R* a = terms[t].a + m * terms[t].row;
+        const R* b = terms[t].b + o * terms[t].b_row;
+        for (std::int64_t k = 0; k < terms[t].depth; k += width<R>) sums += load(a + k) * load(b + k);
+      }
+      c[m * c_row + o] = (base != nullptr ? base[o] : R(0)) + sum<R>(sums);
+    }
+  }
 }
 
 }  // namespace

@@ -75,14 +75,33 @@ FASTMETA_INLINE Vector<R> splat(R x) {
   return x - Vector<R>{};  // a subtraction of zero keeps every bit of x, also of -0
 }
 
+// The other half of every 2 * distance lanes.
+template <int distance, class V>
+FASTMETA_INLINE V swapped(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+#define FASTMETA_LANE(i) ((i) ^ distance)
+  if constexpr (lanes == 2) {
+    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1));
+  } else if constexpr (lanes == 4) {
+    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3));
+  } else if constexpr (lanes == 8) {
+    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3),
+                                   FASTMETA_LANE(4), FASTMETA_LANE(5), FASTMETA_LANE(6), FASTMETA_LANE(7));
+  } else {
+    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3),
+                                   FASTMETA_LANE(4), FASTMETA_LANE(5), FASTMETA_LANE(6), FASTMETA_LANE(7),
+                                   FASTMETA_LANE(8), FASTMETA_LANE(9), FASTMETA_LANE(10), FASTMETA_LANE(11),
+                                   FASTMETA_LANE(12), FASTMETA_LANE(13), FASTMETA_LANE(14), FASTMETA_LANE(15));
+  }
+#undef FASTMETA_LANE
+}
+
 template <class R>
 FASTMETA_INLINE R sum(Vector<R> v) {  // halves by halves: the error grows with the logarithm of the width
-  R parts[width<R>];
-  __builtin_memcpy(parts, &v, sizeof v);
-#pragma GCC unroll 4
-  for (int half = width<R> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+  if constexpr (width<R> >= 16) v += swapped<8>(v);
+  if constexpr (width<R> >= 8) v += swapped<4>(v);
+  if constexpr (width<R> >= 4) v += swapped<2>(v);
+  return (v + swapped<1>(v))[0];
 }
 
 }  // namespace

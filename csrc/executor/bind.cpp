@@ -19,25 +19,6 @@ namespace py = pybind11;
 namespace fastmeta::executor {
 namespace {
 
-#define FASTMETA_CASE(isa) \
-  case Isa::isa: return &isa::table;
-
-#define FASTMETA_MAPS(space)                              \
-  const fastmeta::space::Table* space##_table(Isa isa) {  \
-    using namespace fastmeta::space;                      \
-    switch (isa) {                                        \
-      FASTMETA_FOR_EACH_ISA(FASTMETA_CASE)                \
-      default: return &plain::table;                      \
-    }                                                     \
-  }                                                       \
-  Maps<float> space##_f32(Isa isa) { return space##_table(isa)->f32; } \
-  Maps<double> space##_f64(Isa isa) { return space##_table(isa)->f64; }
-
-FASTMETA_MAPS(linear_block)
-FASTMETA_MAPS(loss)
-#undef FASTMETA_MAPS
-#undef FASTMETA_CASE
-
 Activation activation_of(const std::string& name) {
   static const std::map<std::string, Activation> names{
       {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
@@ -68,8 +49,8 @@ void describe_linear(const py::dict& d, Operation& operation) {
   shape->bias = operation.w[1] != absent;
   shape->data = operation.x[0].is_data;
   operation.shape = shape;
-  operation.f32 = linear_block_f32;
-  operation.f64 = linear_block_f64;
+  operation.f32 = [](Isa isa) { return linear_block::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return linear_block::table_of(isa).f64; };
 }
 
 void describe_loss(const py::dict& d, Operation& operation) {
@@ -85,8 +66,8 @@ void describe_loss(const py::dict& d, Operation& operation) {
     operation.ignored = shape->ignored;
   }
   operation.shape = shape;
-  operation.f32 = loss_f32;
-  operation.f64 = loss_f64;
+  operation.f32 = [](Isa isa) { return loss::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return loss::table_of(isa).f64; };
 }
 
 Operation operation_of(const py::dict& d) {

@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../common/threads.h"
 
@@ -14,6 +15,14 @@ namespace {
 // Tasks are summed in at most so many blocks, each in order, and then the blocks in order: the result does not depend
 // on the number of threads.
 constexpr std::int64_t most_blocks = 16;
+
+template <class R>
+const packed::Kernels<R>& kernels_of(Isa isa) {
+  if constexpr (std::is_same_v<R, float>)
+    return packed::table_of(isa).f32;
+  else
+    return packed::table_of(isa).f64;
+}
 
 }  // namespace
 
@@ -76,6 +85,7 @@ class MetaGradient<R>::Loan {
 template <class R>
 MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
     : isa_(isa),
+      kernels_(kernels_of<R>(isa)),
       support_program_(std::move(support)),
       query_program_(std::move(query)),
       support_(support_program_, isa),
@@ -161,7 +171,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   });
   if (!gradient) return;
   for (std::int64_t b = 1; b < blocks; ++b)
-    for (std::int64_t i = 0; i < packing.differentiated; ++i) totals[i] += totals[b * packing.differentiated + i];
+    kernels_.add(totals.data(), totals.data() + b * packing.differentiated, packing.differentiated);
   support_.unpack(totals.data(), request.gradients.data());
   if (!learned) return;
   for (std::int64_t b = 1; b < blocks; ++b)
@@ -213,7 +223,7 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
     support_.backward(tape, support, {own, theta}, R(1), g, false, memory + at.scratch);
     for_each_rate(request, packing, support_program_.adapted, k,
                   [&](std::int64_t first, std::int64_t last, R rate, std::int64_t) {
-                    for (std::int64_t i = first; i < last; ++i) next[i] = own[i] - rate * g[i];
+                    kernels_.step(next + first, own + first, rate, g + first, last - first);
                   });
     own = next;
   }
@@ -229,8 +239,7 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
   if (request.d_losses == nullptr) return;
   query_.backward(tape, query, {own, theta}, request.d_losses[task], memory + at.lam, true, memory + at.scratch);
   adjoint(request, at, support, memory, theta, d_alpha);
-  const R* lam = memory + at.lam;
-  for (std::int64_t i = 0; i < packing.differentiated; ++i) total[i] += lam[i];
+  kernels_.add(total, memory + at.lam, packing.differentiated);
 }
 
 template <class R>
@@ -245,19 +254,15 @@ void MetaGradient<R>::adjoint(const Request<R>& request, const Layout& at, const
     const R* g = memory + at.g + k * at.g_step;
     for_each_rate(request, packing, support_program_.adapted, k,
                   [&](std::int64_t first, std::int64_t last, R rate, std::int64_t index) {
-                    if (request.d_alpha != nullptr) {  // eq. (7)
-                      double sum = 0;
-                      for (std::int64_t i = first; i < last; ++i)
-                        sum += static_cast<double>(g[i]) * static_cast<double>(lam[i]);
-                      d_alpha[k * rates + index] -= sum;
-                    }
-                    for (std::int64_t i = first; i < last; ++i) u[i] = rate * lam[i];  // eq. (5)
+                    if (request.d_alpha != nullptr)
+                      d_alpha[k * rates + index] -= kernels_.dot(g + first, lam + first, last - first);
+                    kernels_.scale(u + first, rate, lam + first, last - first);
                   });
     if (request.first_order) continue;
     const R* own = k == 0 ? theta : memory + at.theta + (k - 1) * at.theta_step;
     support_.hessian_product(memory + at.tape + k * at.tape_step, support, {own, theta}, u, memory + at.tangent,
                              memory + at.product, memory + at.scratch);
-    for (std::int64_t i = 0; i < packing.differentiated; ++i) lam[i] -= product[i];  // eq. (6), (8')
+    kernels_.subtract(lam, product, packing.differentiated);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "packed.h"
 #include "plan.h"
 
 namespace fastmeta::executor {
@@ -59,6 +60,7 @@ class MetaGradient {
                double* d_alpha) const;
 
   const Isa isa_;
+  const packed::Kernels<R>& kernels_;
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
   std::mutex mutex_;

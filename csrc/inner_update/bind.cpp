@@ -22,22 +22,12 @@ constexpr std::int64_t piece_length = 4096;  // read a second time from the firs
 // One thread passes this many bytes in some 50 us from its caches; to wake a second one costs about as much.
 constexpr std::int64_t bytes_per_thread = std::int64_t{4} << 20;
 
-const Table& table() {
-  switch (isa_in_use()) {
-#define FASTMETA_CASE(isa) \
-  case Isa::isa: return isa::table;
-    FASTMETA_FOR_EACH_ISA(FASTMETA_CASE)
-#undef FASTMETA_CASE
-    default: return plain::table;
-  }
-}
-
 template <class R>
 const Kernels<R>& kernels() {
   if constexpr (std::is_same_v<R, float>)
-    return table().f32;
+    return table_of(isa_in_use()).f32;
   else
-    return table().f64;
+    return table_of(isa_in_use()).f64;
 }
 
 // alpha: one entry for all parameters, one a segment, or one a parameter.

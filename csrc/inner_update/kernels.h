@@ -58,11 +58,6 @@ struct Table {
 template <class R>
 constexpr int columns_width = static_cast<int>(8192 / sizeof(R));
 
-#define FASTMETA_DECLARE(isa) \
-  namespace isa {             \
-  extern const Table table;   \
-  }
-FASTMETA_FOR_EACH_ISA(FASTMETA_DECLARE)
-#undef FASTMETA_DECLARE
+FASTMETA_TABLES
 
 }  // namespace fastmeta::inner_update

@@ -1,5 +1,6 @@
 #include "../common/curves.h"
 #include "../common/product.h"
+#include "../common/transpose.h"
 #include "kernels.h"
 
 #ifndef FASTMETA_ISA
@@ -8,6 +9,8 @@
 
 // The weight is packed as its transposed, [in, padded(out)]: forward and the weight's gradient then run along rows of
 // whole vectors. Only the input's cotangent wants it the other way round, and has it transposed when it comes to that.
+// A narrow layer, whose rows would be padding for the most part, has it as [out, padded(in)]: its forward takes dot
+// products, and nothing is transposed.
 
 namespace fastmeta::linear_block::FASTMETA_ISA {
 namespace {
@@ -24,6 +27,9 @@ struct Layout {
   explicit Layout(const void* shape)
       : s(*static_cast<const Shape*>(shape)), in(padded<R>(s.in)), out(padded<R>(s.out)), x_row(s.data ? s.in : in) {}
 
+  bool narrow() const { return !s.data && 2 * s.out <= width<R> && s.in >= s.out; }
+  bool turns() const { return !s.data && !narrow(); }
+  std::int64_t weight_row() const { return narrow() ? in : out; }
   bool identity() const { return s.activation == Activation::identity; }
   bool keeps_input() const {  // z where the slope cannot be had from y
     return s.activation == Activation::silu || s.activation == Activation::gelu || s.activation == Activation::leaky_relu;
@@ -34,7 +40,7 @@ struct Layout {
   std::int64_t z() const { return 0; }
   std::int64_t dz() const { return keeps_input() ? s.n * out : 0; }
   std::int64_t turned() const { return dz() + (identity() ? 0 : s.n * out); }  // the weight, [out, padded(in)]
-  std::int64_t saved() const { return turned() + (s.data ? 0 : s.out * in); }
+  std::int64_t saved() const { return turned() + (turns() ? s.out * in : 0); }
 
   const R* dz_of(const Primal<R>& p) const { return identity() ? p.dy : p.saved + dz(); }
 };
@@ -47,8 +53,8 @@ Sizes sizes(const void* shape) {
   sizes.y = rows;
   sizes.saved = l.saved();
   sizes.saved_dot = l.bends() ? rows : 0;                                       // z_dot
-  sizes.scratch = (l.identity() ? 0 : rows) + (l.s.data ? 0 : l.s.out * l.in);  // dz_dot, W_dot turned
-  sizes.weights[0] = l.s.in * l.out;
+  sizes.scratch = (l.identity() ? 0 : rows) + (l.turns() ? l.s.out * l.in : 0);  // dz_dot, W_dot turned
+  sizes.weights[0] = l.narrow() ? l.s.out * l.in : l.s.in * l.out;
   sizes.weights[1] = l.s.bias ? l.out : 0;
   return sizes;
 }
@@ -56,15 +62,23 @@ Sizes sizes(const void* shape) {
 template <class R>
 void pack(const void* shape, int which, const R* tensor, R* packed) {
   const Layout<R> l(shape);
-  if (which == 0) return transpose(tensor, l.s.in, l.s.out, l.s.in, packed);
-  for (std::int64_t o = 0; o < l.out; ++o) packed[o] = o < l.s.out ? tensor[o] : R(0);
+  if (which == 1) {
+    for (std::int64_t o = 0; o < l.out; ++o) packed[o] = o < l.s.out ? tensor[o] : R(0);
+  } else if (l.narrow()) {
+    for (std::int64_t o = 0; o < l.s.out; ++o)
+      for (std::int64_t i = 0; i < l.in; ++i) packed[o * l.in + i] = i < l.s.in ? tensor[o * l.s.in + i] : R(0);
+  } else {
+    transpose(tensor, l.s.in, l.s.out, l.s.in, packed);
+  }
 }
 
 template <class R>
 void unpack(const void* shape, int which, const R* packed, R* tensor) {
   const Layout<R> l(shape);
-  if (which != 0) {
-    for (std::int64_t o = 0; o < l.s.out; ++o) tensor[o] = packed[o];
+  if (which == 1 || l.narrow()) {
+    const std::int64_t rows = which == 1 ? 1 : l.s.out, columns = which == 1 ? l.s.out : l.s.in;
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t j = 0; j < columns; ++j) tensor[i * columns + j] = packed[i * l.in + j];
     return;
   }
   constexpr std::int64_t edge = 8;
@@ -87,6 +101,34 @@ FASTMETA_INLINE void with_curve(Activation activation, F f) {
   }
 }
 
+// out [n, padded(out)] = base + sum of a W^T.
+template <class R>
+void to_outputs(const Layout<R>& l, Term<R>* terms, int count, const R* base, R* out) {
+  if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out, l.out);
+  product(terms, count, l.s.n, l.out, base, out, l.out);
+}
+
+// A term of the weight's gradient: the outer products of the rows of dz and x.
+template <class R>
+Term<R> outer_products(const Layout<R>& l, const R* x, std::int64_t x_row, const R* dz) {
+  if (l.narrow()) return {dz, 1, l.out, x, l.in, l.s.n};
+  return {x, 1, x_row, dz, l.out, l.s.n};
+}
+
+template <class R>
+void to_weight(const Layout<R>& l, const Term<R>* terms, int count, R* dw) {
+  product(terms, count, l.narrow() ? l.s.out : l.s.in, l.weight_row(), static_cast<const R*>(nullptr), dw,
+          l.weight_row());
+}
+
+// The weight as [out, padded(in)]; where it has to be transposed, it is put at `place`.
+template <class R>
+const R* turned(const Layout<R>& l, const R* weight, R* place) {
+  if (l.narrow()) return weight;
+  transpose(weight, l.out, l.s.in, l.s.out, place);
+  return place;
+}
+
 template <class R>
 void column_sums(const R* x, std::int64_t rows, std::int64_t columns, R* sums) {
   for (std::int64_t j = 0; j < columns; j += width<R>) {
@@ -99,8 +141,8 @@ void column_sums(const R* x, std::int64_t rows, std::int64_t columns, R* sums) {
 template <class R>
 void forward(const void* shape, const Primal<R>& p, R*) {
   const Layout<R> l(shape);
-  const Term<R> term{p.x[0], l.x_row, 1, p.w[0], l.out, l.s.in};
-  product(&term, 1, l.s.n, l.out, l.s.bias ? p.w[1] : nullptr, p.y, l.out);
+  Term<R> term{p.x[0], l.x_row, 1, p.w[0], l.weight_row(), l.s.in};
+  to_outputs(l, &term, 1, l.s.bias ? p.w[1] : nullptr, p.y);
   const std::int64_t count = l.s.n * l.out;
   with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < count; i += width<R>) {
@@ -127,14 +169,12 @@ void backward(const void* shape, const Primal<R>& p, R*) {
   });
   const R* dz = l.dz_of(p);
   if (p.dw[0] != nullptr) {
-    const Term<R> term{p.x[0], 1, l.x_row, dz, l.out, l.s.n};
-    product(&term, 1, l.s.in, l.out, static_cast<const R*>(nullptr), p.dw[0], l.out);
+    const Term<R> term = outer_products(l, p.x[0], l.x_row, dz);
+    to_weight(l, &term, 1, p.dw[0]);
   }
   if (p.dw[1] != nullptr) column_sums(dz, l.s.n, l.out, p.dw[1]);
   if (p.dx[0] != nullptr) {
-    R* turned = p.saved + l.turned();
-    transpose(p.w[0], l.out, l.s.in, l.s.out, turned);
-    const Term<R> term{dz, l.out, 1, turned, l.in, l.s.out};
+    const Term<R> term{dz, l.out, 1, turned(l, p.w[0], p.saved + l.turned()), l.in, l.s.out};
     product(&term, 1, l.s.n, l.in, static_cast<const R*>(nullptr), p.dx[0], l.in);
   }
 }
@@ -144,9 +184,9 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
   const Layout<R> l(shape);
   Term<R> terms[2];
   int count = 0;
-  if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, 1, p.w[0], l.out, l.s.in};
-  if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, 1, t.w_dot[0], l.out, l.s.in};
-  product(terms, count, l.s.n, l.out, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot, l.out);
+  if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, 1, p.w[0], l.weight_row(), l.s.in};
+  if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, 1, t.w_dot[0], l.weight_row(), l.s.in};
+  to_outputs(l, terms, count, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot);
   const std::int64_t elements = l.s.n * l.out;
   with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < elements; i += width<R>) {
@@ -175,19 +215,19 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
   if (t.dw_dot[0] != nullptr) {
     Term<R> terms[2];
     int count = 0;
-    terms[count++] = {p.x[0], 1, l.x_row, dz_dot, l.out, l.s.n};
-    if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], 1, l.in, dz, l.out, l.s.n};
-    product(terms, count, l.s.in, l.out, static_cast<const R*>(nullptr), t.dw_dot[0], l.out);
+    terms[count++] = outer_products(l, p.x[0], l.x_row, dz_dot);
+    if (t.x_dot[0] != nullptr) terms[count++] = outer_products(l, t.x_dot[0], l.in, dz);
+    to_weight(l, terms, count, t.dw_dot[0]);
   }
   if (t.dw_dot[1] != nullptr) column_sums(dz_dot, l.s.n, l.out, t.dw_dot[1]);
   if (t.dx_dot[0] != nullptr) {
     Term<R> terms[2];
     int count = 0;
-    terms[count++] = {dz_dot, l.out, 1, p.saved + l.turned(), l.in, l.s.out};
+    const R* weight = l.narrow() ? p.w[0] : p.saved + l.turned();
+    terms[count++] = {dz_dot, l.out, 1, weight, l.in, l.s.out};
     if (t.w_dot[0] != nullptr) {
-      R* turned = scratch + (l.identity() ? 0 : elements);
-      transpose(t.w_dot[0], l.out, l.s.in, l.s.out, turned);
-      terms[count++] = {dz, l.out, 1, turned, l.in, l.s.out};
+      const R* weight_dot = turned(l, t.w_dot[0], scratch + (l.identity() ? 0 : elements));
+      terms[count++] = {dz, l.out, 1, weight_dot, l.in, l.s.out};
     }
     product(terms, count, l.s.n, l.in, static_cast<const R*>(nullptr), t.dx_dot[0], l.in);
   }

@@ -23,11 +23,6 @@ struct Table {
   executor::Maps<double> f64;
 };
 
-#define FASTMETA_DECLARE(isa) \
-  namespace isa {             \
-  extern const Table table;   \
-  }
-FASTMETA_FOR_EACH_ISA(FASTMETA_DECLARE)
-#undef FASTMETA_DECLARE
+FASTMETA_TABLES
 
 }  // namespace fastmeta::loss
