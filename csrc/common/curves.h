@@ -14,9 +14,9 @@ template <class R, Activation activation>
 struct Curve {
   using V = Vector<R>;
   static constexpr bool is_identity = activation == Activation::identity;
-  static constexpr bool keeps_input = activation == Activation::silu || activation == Activation::gelu;
-  static constexpr bool bends =
-      keeps_input || activation == Activation::tanh || activation == Activation::sigmoid;
+  static constexpr bool keeps_input = activation == Activation::silu || activation == Activation::gelu ||
+                                      activation == Activation::leaky_relu;
+  static constexpr bool bends = activation >= Activation::tanh;
 
   static FASTMETA_INLINE V value(V z, [[maybe_unused]] R negative_slope) {
     if constexpr (activation == Activation::relu) return select<R>(z > 0, z, select<R>(z == z, V{}, z));

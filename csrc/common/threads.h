@@ -1,7 +1,7 @@
-// A pool of threads that sleep when there is nothing to do.
+// A pool of threads that sleep when there is nothing to do for a while.
 //
-// PyTorch's own threads spin for a while after each of its parallel regions. A second OpenMP pool would spin as well,
-// and the two would take the processor from each other; threads that wait on a condition variable do not.
+// PyTorch's own threads spin for milliseconds after each of its parallel regions. A second OpenMP pool would spin as
+// well, and the two would take the processor from each other; these threads watch for the next job much shorter.
 #pragma once
 
 #include <cstdint>

@@ -160,19 +160,20 @@ void MetaGradient<R>::run(const Request<R>& request) {
   while (reinterpret_cast<std::uintptr_t>(shared) % 64 != 0) ++shared;
   support_.pack(request.parameters.data(), shared);
 
-  std::vector<R> totals(gradient ? blocks * packing.differentiated : 0);
+  // Not initialised: the first task of a block writes, the others add.
+  const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.differentiated] : nullptr);
   std::vector<double> d_alpha(learned ? blocks * rates : 0);
   parallel_for(blocks, request.threads, [&](std::int64_t first, std::int64_t last) {
     const Loan workspace(*this, at.total);
     for (std::int64_t b = first; b < last; ++b)
-      for (std::int64_t t = request.tasks * b / blocks; t < request.tasks * (b + 1) / blocks; ++t)
-        run_task(request, at, t, workspace.data(), shared, totals.data() + b * packing.differentiated,
+      for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
+        run_task(request, at, t, workspace.data(), shared, totals.get() + b * packing.differentiated, t == begin,
                  d_alpha.data() + b * rates);
   });
   if (!gradient) return;
   for (std::int64_t b = 1; b < blocks; ++b)
-    kernels_.add(totals.data(), totals.data() + b * packing.differentiated, packing.differentiated);
-  support_.unpack(totals.data(), request.gradients.data());
+    kernels_.add(totals.get(), totals.get() + b * packing.differentiated, packing.differentiated);
+  support_.unpack(totals.get(), request.gradients.data());
   if (!learned) return;
   for (std::int64_t b = 1; b < blocks; ++b)
     for (std::int64_t i = 0; i < rates; ++i) d_alpha[i] += d_alpha[b * rates + i];
@@ -190,10 +191,9 @@ void MetaGradient<R>::run(const Request<R>& request) {
 
 namespace {
 
-Data data_of(const std::vector<Leaf>& leaves, std::int64_t task) {
-  Data data(leaves.size());
+void find(const std::vector<Leaf>& leaves, std::int64_t task, Data& data) {
+  data.resize(leaves.size());
   for (std::size_t i = 0; i < leaves.size(); ++i) data[i] = leaves[i].address + task * leaves[i].stride;
-  return data;
 }
 
 // Calls f(first, last, rate) for every run of packed weights that share a rate at step k, and f's index of that rate.
@@ -210,9 +210,11 @@ void for_each_rate(const Request<R>& request, const Packing& packing, std::int64
 
 template <class R>
 void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std::int64_t task, R* memory,
-                               const R* theta, R* total, double* d_alpha) const {
+                               const R* theta, R* total, bool first, double* d_alpha) const {
   const Packing& packing = support_.packing();
-  const Data support = data_of(request.support, task), query = data_of(request.query, task);
+  thread_local Data support, query;  // a vector whose memory stays from task to task
+  find(request.support, task, support);
+  find(request.query, task, query);
   const R* own = theta;
   for (std::int64_t k = 0; k < request.steps; ++k) {  // eq. (2)-(3)
     R* tape = memory + at.tape + k * at.tape_step;
@@ -239,7 +241,10 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
   if (request.d_losses == nullptr) return;
   query_.backward(tape, query, {own, theta}, request.d_losses[task], memory + at.lam, true, memory + at.scratch);
   adjoint(request, at, support, memory, theta, d_alpha);
-  kernels_.add(total, memory + at.lam, packing.differentiated);
+  if (first)
+    std::memcpy(total, memory + at.lam, sizeof(R) * packing.differentiated);
+  else
+    kernels_.add(total, memory + at.lam, packing.differentiated);
 }
 
 template <class R>

@@ -55,7 +55,7 @@ class MetaGradient {
   Layout layout(std::int64_t steps, bool second_order, bool learned) const;
   void check(const Request<R>& request) const;
   void run_task(const Request<R>& request, const Layout& at, std::int64_t task, R* memory, const R* theta, R* total,
-                double* d_alpha) const;
+                bool first, double* d_alpha) const;
   void adjoint(const Request<R>& request, const Layout& at, const Data& support, R* memory, const R* theta,
                double* d_alpha) const;
 

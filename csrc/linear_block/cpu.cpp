@@ -144,11 +144,13 @@ void forward(const void* shape, const Primal<R>& p, R*) {
   Term<R> term{p.x[0], l.x_row, 1, p.w[0], l.weight_row(), l.s.in};
   to_outputs(l, &term, 1, l.s.bias ? p.w[1] : nullptr, p.y);
   const std::int64_t count = l.s.n * l.out;
-  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+  const R slope = static_cast<R>(l.s.slope);
+  R *y = p.y, *kept = p.saved + l.z();
+  with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < count; i += width<R>) {
-      const Vector<R> z = load(p.y + i);
-      if (l.keeps_input()) store(p.saved + l.z() + i, z);
-      store(p.y + i, curve.value(z, static_cast<R>(l.s.slope)));
+      const Vector<R> z = load(y + i);
+      if constexpr (curve.keeps_input) store(kept + i, z);
+      store(y + i, curve.value(z, slope));
     }
   });
   if (l.s.activation != Activation::sigmoid) return;
@@ -160,11 +162,14 @@ template <class R>
 void backward(const void* shape, const Primal<R>& p, R*) {
   const Layout<R> l(shape);
   const std::int64_t count = l.s.n * l.out;
-  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+  const R slope = static_cast<R>(l.s.slope);
+  const R *y = p.y, *dy = p.dy, *kept = p.saved + l.z();
+  R* left = p.saved + l.dz();
+  with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < count; i += width<R>) {
-      const Vector<R> z = l.keeps_input() ? load(p.saved + l.z() + i) : Vector<R>{};
-      const Vector<R> slope = curve.slope(load(p.y + i), z, static_cast<R>(l.s.slope));
-      store(p.saved + l.dz() + i, slope * load(p.dy + i));
+      Vector<R> z{};
+      if constexpr (curve.keeps_input) z = load(kept + i);
+      store(left + i, curve.slope(load(y + i), z, slope) * load(dy + i));
     }
   });
   const R* dz = l.dz_of(p);
@@ -188,12 +193,16 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
   if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, 1, t.w_dot[0], l.weight_row(), l.s.in};
   to_outputs(l, terms, count, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot);
   const std::int64_t elements = l.s.n * l.out;
-  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+  const R slope = static_cast<R>(l.s.slope);
+  const R *y = p.y, *kept = p.saved + l.z();
+  R *y_dot = t.y_dot, *z_dots = t.saved_dot;
+  with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < elements; i += width<R>) {
-      const Vector<R> z = l.keeps_input() ? load(p.saved + l.z() + i) : Vector<R>{};
-      const Vector<R> z_dot = load(t.y_dot + i);
-      if (curve.bends) store(t.saved_dot + i, z_dot);
-      store(t.y_dot + i, curve.slope(load(p.y + i), z, static_cast<R>(l.s.slope)) * z_dot);
+      Vector<R> z{};
+      if constexpr (curve.keeps_input) z = load(kept + i);
+      const Vector<R> z_dot = load(y_dot + i);
+      if constexpr (curve.bends) store(z_dots + i, z_dot);
+      store(y_dot + i, curve.slope(load(y + i), z, slope) * z_dot);
     }
   });
 }
@@ -202,12 +211,16 @@ template <class R>
 void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
   const Layout<R> l(shape);
   const std::int64_t elements = l.s.n * l.out;
-  with_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+  const R slope = static_cast<R>(l.s.slope);
+  const R *ys = p.y, *dy = p.dy, *dy_dot = t.dy_dot, *z_dots = t.saved_dot, *kept = p.saved + l.z();
+  with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < elements; i += width<R>) {
-      const Vector<R> y = load(p.y + i), z = l.keeps_input() ? load(p.saved + l.z() + i) : Vector<R>{};
-      Vector<R> dz_dot = curve.slope(y, z, static_cast<R>(l.s.slope)) * load(t.dy_dot + i);
-      if (curve.bends) dz_dot += curve.bend(y, z) * load(p.dy + i) * load(t.saved_dot + i);
-      store(scratch + i, dz_dot);
+      const Vector<R> y = load(ys + i);
+      Vector<R> z{};
+      if constexpr (curve.keeps_input) z = load(kept + i);
+      Vector<R> value = curve.slope(y, z, slope) * load(dy_dot + i);
+      if constexpr (curve.bends) value += curve.bend(y, z) * load(dy + i) * load(z_dots + i);
+      store(scratch + i, value);
     }
   });
   const R* dz = l.dz_of(p);
