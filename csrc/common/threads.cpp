@@ -21,7 +21,7 @@
 namespace fastmeta {
 namespace {
 
-constexpr std::int64_t ranges_per_thread = 4;  // lets a thread that was late leave its share to the others
+constexpr std::int64_t ranges_per_thread = 8;  // lets a thread that was late leave its share to the others
 
 // To wake a sleeping thread takes longer than a small network's whole meta-gradient. So a thread watches for the next
 // job a little while before it sleeps, long enough for a loop that calls again and again, too short to be in the way.

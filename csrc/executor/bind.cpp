@@ -125,11 +125,19 @@ void bind_type(py::module_& m, const char* name) {
       }))
       .def_property_readonly("isa", [](const Self& self) { return isa_name(self.isa()); })
       .def("workspace_bytes", &Self::workspace_bytes)
+      .def("kept_bytes", [](const Self& self, bool second_order, bool learned) {
+        const auto size = static_cast<std::int64_t>(sizeof(R));
+        std::map<std::string, std::int64_t> kept;
+        if (second_order) kept["values and cotangents"] = size * self.support().tape();
+        if (second_order) kept["fast weights"] = size * self.support().packing().adapted;
+        if (learned) kept["gradients"] = size * self.support().packing().adapted;
+        return kept;
+      })
       .def("run", [](Self& self, std::int64_t tasks, std::int64_t steps, bool first_order, Address alpha,
                      bool rate_per_step, bool rate_per_parameter, const std::vector<Address>& parameters,
                      const std::vector<std::pair<Address, std::int64_t>>& support,
-                     const std::vector<std::pair<Address, std::int64_t>>& query, Address d_losses,
-                     const std::vector<Address>& gradients, Address d_alpha, Address losses, Address support_losses,
+                     const std::vector<std::pair<Address, std::int64_t>>& query, bool gradient, Address d_losses,
+                     const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses, Address support_losses,
                      Address outputs, std::int64_t output_rows, std::int64_t output_columns, int threads) {
         const Request<R> request{tasks,
                                  steps,
@@ -140,9 +148,11 @@ void bind_type(py::module_& m, const char* name) {
                                  all<const R, const R*>(parameters),
                                  leaves(support),
                                  leaves(query),
+                                 gradient,
                                  at<const R>(d_losses),
                                  all<R, R*>(gradients),
                                  at<R>(d_alpha),
+                                 at<R>(loss),
                                  at<R>(losses),
                                  at<R>(support_losses),
                                  at<R>(outputs),

@@ -150,7 +150,7 @@ template <class R>
 void MetaGradient<R>::run(const Request<R>& request) {
   check(request);
   const Packing& packing = support_.packing();
-  const bool gradient = request.d_losses != nullptr, learned = request.d_alpha != nullptr;
+  const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
   const Layout at = layout(request.steps, gradient && !request.first_order, learned);
   const std::int64_t blocks = std::min(request.tasks, most_blocks);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
@@ -170,6 +170,9 @@ void MetaGradient<R>::run(const Request<R>& request) {
         run_task(request, at, t, workspace.data(), shared, totals.get() + b * packing.differentiated, t == begin,
                  d_alpha.data() + b * rates);
   });
+  double loss = 0;
+  for (std::int64_t t = 0; t < request.tasks; ++t) loss += static_cast<double>(request.losses[t]);
+  *request.loss = static_cast<R>(loss / static_cast<double>(request.tasks));
   if (!gradient) return;
   for (std::int64_t b = 1; b < blocks; ++b)
     kernels_.add(totals.get(), totals.get() + b * packing.differentiated, packing.differentiated);
@@ -238,8 +241,9 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
     for (std::int64_t i = 0; i < request.output_rows; ++i)
       for (std::int64_t j = 0; j < columns; ++j) out[i * columns + j] = rows[i * row + j];
   }
-  if (request.d_losses == nullptr) return;
-  query_.backward(tape, query, {own, theta}, request.d_losses[task], memory + at.lam, true, memory + at.scratch);
+  if (!request.gradient) return;
+  const R d_loss = request.d_losses != nullptr ? request.d_losses[task] : R(1) / static_cast<R>(request.tasks);
+  query_.backward(tape, query, {own, theta}, d_loss, memory + at.lam, true, memory + at.scratch);
   adjoint(request, at, support, memory, theta, d_alpha);
   if (first)
     std::memcpy(total, memory + at.lam, sizeof(R) * packing.differentiated);

@@ -26,9 +26,11 @@ struct Request {
   bool rate_per_step, rate_per_parameter;
   std::vector<const R*> parameters;  // in the program's order
   std::vector<Leaf> support, query;
-  const R* d_losses;          // [tasks]: cotangents of the query losses; null where no gradient is wanted
+  bool gradient;              // whether one is wanted
+  const R* d_losses;          // [tasks]: cotangents of the query losses; null for those of their mean
   std::vector<R*> gradients;  // of the differentiated parameters
   R* d_alpha;                 // like alpha
+  R* loss;                    // [1]: the mean query loss
   R* losses;                  // [tasks]
   R* support_losses;          // [steps, tasks]
   R* outputs;                 // [tasks, output_rows, output_columns]
@@ -44,6 +46,7 @@ class MetaGradient {
 
   Isa isa() const { return isa_; }
   void run(const Request<R>& request);
+  const Plan<R>& support() const { return support_; }
   // Bytes that each thread holds.
   std::int64_t workspace_bytes(std::int64_t steps, bool second_order, bool learned) const;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -12,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.algorithms.adapted import AdaptedModel
 from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_chunk_size, checked_steps, select_parameters
+from fastmeta.algorithms.recall import Recall, signature
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
-from fastmeta.engine.evaluation import Cotangents
+from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
 from fastmeta.engine.function import Custom, MetaStep, Step
 from fastmeta.engine.meta_step import evaluate
@@ -115,6 +117,7 @@ class MAML(nn.Module):
         self._selection = parameters
         self._compiler = Compiler()
         self._custom = Custom()
+        self._recall = Recall(self._objective.root)
         self._warned: set[str] = set()
         self.model = model
         if isinstance(loss, nn.Module):
@@ -182,7 +185,7 @@ class MAML(nn.Module):
             }
         learned = work.alpha.requires_grad
         with torch.no_grad():
-            result = evaluate(work, programs, Cotangents.of_mean(work), learned=learned)
+            result = evaluate(work, programs, MEAN, learned=learned)
             self._follow(programs, work, result.mutations)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
@@ -196,7 +199,7 @@ class MAML(nn.Module):
             rates = self._learned_rates()
             d_rates = torch.autograd.grad(work.alpha, list(rates.values()), gradient.alpha)
             gradients.update(zip(rates, d_rates, strict=True))
-        return result.losses.mean(), gradients
+        return result.loss, gradients
 
     def adapt(self, support: Any, *, steps: int | None = None) -> AdaptedModel:
         """Adapt to one task, or to all tasks of a batch, without meta-gradients.
@@ -242,6 +245,7 @@ class MAML(nn.Module):
     def retrace(self) -> None:
         """Forget every trace, after a change a trace cannot see (a Python attribute the forward pass branches on)."""
         self._compiler.clear()
+        self._recall.clear()
 
     def extra_repr(self) -> str:
         """Settings, for ``print``."""
@@ -260,6 +264,13 @@ class MAML(nn.Module):
             raise TypeError(f"MAML: tasks must be a TaskBatch, got {type(tasks).__name__}")
         if need_query and tasks.query is None:
             raise ValueError("MAML: tasks must have a query set, got None")
+        key = self._key(tasks, steps, differentiate, need_query, check_unused)
+        if key is not None and (found := self._recall.find(key)) is not None:
+            again = copy.copy(found[0])
+            again.support, again.query = tasks.support, tasks.query
+            if not isinstance(self.lr, (float, int)):
+                again.alpha = self._rates_of(again.packing).alpha(again.theta[0], again.steps)
+            return again, found[1]
         parameters = self._objective.parameters()
         packing = self._packing(parameters)
         count = self.steps if steps is None else checked_steps(steps)
@@ -290,7 +301,21 @@ class MAML(nn.Module):
             if check_unused and not self.allow_unused and count and programs.support.unused:
                 raise autodiff.unused_error(programs.support.unused)
             check_masks(work, programs)
+            if key is not None:
+                self._recall.keep(key, work, programs)
         return work, programs
+
+    def _key(self, tasks: TaskBatch, steps: int | None, *flags: bool) -> Any:
+        """What a prepared meta-step depends on besides the modules; ``None`` where values must be looked at."""
+        if self.check_finite or self.update_running_stats or callable(self._selection):
+            return None
+        tensors = signature(tasks.support, tasks.query)
+        rate = self.lr if isinstance(self.lr, (float, int)) else None
+        autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        if tensors is None or autocast:
+            return None
+        settings = (self.first_order, self.allow_unused, self.chunk_size, self.engine, self.executor, rate)
+        return self.steps if steps is None else checked_steps(steps), settings, tensors, flags
 
     def _programs(self, work: Work) -> Programs | None:
         if self.engine == "autodiff":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastmeta.core.task_op import plus
@@ -27,9 +28,11 @@ class MetaGradient:
 
     def scaled(self, factor: Tensor) -> MetaGradient:
         """The gradient of a meta-loss times ``factor``, ``[]``."""
-        outer = [d if d is None else factor * d for d in self.outer]
-        alpha = None if self.alpha is None else factor * self.alpha
-        return MetaGradient([factor * d for d in self.adapted], outer, alpha)
+        present = [d for d in (*self.adapted, *self.outer, self.alpha) if d is not None]
+        products = iter(torch._foreach_mul(present, factor))
+        adapted = [next(products) for _ in self.adapted]
+        outer = [None if d is None else next(products) for d in (*self.outer, self.alpha)]
+        return MetaGradient(adapted, outer[:-1], outer[-1])
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,33 @@ class Cotangents:
     """Derivatives of an outer objective.
 
     Attributes:
-        losses: by each task's query loss, ``[T]``.
+        losses: by each task's query loss, ``[T]``; ``None`` where the objective is their mean, eq. (4).
         outputs: by the query outputs, ``[T, ...]``, where it depends on them.
     """
 
-    losses: Tensor
+    losses: Tensor | None = None
     outputs: Sequence[Tensor | None] = ()
 
-    @staticmethod
-    def of_mean(work: Work) -> Cotangents:
-        """Those of the mean loss, eq. (4)."""
-        return Cotangents(work.alpha.new_full((work.tasks,), 1 / work.tasks))
+    def of_losses(self, work: Work, tasks: slice) -> Tensor:
+        """By the losses of some of ``work``'s tasks."""
+        if self.losses is None:
+            return work.alpha.new_full((len(range(work.tasks)[tasks]),), 1 / work.tasks)
+        return self.losses[tasks]
 
-    def part(self, tasks: slice) -> Cotangents:
-        """The same for some of the tasks."""
-        return Cotangents(self.losses[tasks], [d if d is None else d[tasks] for d in self.outputs])
+    def of_outputs(self, tasks: slice) -> list[Tensor | None]:
+        """By the outputs of some of the tasks."""
+        return [d if d is None else d[tasks] for d in self.outputs]
 
 
-@dataclass(frozen=True)
+MEAN = Cotangents()
+
+
+@dataclass
 class Evaluation:
     """What a meta-step gives.
 
     Attributes:
+        loss: mean query loss, ``[]``.
         losses: query loss of each task, ``[T]``.
         support_losses: ``[K, T]``, each before its step.
         outputs: the adapted model's output tensors on the query set, ``[T, ...]``; empty unless asked for.
@@ -66,6 +74,7 @@ class Evaluation:
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
     """
 
+    loss: Tensor
     losses: Tensor
     support_losses: Tensor
     outputs: list[Tensor]

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import Tensors
 from fastmeta.engine import executor
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.program import Instruction
-from fastmeta.engine.work import Work
+from fastmeta.engine.evaluation import MEAN
+from fastmeta.engine.program import Instruction, Program
+from fastmeta.engine.work import Work, leaves
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Row:
         op: operation.
         call: the ATen call it stands for.
         shape: of one task's result.
-        plan: how the fast weights are held: ``dense``, or ``shared`` where no task has its own.
+        plan: how the fast weights are held: ``resident`` in a thread's workspace, ``dense`` for all tasks, or ``shared``
+            where no task has its own.
         backend: who runs it.
         flops: of the four maps over all tasks and inner steps, and the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks.
@@ -71,7 +72,9 @@ class Explanation:
         reason: why autodiff runs, if it does.
         rows: one a call.
         tasks, steps, parameters: T, K, P.
-        kept: named bytes kept per inner step, for all tasks.
+        executor: who runs the program, and why not the native executor where it does not.
+        kept: named bytes kept per inner step, by the reference executor for all tasks of a chunk at once, by the native
+            one for the one task each thread is at.
     """
 
     engine: str
@@ -79,12 +82,13 @@ class Explanation:
     tasks: int
     steps: int
     parameters: int
+    executor: str = ""
     rows: tuple[Row, ...] = ()
     kept: dict[str, int] = field(default_factory=dict)
 
     @property
     def kept_per_step(self) -> int:
-        """Bytes kept per inner step for the adjoint, for all tasks."""
+        """Bytes kept per inner step for the adjoint; see ``kept``."""
         return sum(self.kept.values())
 
     @property
@@ -118,7 +122,12 @@ class Explanation:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
         kept = ", ".join(f"{name} {size / 1024:.1f} KiB" for name, size in self.kept.items())
         return "\n".join(
-            [head, *lines, f"kept per inner step: {kept or 'nothing'}; total {self.kept_per_step / 1024:.1f} KiB"]
+            [
+                head,
+                f"executor: {self.executor}",
+                *lines,
+                f"kept per inner step: {kept or 'nothing'}; total {self.kept_per_step / 1024:.1f} KiB",
+            ]
         )
 
 
@@ -128,20 +137,31 @@ def explain_autodiff(work: Work, reason: str) -> Explanation:
 
 
 def explain_programs(work: Work, programs: Programs) -> Explanation:
-    """The explanation of a program; runs one inner step to count what its tape really holds."""
-    program = programs.support
+    """The explanation of a program. For the reference executor one inner step runs, to count what its tape holds."""
+    native = programs.native
+    refusal = native if isinstance(native, str) else native.refusal(work, MEAN, outputs=False)
+    if isinstance(native, str) or refusal:
+        rows, kept = _by_reference(work, programs.support)
+        executor = f"reference, because {refusal}"
+    else:
+        rows = tuple(_row(work, instruction, "native", 0, 0) for instruction in programs.support.instructions)
+        kept = native.kept(work, learned=work.alpha.requires_grad)
+        executor = f"native, instruction set {native.instruction_set}, {torch.get_num_threads()} threads"
+    return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept)
+
+
+def _by_reference(work: Work, program: Program) -> tuple[tuple[Row, ...], dict[str, int]]:
     with torch.no_grad():
         state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
-        tape = executor.forward(program, work.theta, state, pytree.tree_leaves(work.support), first=True)
+        tape = executor.forward(program, work.theta, state, leaves(work.support), first=True)
         executor.backward(program, tape, torch.ones_like(tape.loss))
     second_order = not work.first_order and work.steps > 0
-    given = {t.untyped_storage().data_ptr() for t in (*work.parameters.values(), *pytree.tree_leaves(work.support))}
-    seen = set(given)
+    seen = {t.untyped_storage().data_ptr() for t in (*work.parameters.values(), *leaves(work.support))}
     rows = []
     for i, instruction in enumerate(program.instructions):
         saved = _new_bytes(tape.saved[i], seen) if second_order else 0
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
-        rows.append(_row(work, instruction, saved, cotangents))
+        rows.append(_row(work, instruction, "reference", saved, cotangents))
     kept = {}
     if second_order:
         kept["operands"] = sum(row.saved for row in rows)
@@ -149,10 +169,10 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         kept["fast weights"] = work.packing.size * work.tasks * tape.loss.element_size()
     if work.alpha.requires_grad:
         kept["gradients"] = work.packing.size * work.tasks * tape.loss.element_size()
-    return Explanation("program", "", work.tasks, work.steps, work.packing.size, tuple(rows), kept)
+    return tuple(rows), kept
 
 
-def _row(work: Work, instruction: Instruction, saved: int, cotangents: int) -> Row:
+def _row(work: Work, instruction: Instruction, backend: str, saved: int, cotangents: int) -> Row:
     route = instruction.later
     passes = 3 * (work.steps + 1) + (0 if work.first_order else 6 * work.steps)
     times = passes if route.active else work.steps + 1
@@ -164,8 +184,8 @@ def _row(work: Work, instruction: Instruction, saved: int, cotangents: int) -> R
         instruction.op.name,
         str(instruction.op.call.target).removeprefix("aten.").partition(".")[0],
         instruction.op.call.outputs[0].shape,
-        "shared" if route.single else "dense",
-        "reference",
+        "resident" if backend == "native" else "shared" if route.single else "dense",
+        backend,
         instruction.op.flops() * times * (1 if route.single else work.tasks),
         saved,
         cotangents,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.evaluation import Cotangents, MetaGradient
+from fastmeta.engine.evaluation import MEAN, Cotangents, MetaGradient
 from fastmeta.engine.meta_step import evaluate
-from fastmeta.engine.work import Work
+from fastmeta.engine.work import Work, leaves
 
 
 @dataclass
@@ -48,24 +49,26 @@ class MetaStep(torch.autograd.Function):
         """Return mean loss, task losses, support losses and the query outputs."""
         work, programs = step.work, step.programs
         wanted = any(ctx.needs_input_grad)
-        cotangents = Cotangents.of_mean(work) if wanted and not step.custom.seen else None
+        cotangents = MEAN if wanted and not step.custom.seen else None
         dice = _Dice(programs, work) if wanted else None
         result = evaluate(work, programs, cotangents, learned=ctx.needs_input_grad[1], outputs=True)
         step.mutations = result.mutations
         if wanted:
             g = result.gradient
-            parts = None if g is None else (g.adapted, g.outer, g.alpha)
-            kept = parts, work.support, work.query, _read_buffers(work, programs)
-            leaves, ctx.spec = pytree.tree_flatten(kept)
-            ctx.tensors = [isinstance(leaf, Tensor) for leaf in leaves]
-            ctx.save_for_backward(alpha, *parameters, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-            ctx.step, ctx.dice, ctx.count = step, dice, len(parameters)
-        floats = [o.is_floating_point() for o in result.outputs]
-        ctx.mark_non_differentiable(
-            result.support_losses, *(o for o, is_float in zip(result.outputs, floats, strict=True) if not is_float)
-        )
+            parts = [] if g is None else [*g.adapted, *g.outer, g.alpha]
+            buffers = _read_buffers(work, programs)
+            groups: list[Any] = [
+                list(parameters),
+                parts,
+                leaves(work.support),
+                leaves(work.query),
+                list(buffers.values()),
+            ]
+            ctx.save_for_backward(alpha, *itertools.chain.from_iterable(groups))
+            ctx.step, ctx.dice, ctx.counts = step, dice, [len(group) for group in groups]
+        ctx.mark_non_differentiable(result.support_losses, *(o for o in result.outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
-        return result.losses.mean(), result.losses, result.support_losses, *result.outputs
+        return result.loss, result.losses, result.support_losses, *result.outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -82,21 +85,20 @@ class MetaStep(torch.autograd.Function):
         step: Step = ctx.step
         work = step.work
         alpha, *saved = ctx.saved_tensors
-        leaves = iter(saved[ctx.count :])
-        parts, support, query, buffers = pytree.tree_unflatten(
-            [next(leaves) if is_tensor else None for is_tensor in ctx.tensors], ctx.spec
-        )
+        parameters, parts, support, query, buffers = _cut(saved, ctx.counts)
         d_outputs = d_others[1:]
         step.custom.seen = d_tasks is not None or any(d is not None for d in d_outputs)
-        if parts is not None and not step.custom.seen:
-            total = MetaGradient(*parts).scaled(alpha.new_zeros(()) if d_mean is None else d_mean)
+        if parts and not step.custom.seen:
+            adapted = len(work.packing.names)
+            total = MetaGradient(parts[:adapted], parts[adapted:-1], parts[-1])
+            total = total.scaled(alpha.new_zeros(()) if d_mean is None else d_mean)
         else:
             again = replace(
                 work,
-                parameters=dict(zip(work.parameters, saved[: ctx.count], strict=True)),
-                buffers=buffers,
-                support=support,
-                query=query,
+                parameters=dict(zip(work.parameters, parameters, strict=True)),
+                buffers=dict(zip(work.buffers, buffers, strict=True)),
+                support=_like(work.support, support),
+                query=_like(work.query, query),
                 alpha=alpha,
             )
             d_losses = alpha.new_zeros(work.tasks) if d_tasks is None else d_tasks
@@ -146,6 +148,17 @@ class _Last(torch.autograd.Function):
             "MAML: the meta-gradient can be differentiated no further by the program; use engine='autodiff' for "
             "third derivatives"
         )
+
+
+def _cut(tensors: list[Any], counts: list[int]) -> list[list[Any]]:
+    """The groups of so many tensors each, one after the other."""
+    ends = list(itertools.accumulate(counts))
+    return [tensors[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _like(tree: Any, tensors: list[Any]) -> Any:
+    """``tensors`` in the structure of ``tree``."""
+    return pytree.tree_unflatten(tensors, pytree.tree_structure(tree))
 
 
 def _read_buffers(work: Work, programs: Programs) -> dict[str, Tensor]:

@@ -56,11 +56,13 @@ def _by_reference(
         if outputs:
             kept.append(trajectory.evaluated.outputs)
         if cotangents is not None:
-            d = cotangents.part(chunk)
-            gradient = adjoint(part, support, query, trajectory, d.losses, d.outputs)
+            d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
+            gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs)
             total = gradient if total is None else total + gradient
+    every = torch.cat(losses)
     return Evaluation(
-        torch.cat(losses),
+        every.mean(),
+        every,
         torch.cat(support_losses, 1),
         [torch.cat(pieces) for pieces in zip(*kept, strict=True)],
         total,

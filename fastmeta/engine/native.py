@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastmeta.core import native
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.lower import NotLowered, lower
 from fastmeta.engine.program import Program
-from fastmeta.engine.work import Work, require_finite
+from fastmeta.engine.work import Work, leaves, require_finite
 
 
 class NativeStep:
@@ -45,6 +44,10 @@ class NativeStep:
         """The one its kernels are compiled for."""
         return self._step.isa
 
+    def kept(self, work: Work, *, learned: bool) -> dict[str, int]:
+        """Named bytes a thread keeps per inner step for the adjoint of the task it is at."""
+        return self._step.kept_bytes(not work.first_order and work.steps > 0, learned)
+
     def workspace_bytes(self, work: Work, *, learned: bool) -> int:
         """Bytes each thread holds for ``work``."""
         return self._step.workspace_bytes(work.steps, not work.first_order, learned)
@@ -67,16 +70,18 @@ class NativeStep:
         """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`."""
         if self._step.isa != self._isa():  # another one was asked for since
             self._step = self._type(*self._programs)
-        tasks, steps = work.tasks, work.steps
-        alpha = work.alpha.detach().contiguous()
-        parameters = [work.parameters[name].detach().contiguous() for name in self._lowered.parameters]
-        support, query = ([_by_task(x) for x in pytree.tree_leaves(s)] for s in (work.support, work.query))
-        d_losses = None if cotangents is None else cotangents.losses.contiguous()
-        losses = alpha.new_empty(tasks)
-        support_losses = alpha.new_empty((steps, tasks))
+        steps, alpha = work.steps, work.alpha
+        if alpha.requires_grad or not alpha.is_contiguous():
+            alpha = alpha.detach().contiguous()
+        given = [work.parameters[name] for name in self._lowered.parameters]
+        parameters = [p if p.is_contiguous() else p.detach().contiguous() for p in given]
+        support, query = [_by_task(x) for x in leaves(work.support)], [_by_task(x) for x in leaves(work.query)]
+        tasks = support[0].shape[0]
+        d_losses = None if cotangents is None or cotangents.losses is None else cotangents.losses.contiguous()
+        loss, losses, support_losses = alpha.new_empty(()), alpha.new_empty(tasks), alpha.new_empty((steps, tasks))
         adapted, wanted = self._wanted
-        gradients = [] if d_losses is None else [torch.empty_like(p) for p in parameters[:wanted]]
-        d_alpha = torch.zeros_like(alpha) if learned and d_losses is not None else None
+        gradients = [] if cotangents is None else [torch.empty_like(p) for p in parameters[:wanted]]
+        d_alpha = torch.zeros_like(alpha) if learned and cotangents is not None else None
         rows, features = self._lowered.output or (0, 0)
         results = [alpha.new_empty((tasks, *value.shape)) for value in self._outputs] if outputs else []
         self._step.run(
@@ -89,9 +94,11 @@ class NativeStep:
             [p.data_ptr() for p in parameters],
             [(x.data_ptr(), x.stride(0) * x.element_size()) for x in support],
             [(x.data_ptr(), x.stride(0) * x.element_size()) for x in query],
+            cotangents is not None,
             0 if d_losses is None else d_losses.data_ptr(),
             [g.data_ptr() for g in gradients],
             0 if d_alpha is None else d_alpha.data_ptr(),
+            loss.data_ptr(),
             losses.data_ptr(),
             support_losses.data_ptr(),
             results[0].data_ptr() if results else 0,
@@ -104,10 +111,10 @@ class NativeStep:
                 require_finite(support_losses[k], f"support loss at inner step {k}")
             require_finite(losses, "query loss")
         outer: list[Tensor | None] = list(gradients[adapted:])
-        gradient = None if d_losses is None else MetaGradient(gradients[:adapted], outer, d_alpha)
-        return Evaluation(losses, support_losses, results, gradient, [])
+        gradient = None if cotangents is None else MetaGradient(gradients[:adapted], outer, d_alpha)
+        return Evaluation(loss, losses, support_losses, results, gradient, [])
 
 
 def _by_task(leaf: Tensor) -> Tensor:
     """``leaf`` with each task's part contiguous; tasks may lie anywhere."""
-    return leaf if leaf.shape[0] == 0 or leaf[0].is_contiguous() else leaf.contiguous()
+    return leaf if leaf.is_contiguous() or leaf[0].is_contiguous() else leaf.contiguous()

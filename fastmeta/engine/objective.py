@@ -27,23 +27,23 @@ class Objective:
             raise TypeError(f"MAML: loss must be callable, got {type(loss).__name__}")
         self.model = model
         self.loss = loss
-        self._bound = _Bound(model, loss)
+        self.root = _Bound(model, loss)  # holds both
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every distinct parameter by name; a tied parameter appears once."""
-        return {_public(name): p for name, p in self._bound.named_parameters()}
+        return {_public(name): p for name, p in self.root.named_parameters()}
 
     def buffers(self) -> dict[str, Tensor]:
         """Every distinct buffer by name."""
-        return {_public(name): b for name, b in self._bound.named_buffers()}
+        return {_public(name): b for name, b in self.root.named_buffers()}
 
     def modes(self) -> tuple[bool, ...]:
         """Training flag of every submodule: a trace holds for one combination."""
-        return tuple(m.training for m in self._bound.modules())
+        return tuple(m.training for m in self.root.modules())
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Submodules of model and loss by name."""
-        return [(_public(name), m) for name, m in self._bound.named_modules()]
+        return [(_public(name), m) for name, m in self.root.named_modules()]
 
     def __call__(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any
@@ -56,7 +56,7 @@ class Objective:
         """
         state = {place: parameters[name] for place, name in self._places(nn.Module.named_parameters)}
         state.update((place, buffers[name]) for place, name in self._places(nn.Module.named_buffers))
-        loss, outputs = functional_call(self._bound, state, (batch,), tie_weights=False)
+        loss, outputs = functional_call(self.root, state, (batch,), tie_weights=False)
         if not isinstance(loss, Tensor):
             raise TypeError(f"MAML: loss must return a tensor, got {type(loss).__name__}")
         if loss.dim() != 0:
@@ -71,10 +71,10 @@ class Objective:
         A tied tensor has several places. A module that is used twice has one: to swap it under each of its names, as
         ``functional_call`` ties weights by itself, would put back the wrong tensor.
         """
-        known = {id(t): _public(name) for name, t in named(self._bound)}
+        known = {id(t): _public(name) for name, t in named(self.root)}
         return [
             (f"{prefix}.{name}" if prefix else name, known[id(t)])
-            for prefix, module in self._bound.named_modules()
+            for prefix, module in self.root.named_modules()
             for name, t in named(module, recurse=False, remove_duplicate=False)
         ]
 

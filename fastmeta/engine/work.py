@@ -13,7 +13,7 @@ from fastmeta.core.packing import Packing
 from fastmeta.engine.objective import Objective
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which would take its time at every meta-step
 class Work:
     """The tasks, the parameters and the inner rule of one meta-step.
 
@@ -53,7 +53,7 @@ class Work:
     @property
     def tasks(self) -> int:
         """T."""
-        leaf: Tensor = pytree.tree_leaves(self.support)[0]
+        leaf: Tensor = leaves(self.support)[0]
         return leaf.shape[0]
 
     @property
@@ -76,6 +76,13 @@ class Work:
     def theta(self) -> list[Tensor]:
         """The adapting parameters in packing order, ``[*shape]``."""
         return [self.parameters[name] for name in self.packing.names]
+
+
+def leaves(tree: Any) -> tuple[Any, ...] | list[Any]:
+    """The tensors of a support or query set; quick for the usual pair."""
+    if type(tree) is tuple and len(tree) == 2 and isinstance(tree[0], Tensor) and isinstance(tree[1], Tensor):
+        return tree
+    return pytree.tree_leaves(tree)
 
 
 def task_of(tree: Any, index: int) -> Any:

@@ -55,7 +55,7 @@ def test_rows_name_the_module_and_count_operations() -> None:
 def test_what_is_kept_is_counted_from_the_tensors_themselves() -> None:
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
     tasks = fm.TaskBatch(*((torch.randn(T, n, 4), torch.randn(T, n, 3)) for n in (5, 5)))
-    kept = fm.MAML(model, F.mse_loss, lr=0.1, steps=1, engine="program").explain(tasks).kept
+    kept = fm.MAML(model, F.mse_loss, lr=0.1, steps=1, executor="reference").explain(tasks).kept
     floats = 4 * T
     assert kept["fast weights"] == floats * (4 * 8 + 8 * 3)
     # tanh keeps its result, which is the second layer's input; the loss keeps outputs or their difference
