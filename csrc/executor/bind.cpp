@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "../conv_block/kernels.h"
+#include "../flatten/kernels.h"
 #include "../linear_block/kernels.h"
 #include "../loss/kernels.h"
 #include "meta_gradient.h"
@@ -70,6 +72,57 @@ void describe_loss(const py::dict& d, Operation& operation) {
   operation.f64 = [](Isa isa) { return loss::table_of(isa).f64; };
 }
 
+void describe_flatten(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<flatten::Shape>();
+  shape->n = get<std::int64_t>(d, "n");
+  shape->channels = get<std::int64_t>(d, "channels");
+  shape->pixels = get<std::int64_t>(d, "pixels");
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return flatten::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return flatten::table_of(isa).f64; };
+}
+
+void pair_of(const py::dict& d, const char* key, std::int64_t (&out)[2]) {
+  const auto [rows, columns] = get<std::pair<std::int64_t, std::int64_t>>(d, key);
+  out[0] = rows;
+  out[1] = columns;
+}
+
+void describe_conv(const py::dict& d, Operation& operation) {
+  static const std::map<std::string, conv_block::Norm> norms{{"none", conv_block::Norm::none},
+                                                             {"batch", conv_block::Norm::batch}};
+  static const std::map<std::string, conv_block::Pool> pools{{"none", conv_block::Pool::none},
+                                                             {"max", conv_block::Pool::max},
+                                                             {"average", conv_block::Pool::average}};
+  auto shape = std::make_shared<conv_block::Shape>();
+  shape->n = get<std::int64_t>(d, "n");
+  shape->in = get<std::int64_t>(d, "in");
+  shape->height = get<std::int64_t>(d, "height");
+  shape->width = get<std::int64_t>(d, "width");
+  shape->out = get<std::int64_t>(d, "out");
+  pair_of(d, "kernel", shape->kernel);
+  pair_of(d, "stride", shape->stride);
+  pair_of(d, "padding", shape->padding);
+  pair_of(d, "dilation", shape->dilation);
+  shape->groups = get<std::int64_t>(d, "groups");
+  pair_of(d, "pool_kernel", shape->pool_kernel);
+  pair_of(d, "pool_stride", shape->pool_stride);
+  pair_of(d, "pool_padding", shape->pool_padding);
+  shape->eps = get<double>(d, "eps");
+  shape->slope = get<double>(d, "slope");
+  shape->norm = norms.at(get<std::string>(d, "norm"));
+  shape->activation = static_cast<conv_block::Activation>(activation_of(get<std::string>(d, "activation")));
+  shape->pool = pools.at(get<std::string>(d, "pool"));
+  shape->bias = operation.w[1] != absent;
+  shape->affine = operation.w[2] != absent;
+  shape->data = operation.x[0].is_data;
+  if (!conv_block::table_of(isa_in_use()).supported(*shape))
+    throw std::invalid_argument("conv_block: this convolution, normalisation or pooling has no native kernel");
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return conv_block::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return conv_block::table_of(isa).f64; };
+}
+
 Operation operation_of(const py::dict& d) {
   Operation operation;
   int i = 0;
@@ -80,8 +133,10 @@ Operation operation_of(const py::dict& d) {
   operation.y = get<int>(d, "y");
   const auto name = get<std::string>(d, "operation");
   if (name == "linear_block") describe_linear(d, operation);
+  else if (name == "conv_block") describe_conv(d, operation);
+  else if (name == "flatten") describe_flatten(d, operation);
   else if (name == "loss") describe_loss(d, operation);
-  else throw std::invalid_argument("executor: operation must be linear_block or loss, got " + name);
+  else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);
   return operation;
 }
 

@@ -1,7 +1,8 @@
 """``lower``: a program as the flat list of operations that the native executor walks, where it has kernels for them.
 
-Neighbouring instructions become one operation: a linear layer and its activation. Values that only change their shape
-are renamed. What has no kernel raises :class:`NotLowered` with the reason, and the reference executor runs the program.
+Neighbouring instructions become one operation: a linear layer and its activation; a convolution with the normalisation,
+activation and pooling that follow. Values that only change their shape are renamed. What has no kernel raises
+:class:`NotLowered` with the reason, and the reference executor runs the program.
 """
 
 from __future__ import annotations
@@ -70,6 +71,17 @@ class _Rows:
     features: int
 
 
+@dataclass(frozen=True)
+class _Images:
+    """A value of the native executor: images with their channels last."""
+
+    index: int
+    count: int
+    channels: int
+    height: int
+    width: int
+
+
 def lower(program: Program, outer: tuple[str, ...]) -> Lowered:
     """Lower ``program``.
 
@@ -87,7 +99,7 @@ def lower(program: Program, outer: tuple[str, ...]) -> Lowered:
 class _Lowering:
     program: Program
     outer: tuple[str, ...]
-    held: dict[int, _Data | _Rows] = field(default_factory=dict)  # by slot
+    held: dict[int, _Data | _Rows | _Images] = field(default_factory=dict)  # by slot
     operations: list[dict[str, Any]] = field(default_factory=list)
     names: tuple[str, ...] = ()
 
@@ -120,6 +132,7 @@ class _Lowering:
             return 1
         handler: Callable[[list[Instruction]], int] | None = {
             "linear": self._linear,
+            "conv2d": self._convolution,
             "mse": self._squared_error,
             "cross_entropy": self._cross_entropy,
             "bce_with_logits": self._binary_cross_entropy,
@@ -141,7 +154,9 @@ class _Lowering:
         for old, new in pairs:
             if old not in self.held:
                 raise NotLowered(f"{target} of a parameter or buffer")
-            self.held[new] = self.held[old]
+            value = self.held[old]
+            whole = len(self.program.graph.values[new].shape) != 4  # no longer images, but rows
+            self.held[new] = self._flattened(value, new) if isinstance(value, _Images) and whole else value
         return True
 
     def _linear(self, pending: list[Instruction]) -> int:
@@ -154,16 +169,101 @@ class _Lowering:
         self._emit("linear_block", shape, [source], weights, pending[taken - 1].outputs[0], op.rows, op.fan_out)
         return taken
 
+    def _flattened(self, value: _Images, slot: int) -> _Rows:
+        """Images as rows; a new operation unless they have one pixel, whose layout is that of rows already."""
+        shape = self.program.graph.values[slot].shape
+        pixels = value.height * value.width
+        if shape != (value.count, value.channels * pixels):
+            raise NotLowered(f"images read as {shape}")
+        if pixels == 1:
+            return _Rows(value.index, value.count, value.channels)
+        described = {"n": value.count, "channels": value.channels, "pixels": pixels}
+        return self._emit("flatten", described, [self._consume(value)], [], slot, value.count, value.channels * pixels)
+
+    def _convolution(self, pending: list[Instruction]) -> int:
+        instruction = pending[0]
+        geometry = instruction.op.geometry  # type: ignore[attr-defined]
+        n, channels, height, width = geometry.x_shape
+        out, _, *kernel = geometry.weight_shape
+        source = self._image_source(instruction.inputs[0], geometry.x_shape)
+        weights = [self._parameter(slot) for slot in instruction.inputs[1:]]
+        weights += [-1] * (2 - len(weights))
+        shape: dict[str, Any] = {"n": n, "in": channels, "height": height, "width": width, "out": out}
+        shape |= {"kernel": tuple(kernel), "stride": geometry.stride, "padding": geometry.padding}
+        shape |= {"dilation": geometry.dilation, "groups": geometry.groups}
+        taken, norm, scales = self._norm(pending)
+        more, activation, slope = self._activation(pending[taken - 1 :])
+        taken += more - 1
+        shape |= norm | {"activation": activation, "slope": slope}
+        more, pool = self._pool(pending[taken - 1 :])
+        taken += more
+        y = pending[taken - 1].outputs[0]
+        index = len(self.operations)
+        self._add("conv_block", shape | pool, [source], weights + scales)
+        self.held[y] = _Images(index, *self.program.graph.values[y].shape)
+        return taken
+
+    def _norm(self, pending: list[Instruction]) -> tuple[int, dict[str, Any], list[int]]:
+        """The batch norm that follows the first instruction, as ``(instructions so far, description, weights)``."""
+        second = self._follower(pending)
+        if second is None or second.op.name != "batch_norm":
+            return 1, {"norm": "none", "eps": 0.0}, [-1, -1]
+        op: Any = second.op
+        if not op.uses_batch_statistics:
+            raise NotLowered("batch norm by running statistics")
+        if (op.scale is None) != (op.shift is None):
+            raise NotLowered("batch norm with one of weight and bias")
+        scales = [-1 if at is None else self._parameter(second.inputs[at]) for at in (op.scale, op.shift)]
+        return 2, {"norm": "batch", "eps": op.eps}, scales
+
+    def _pool(self, pending: list[Instruction]) -> tuple[int, dict[str, Any]]:
+        """The pooling that follows the first instruction, as ``(instructions taken, description)``."""
+        second = self._follower(pending)
+        kinds = {"max_pool": "max", "average_pool": "average"}
+        nothing = {"pool": "none", "pool_kernel": (1, 1), "pool_stride": (1, 1), "pool_padding": (0, 0)}
+        if second is None or second.op.name not in kinds:
+            return 0, nothing
+        window = getattr(second.op, "window", None)
+        if window is None or window.ceil_mode or tuple(window.dilation) != (1, 1) or not self._plain_average(second):
+            return 0, nothing
+        described = {
+            "pool": kinds[second.op.name],
+            "pool_kernel": tuple(window.kernel),
+            "pool_stride": tuple(window.stride),
+        }
+        return 1, described | {"pool_padding": tuple(window.padding)}
+
+    @staticmethod
+    def _plain_average(instruction: Instruction) -> bool:
+        """Whether an average divides by the window's size, padding counted, or has no padding to count."""
+        arguments = instruction.op.call.arguments
+        padded = any(arguments.get("padding", [0]))
+        return arguments.get("divisor_override") is None and (
+            bool(arguments.get("count_include_pad", True)) or not padded
+        )
+
+    def _follower(self, pending: list[Instruction]) -> Instruction | None:
+        """The instruction after the first one, if it is the only one to read its result."""
+        between = pending[0].outputs[0]
+        alone = self.readers[between] == 1 and between not in self.program.graph.outputs
+        return pending[1] if len(pending) > 1 and alone and pending[1].inputs[0] == between else None
+
+    def _image_source(self, slot: int, shape: tuple[int, ...]) -> tuple[bool, int]:
+        value = self.held.get(slot)
+        if isinstance(value, _Data):
+            return self._source(slot, 0, 0)
+        n, channels, height, width = shape
+        if not isinstance(value, _Images) or (value.count, value.channels, value.height, value.width) != shape:
+            raise NotLowered(f"a value read as images {n}x{channels}x{height}x{width}")
+        return self._consume(value)
+
     def _activation(self, pending: list[Instruction]) -> tuple[int, str, float]:
         """The activation that follows the first instruction, if nothing else reads what lies between."""
-        if len(pending) > 1:
-            between, second = pending[0].outputs[0], pending[1]
+        second = self._follower(pending)
+        if second is not None:
             call = second.op.call
             name = ACTIVATIONS.get(str(call.target))
-            if name == "gelu" and call["approximate"] != "none":
-                name = None
-            alone = self.readers[between] == 1 and between not in self.program.graph.outputs
-            if name is not None and second.inputs == (between,) and alone:
+            if name is not None and (name != "gelu" or call["approximate"] == "none"):
                 return 2, name, float(call["negative_slope"]) if name == "leaky_relu" else 0.0
         return 1, "identity", 0.0
 
@@ -213,11 +313,13 @@ class _Lowering:
             return True, value.index
         if value is None:
             raise NotLowered("an operation on parameters or buffers alone")
+        if not isinstance(value, _Rows):
+            raise NotLowered("images read as rows")
         if (value.rows, value.features) != (rows, features):
             raise NotLowered(f"rows of {value.features} elements read as rows of {features}")
         return self._consume(value)
 
-    def _consume(self, value: _Rows) -> tuple[bool, int]:
+    def _consume(self, value: _Rows | _Images) -> tuple[bool, int]:
         if value.index in self.consumed:
             raise NotLowered("a value with several readers")
         self.consumed.add(value.index)
@@ -240,10 +342,17 @@ class _Lowering:
         rows: int,
         features: int,
         target: int = -1,
+    ) -> _Rows:
+        value = _Rows(len(self.operations), rows, features)
+        self._add(operation, shape, x, w, target)
+        self.held[slot] = value
+        return value
+
+    def _add(
+        self, operation: str, shape: dict[str, Any], x: list[tuple[bool, int]], w: list[int], target: int = -1
     ) -> None:
-        index = len(self.operations)
-        self.operations.append({"operation": operation, **shape, "x": x, "w": w, "target": target, "y": index})
-        self.held[slot] = _Rows(index, rows, features)
+        y = len(self.operations)
+        self.operations.append({"operation": operation, **shape, "x": x, "w": w, "target": target, "y": y})
 
     def _result(self) -> Lowered:
         program = self.program

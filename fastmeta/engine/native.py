@@ -34,7 +34,10 @@ class NativeStep:
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
         self._programs = [one.program for one in lowered]
         self._isa = extension.instruction_set
-        self._step: Any = self._type(*self._programs)
+        try:
+            self._step: Any = self._type(*self._programs)
+        except ValueError as error:
+            raise NotLowered(str(error)) from error
         self._wanted = len(query.adapted), len(query.adapted) + len(query.outer)
         self._outputs = [graph.values[slot] for slot in graph.outputs]
         self._mutates = bool(graph.mutations)

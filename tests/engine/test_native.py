@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def network(*widths: int, activation: str = "relu", bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(sum(widths))
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out, bias=bias), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1]).to(dtype)
 

@@ -1,0 +1,345 @@
+// The four maps of a block on a task's data, batch norm, a piecewise linear activation and 2x2 maxima: the first layer.
+//
+// It is the largest layer and the cheapest to compute, so the convolution's result z is made a few rows at a time and never
+// stored. What z would be needed for follows from mean and covariance of the patches (patches.h): with Q = cov(P) w / s,
+//   mean z_dot = w_dot^T mean P                mean(x z_dot) = w_dot^T Q
+//   d_w = a T, T = S - db mean P - dg Q        S = sum of dv P over the maxima
+//   d_w_dot = a_dot T + a (S_dot - db_dot mean P - dg_dot Q - dg Q_dot)
+// where x is normalised z. Only x at the maxima is kept.
+#pragma once
+
+#include "convolve.h"
+#include "passes.h"
+#include "patches.h"
+
+namespace fastmeta::conv_block {
+namespace {
+
+constexpr std::int64_t max_patch = 32;  // covariances grow with its square
+
+template <class R>
+bool is_data_block(const Shape& s, const Geometry<R>& g) {
+  return s.data && s.norm == Norm::batch && is_piecewise(s.activation) && s.slope >= 0 && s.pool == Pool::max && is_2x2(s) &&
+         s.stride[0] == 1 && s.stride[1] == 1 && g.panels() <= max_patch &&
+         canvas_of_input(s, g).plane() >= width<R>;
+}
+
+constexpr int below_zero = 4;  // beside the position in the window: the activation's slope is that below zero
+
+template <class R>
+struct DataSaved {
+  Statistics<R> statistics;
+  double *patch_mean, *covariance;
+  R *q, *s, *x;  // x at the maxima
+  std::uint8_t* codes;
+
+  DataSaved(const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena) {
+    patch_mean = arena.template take_as<double>(g.panels());
+    covariance = arena.template take_as<double>(g.panels() * g.panels());
+    q = arena.take(g.weight());
+    s = arena.take(g.weight());
+    x = arena.take(g.n * g.pooled());
+    codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
+  }
+};
+
+template <class R>
+struct DataSavedDot {
+  StatisticsDot<R> statistics;
+  R* x_dot;
+  DataSavedDot(const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena), x_dot(arena.take(g.n * g.pooled())) {}
+};
+
+template <class R>
+struct DataScratch {
+  Forward<R> product;
+  Patches<R> patches;
+  Affine<R> k;
+  double* wide;           // [rows of the weight, co]
+  double *sum, *spread;
+  R *rows, *db, *dg, *s;  // two rows of z; tangents of db, dg and S
+  DataScratch(const Shape& shape, const Geometry<R>& g, Arena<R>& arena)
+      : product(shape, g, arena), patches(product.canvas(), g, arena) {
+    k = {arena.take(g.co), arena.take(g.co), arena.take(g.co)};
+    wide = arena.template take_as<double>(g.weight());
+    sum = arena.template take_as<double>(g.co);
+    spread = arena.template take_as<double>(g.co);
+    rows = arena.take(4 * g.pw * g.co);
+    db = arena.take(g.co);
+    dg = arena.take(g.co);
+    s = arena.take(g.weight());
+  }
+};
+
+template <class R>
+class DataBlock {
+ public:
+  typedef Vector<R> V;
+
+  static executor::Sizes sizes(const Shape& s, const Geometry<R>& g) {
+    executor::Sizes sizes{};
+    Arena<R> saved(nullptr), saved_dot(nullptr), scratch(nullptr);
+    DataSaved<R>(g, saved);
+    DataSavedDot<R>(g, saved_dot);
+    DataScratch<R>(s, g, scratch);
+    sizes.y = g.n * g.pooled();
+    sizes.saved = saved.used;
+    sizes.saved_dot = saved_dot.used;
+    sizes.scratch = scratch.used;
+    return sizes;
+  }
+
+  DataBlock(const Shape& s, const Geometry<R>& g, const executor::Primal<R>& p, R* memory)
+      : s_(s), g_(g), p_(p), act_(s), kept_(p.saved), arena_(memory), saved_(g, kept_), scratch_(s, g, arena_) {}
+
+  void forward() {
+    scratch_.patches.centre_on(p_.x[0]);
+    for (std::int64_t i = 0; i < g_.n; ++i) {
+      scratch_.product.paint_group(p_.x[0], i, 1);
+      scratch_.patches.include(scratch_.product.painted(), scratch_.product.offset());
+    }
+    scratch_.patches.finish(saved_.patch_mean, saved_.covariance);
+    find_statistics();
+    coefficients(s_, g_, saved_.statistics, p_.w, scratch_.k);
+    for_each_row(p_.w[0], [&](std::int64_t at) {
+      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { forward_row<decltype(many)::value>(at, c); });
+    });
+  }
+
+  void backward() {
+    const Statistics<R>& st = saved_.statistics;
+    sum_over_maxima(p_.dy, nullptr, nullptr, st.db, st.dg, saved_.s);
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      if (p_.dw[1] != nullptr) p_.dw[1][c] = 0;
+      if (p_.dw[2] != nullptr) p_.dw[2][c] = st.dg[c];
+      if (p_.dw[3] != nullptr) p_.dw[3][c] = st.db[c];
+    }
+    if (p_.dw[0] == nullptr) return;
+    coefficients(s_, g_, st, p_.w, scratch_.k);
+    for (std::int64_t r = 0; r < g_.panels(); ++r)
+      for (std::int64_t c = 0; c < g_.co; ++c) p_.dw[0][r * g_.co + c] = scratch_.k.a[c] * centred_s(r, c);
+  }
+
+  void tangent(const executor::Tangent<R>& t) {
+    const DataSavedDot<R> dot = saved_dot(t);
+    const R* w_dot = t.w_dot[0];
+    for (std::int64_t c = 0; c < g_.co; ++c) dot.statistics.mean[c] = dot.statistics.spread[c] = 0;
+    for (std::int64_t r = 0; r < g_.panels() && w_dot != nullptr; ++r)
+      for (std::int64_t c = 0; c < g_.co; ++c) {
+        dot.statistics.mean[c] += w_dot[r * g_.co + c] * static_cast<R>(saved_.patch_mean[r]);
+        dot.statistics.spread[c] += w_dot[r * g_.co + c] * saved_.q[r * g_.co + c];
+      }
+    if (w_dot == nullptr) fill_zero(scratch_.rows, 4 * g_.pw * g_.co);
+    for_each_row(w_dot, [&](std::int64_t at) {
+      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { tangent_row<decltype(many)::value>(t, dot, at, c); });
+    });
+  }
+
+  void tangent_backward(const executor::Tangent<R>& t) {
+    const Statistics<R>& st = saved_.statistics;
+    const DataSavedDot<R> dot = saved_dot(t);
+    sum_over_maxima(t.dy_dot, p_.dy, dot.x_dot, scratch_.db, scratch_.dg, scratch_.s);
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      if (t.dw_dot[1] != nullptr) t.dw_dot[1][c] = 0;
+      if (t.dw_dot[2] != nullptr) t.dw_dot[2][c] = scratch_.dg[c];
+      if (t.dw_dot[3] != nullptr) t.dw_dot[3][c] = scratch_.db[c];
+    }
+    if (t.dw_dot[0] == nullptr) return;
+    coefficients(s_, g_, st, p_.w, scratch_.k);
+    multiply_covariance(t.w_dot[0]);
+    for (std::int64_t r = 0; r < g_.panels(); ++r) {
+      const R mean = static_cast<R>(saved_.patch_mean[r]);
+      for (std::int64_t c = 0; c < g_.co; ++c) {
+        const std::int64_t at = r * g_.co + c;
+        const R a = scratch_.k.a[c], inverse = st.inverse[c], spread = dot.statistics.spread[c], q = saved_.q[at];
+        const R gamma_dot = s_.affine ? entry(t.w_dot[2], c, R(0)) : R(0);
+        const R q_dot = inverse * (static_cast<R>(scratch_.wide[at]) - spread * q);
+        const R rest = scratch_.s[at] - scratch_.db[c] * mean - scratch_.dg[c] * q - st.dg[c] * q_dot;
+        t.dw_dot[0][at] = inverse * (gamma_dot - a * spread) * centred_s(r, c) + a * rest;
+      }
+    }
+  }
+
+ private:
+  DataSavedDot<R> saved_dot(const executor::Tangent<R>& t) const {
+    Arena<R> arena(t.saved_dot);
+    return DataSavedDot<R>(g_, arena);
+  }
+
+  R centred_s(std::int64_t r, std::int64_t c) const {  // T
+    const std::int64_t at = r * g_.co + c;
+    return saved_.s[at] - saved_.statistics.db[c] * static_cast<R>(saved_.patch_mean[r]) - saved_.statistics.dg[c] * saved_.q[at];
+  }
+
+  // wide = cov w; zero where w is null.
+  void multiply_covariance(const R* w) {
+    const std::int64_t rows = g_.panels(), co = g_.co;
+    for (std::int64_t i = 0; i < rows * co; ++i) scratch_.wide[i] = 0;
+    for (std::int64_t r = 0; r < rows && w != nullptr; ++r)
+      for (std::int64_t j = 0; j < rows; ++j) {
+        const double factor = saved_.covariance[r * rows + j];
+        for (std::int64_t c = 0; c < co; ++c) scratch_.wide[r * co + c] += factor * static_cast<double>(w[j * co + c]);
+      }
+  }
+
+  void find_statistics() {
+    const Statistics<R>& st = saved_.statistics;
+    multiply_covariance(p_.w[0]);
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      double mean = 0, variance = 0;
+      for (std::int64_t r = 0; r < g_.panels(); ++r) {
+        const double w = static_cast<double>(p_.w[0][r * g_.co + c]);
+        mean += w * saved_.patch_mean[r];
+        variance += w * scratch_.wide[r * g_.co + c];
+      }
+      const double inverse = c < g_.out ? 1 / square_root((variance > 0 ? variance : 0) + s_.eps) : 0;
+      st.mean[c] = static_cast<R>(mean);
+      st.inverse[c] = static_cast<R>(inverse);
+      for (std::int64_t r = 0; r < g_.panels(); ++r)
+        saved_.q[r * g_.co + c] = static_cast<R>(inverse * scratch_.wide[r * g_.co + c]);
+    }
+  }
+
+  // visit(place of the row in a pooled tensor), with two rows of the convolution with w in scratch.
+  template <class Visit>
+  void for_each_row(const R* w, Visit visit) {
+    const Canvas& canvas = scratch_.product.canvas();
+    for (std::int64_t i = 0; i < g_.n; ++i) {
+      scratch_.product.paint_group(p_.x[0], i, 1);
+      for (std::int64_t py = 0; py < g_.ph; ++py) {
+        if (w != nullptr) {
+          multiply(Product<R>{scratch_.product.painted() + 2 * py * canvas.row(), 0, canvas.row(), scratch_.product.offset(),
+                              g_.panels(), w, g_.co, scratch_.rows, 0, 2 * g_.pw * g_.co, g_.co, 1, 2, 2 * g_.pw, g_.co, false},
+                   1);
+        }
+        visit((i * g_.ph + py) * g_.pw * g_.co);
+      }
+    }
+  }
+
+  template <int many>
+  void forward_row(std::int64_t at, std::int64_t c) {
+    V mean[many], a[many], b[many], inverse[many];
+    for (int j = 0; j < many; ++j) {
+      mean[j] = load(scratch_.k.mean + c + j * width<R>);
+      a[j] = load(scratch_.k.a + c + j * width<R>);
+      b[j] = load(scratch_.k.b + c + j * width<R>);
+      inverse[j] = load(saved_.statistics.inverse + c + j * width<R>);
+    }
+    const R *upper = scratch_.rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    at += c;
+    for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
+#pragma GCC unroll 4
+      for (int j = 0; j < many; ++j) {
+        const R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
+        // The activation grows with u, so the largest u is found; a NaN would be in all u of a channel.
+        V centred = load(pixels[0] + j * width<R>) - mean[j], best = centred * a[j] + b[j];
+        Mask<R> code{};
+#pragma GCC unroll 4
+        for (int i = 1; i < 4; ++i) {
+          const V z = load(pixels[i] + j * width<R>) - mean[j], u = z * a[j] + b[j];
+          const Mask<R> take = u > best;
+          best = select<R>(take, u, best);
+          centred = select<R>(take, z, centred);
+          code = take ? splat_mask<R>(i) : code;
+        }
+        code = best > 0 ? code : code + splat_mask<R>(below_zero);
+        store(p_.y + at + j * width<R>, act_.value(best));
+        store(saved_.x + at + j * width<R>, centred * inverse[j]);
+        store_bytes<R>(saved_.codes + at + j * width<R>, code);
+      }
+  }
+
+  template <int many>
+  void tangent_row(const executor::Tangent<R>& t, const DataSavedDot<R>& dot, std::int64_t at, std::int64_t c) {
+    V mean[many], spread[many], inverse[many], gamma[many], gamma_dot[many], beta_dot[many];
+    const auto pick = [&](const R* w, int j, R otherwise) {
+      return w == nullptr ? splat<R>(otherwise) : load(w + c + j * width<R>);
+    };
+    for (int j = 0; j < many; ++j) {
+      mean[j] = pick(dot.statistics.mean, j, 0);
+      spread[j] = pick(dot.statistics.spread, j, 0);
+      inverse[j] = pick(saved_.statistics.inverse, j, 0);
+      gamma[j] = pick(s_.affine ? p_.w[2] : nullptr, j, 1);
+      gamma_dot[j] = pick(s_.affine ? t.w_dot[2] : nullptr, j, 0);
+      beta_dot[j] = pick(s_.affine ? t.w_dot[3] : nullptr, j, 0);
+    }
+    const R *upper = scratch_.rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    at += c;
+    for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
+#pragma GCC unroll 4
+      for (int j = 0; j < many; ++j) {
+        const Mask<R> code = load_bytes<R>(saved_.codes + at + j * width<R>), position = code & splat_mask<R>(below_zero - 1);
+        const R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
+        V z_dot = load(pixels[0] + j * width<R>);
+#pragma GCC unroll 4
+        for (int i = 1; i < 4; ++i) z_dot = select<R>(position == splat_mask<R>(i), load(pixels[i] + j * width<R>), z_dot);
+        const V x = load(saved_.x + at + j * width<R>), x_dot = inverse[j] * (z_dot - mean[j] - x * spread[j]);
+        store(dot.x_dot + at + j * width<R>, x_dot);
+        store(t.y_dot + at + j * width<R>, slope(code) * (gamma[j] * x_dot + gamma_dot[j] * x + beta_dot[j]));
+      }
+  }
+
+  FASTMETA_INLINE V slope(Mask<R> code) const {
+    return select<R>(code < splat_mask<R>(below_zero), splat<R>(1), act_.slope_below);
+  }
+
+  // With dv = slope d: db = sum dv, dg = sum of dv x (and of slope e x_dot, if there are e and x_dot), s = sum of dv P.
+  void sum_over_maxima(const R* d, const R* e, const R* x_dot, R* db, R* dg, R* s) {
+    const Canvas& canvas = scratch_.product.canvas();
+    const std::int64_t row = 2 * g_.pw * g_.co;
+    fill_zero(scratch_.sum, g_.co);
+    fill_zero(scratch_.spread, g_.co);
+    for (std::int64_t i = 0; i < g_.n; ++i) {
+      scratch_.product.paint_group(p_.x[0], i, 1);
+      for (std::int64_t py = 0; py < g_.ph; ++py) {
+        const std::int64_t at = (i * g_.ph + py) * g_.pw * g_.co;
+        in_blocks<R>(g_.co, [&](auto many, std::int64_t c) {
+          spread_row<decltype(many)::value>(d, e, x_dot, at, c);
+        });
+        const Outer<R> o{{}, 0, canvas.row(), 1, scratch_.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr, g_.co,
+                         i + py > 0};
+        outer_scattered(o, scratch_.product.painted() + 2 * py * canvas.row(), scratch_.product.offset(), g_.panels(), s, g_.co);
+      }
+    }
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      db[c] = static_cast<R>(scratch_.sum[c]);
+      dg[c] = static_cast<R>(scratch_.spread[c]);
+    }
+  }
+
+  template <int many>
+  void spread_row(const R* d, const R* e, const R* x_dot, std::int64_t at, std::int64_t c) {
+    V total[many] = {}, product[many] = {};
+    R *upper = scratch_.rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    at += c;
+    for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
+#pragma GCC unroll 4
+      for (int j = 0; j < many; ++j) {
+        const std::int64_t here = at + j * width<R>;
+        const Mask<R> code = load_bytes<R>(saved_.codes + here), position = code & splat_mask<R>(below_zero - 1);
+        const V f = slope(code), dv = f * load(d + here);
+        R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(pixels[i] + j * width<R>, select<R>(position == splat_mask<R>(i), dv, V{}));
+        total[j] += dv;
+        product[j] += dv * load(saved_.x + here);
+        if (e != nullptr) product[j] += f * load(e + here) * load(x_dot + here);
+      }
+    for (int j = 0; j < many; ++j) {
+      accumulate<R>(scratch_.sum + c + j * width<R>, total[j]);
+      accumulate<R>(scratch_.spread + c + j * width<R>, product[j]);
+    }
+  }
+
+  const Shape& s_;
+  const Geometry<R>& g_;
+  const executor::Primal<R>& p_;
+  Piecewise<R> act_;
+  Arena<R> kept_, arena_;
+  DataSaved<R> saved_;
+  DataScratch<R> scratch_;
+};
+
+}  // namespace
+}  // namespace fastmeta::conv_block

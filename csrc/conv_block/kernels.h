@@ -1,0 +1,36 @@
+// A convolutional block: convolution, then normalisation, activation and pooling where asked for.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/curve_names.h"
+#include "../common/isa.h"
+#include "../executor/operation.h"
+
+namespace fastmeta::conv_block {
+
+enum class Norm : std::int32_t { none, batch };  // batch: statistics of this batch of one task
+enum class Pool : std::int32_t { none, max, average };
+
+// Weights in order: weight [out, in / groups, kernel_h, kernel_w], bias [out], norm's weight [out], norm's bias [out].
+struct Shape {
+  std::int64_t n, in, height, width, out;  // images of one task
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
+  std::int64_t pool_kernel[2], pool_stride[2], pool_padding[2];
+  double eps, slope;
+  Norm norm;
+  Activation activation;
+  Pool pool;
+  bool bias, affine;
+  bool data;  // the input is a task's data: [n, in, height, width], constant, without a gradient
+};
+
+struct Table {
+  bool (*supported)(const Shape&);  // whether the maps below may be called
+  executor::Maps<float> f32;
+  executor::Maps<double> f64;
+};
+
+FASTMETA_TABLES
+
+}  // namespace fastmeta::conv_block

@@ -1,0 +1,101 @@
+// Vectors, beyond common/simd.h: masks, bytes, sums in double precision, and what <cmath> may not be asked for.
+#pragma once
+
+#include "../common/elementary.h"
+#include "../common/transpose.h"
+
+namespace fastmeta::conv_block {
+namespace {
+
+template <class R>
+using Mask = typename Simd<R>::Mask;
+
+template <class R>
+using Lane = decltype(Mask<R>{}[0] + 0);  // an integer as wide as R
+
+template <class R>
+FASTMETA_INLINE Mask<R> splat_mask(int x) {
+  return static_cast<Lane<R>>(x) - Mask<R>{};
+}
+
+// 0, 1, 2, ... counted from `first`.
+template <class R>
+FASTMETA_INLINE Mask<R> lanes_from(std::int64_t first) {
+  Mask<R> m;
+  for (int i = 0; i < width<R>; ++i) m[i] = static_cast<Lane<R>>(first + i);
+  return m;
+}
+
+// One byte a lane.
+template <class R>
+FASTMETA_INLINE Mask<R> load_bytes(const std::uint8_t* p) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(width<R>)));
+  Bytes b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, Mask<R>);
+}
+
+template <class R>
+FASTMETA_INLINE void store_bytes(std::uint8_t* p, Mask<R> m) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(width<R>)));
+  const Bytes b = __builtin_convertvector(m, Bytes);
+  __builtin_memcpy(p, &b, sizeof b);
+}
+
+template <class R>
+FASTMETA_INLINE R square_root(R x) {
+  if constexpr (sizeof(R) == sizeof(float)) {
+    return __builtin_sqrtf(x);
+  } else {
+    return __builtin_sqrt(x);
+  }
+}
+
+// sums[lane] += v[lane], in double precision.
+template <class R>
+FASTMETA_INLINE void accumulate(double* sums, Vector<R> v) {
+  typedef double Wide __attribute__((vector_size(width<R> * sizeof(double))));
+  Wide w;
+  __builtin_memcpy(&w, sums, sizeof w);
+  w += __builtin_convertvector(v, Wide);
+  __builtin_memcpy(sums, &w, sizeof w);
+}
+
+// A square of as many rows as a vector has lanes: to[i][j] = from[j][i].
+template <class R>
+FASTMETA_INLINE void transpose_square(const R* from, std::int64_t from_row, R* to, std::int64_t to_row) {
+  Vector<R> a[width<R>];
+#pragma GCC unroll 16
+  for (int i = 0; i < width<R>; ++i) a[i] = load(from + i * from_row);
+  fastmeta::transpose_square<R>(a);
+#pragma GCC unroll 16
+  for (int i = 0; i < width<R>; ++i) store(to + i * to_row, a[i]);
+}
+
+template <class R>
+FASTMETA_INLINE void fill_zero(R* p, std::int64_t n) {
+  __builtin_memset(p, 0, static_cast<std::size_t>(n) * sizeof(R));
+}
+
+template <int n>
+struct Many {
+  static constexpr int value = n;
+};
+
+// body(how many vectors, first channel), a few vectors at a time, at most `limit`.
+template <class R, int limit = 4, class Body>
+FASTMETA_INLINE void in_blocks(std::int64_t channels, Body body) {
+  std::int64_t c = 0;
+  if constexpr (limit >= 4) {
+    for (; c + 4 * width<R> <= channels; c += 4 * width<R>) body(Many<4>{}, c);
+    for (; c + 2 * width<R> <= channels; c += 2 * width<R>) body(Many<2>{}, c);
+  }
+  for (; c < channels; c += width<R>) body(Many<1>{}, c);
+}
+
+constexpr std::int64_t minimum(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+constexpr std::int64_t maximum(std::int64_t a, std::int64_t b) { return a < b ? b : a; }
+constexpr std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace fastmeta::conv_block

@@ -1,0 +1,42 @@
+// Weights as the caller has them, and packed.
+#pragma once
+
+#include "geometry.h"
+
+namespace fastmeta::conv_block {
+namespace {
+
+template <class R>
+void weight_sizes(const Shape& s, const Geometry<R>& g, std::int64_t* sizes) {
+  sizes[0] = g.weight();
+  sizes[1] = s.bias ? g.co : 0;
+  sizes[2] = sizes[3] = s.affine ? g.co : 0;
+}
+
+// visit(place in the tensor, place in the packed weight)
+template <class R, class Visit>
+void for_each_weight(const Geometry<R>& g, int which, Visit visit) {
+  if (which > 0) {
+    for (std::int64_t o = 0; o < g.out; ++o) visit(o, o);
+    return;
+  }
+  std::int64_t at = 0;
+  for (std::int64_t o = 0; o < g.out; ++o)
+    for (std::int64_t i = 0; i < g.in; ++i)
+      for (std::int64_t t = 0; t < g.taps; ++t)
+        visit(at++, ((i / g.depth * g.taps + t) * g.depth + i % g.depth) * g.co + o);
+}
+
+template <class R>
+void pack_weight(const Geometry<R>& g, int which, const R* tensor, R* packed) {
+  fill_zero(packed, which == 0 ? g.weight() : g.co);
+  for_each_weight(g, which, [=](std::int64_t from, std::int64_t to) { packed[to] = tensor[from]; });
+}
+
+template <class R>
+void unpack_weight(const Geometry<R>& g, int which, const R* packed, R* tensor) {
+  for_each_weight(g, which, [=](std::int64_t to, std::int64_t from) { tensor[to] = packed[from]; });
+}
+
+}  // namespace
+}  // namespace fastmeta::conv_block
