@@ -3,6 +3,7 @@
 
 #include "passes.h"
 #include "products.h"
+#include "weights.h"
 
 namespace fastmeta::conv_block {
 namespace {
@@ -149,6 +150,7 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
     scratch.product.apply(&term, 1, first, images, p.dx[0], p.dw[0]);
   }
   scratch.product.finish(p.dw[0]);
+  clear_between_groups(g, p.dw[0]);
 }
 
 template <class R, class A>
@@ -236,6 +238,7 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
     scratch.product.apply(terms, 2, first, images, dx_dot, dw_dot);
   }
   scratch.product.finish(dw_dot);
+  clear_between_groups(g, dw_dot);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 // where it is a task's data. Rows of a packed weight are ordered by (block of channels, tap, channel within the block).
 template <class R>
 struct Geometry {
-  std::int64_t n, in, out, height, width;  // of the input
+  std::int64_t n, in, out, groups, height, width;  // of the input
   std::int64_t depth;                      // channels of a panel
   std::int64_t ci, co;                     // channels, padded (ci: data are not)
   std::int64_t blocks;                     // ci / depth
@@ -20,7 +20,7 @@ struct Geometry {
   std::int64_t ph, pw;  // of the pooled result
 
   explicit Geometry(const Shape& s)
-      : n(s.n), in(s.in), out(s.out), height(s.height), width(s.width), depth(s.data ? 1 : fastmeta::width<R>) {
+      : n(s.n), in(s.in), out(s.out), groups(s.groups), height(s.height), width(s.width), depth(s.data ? 1 : fastmeta::width<R>) {
     ci = s.data ? in : padded<R>(in);
     co = padded<R>(out);
     blocks = ci / depth;

@@ -28,7 +28,7 @@ struct Plain<const T&> {
 template <class R, class A>
 struct Passes {
   typedef Vector<R> V;
-  static constexpr int limit = A::bends ? 1 : 4;  // long activations gain nothing from vectors side by side
+  static constexpr int limit = A::bends ? 1 : side_by_side<R>;  // long activations gain nothing from vectors side by side
   const Shape& s;
   const Geometry<R>& g;
   A act;

@@ -123,10 +123,12 @@ void multiply_panels(const Product<R>& p) {
   const std::int64_t rows = p.images * p.height;
   for (std::int64_t channel = 0; channel < p.channels; channel += 2 * width<R>) {
     std::int64_t row = 0;
-    if (4 * p.width <= tile_pixels)
-      for (; row + 4 <= rows; row += 4) rows_product<R, 4, depth>(p, row, channel);
-    if (2 * p.width <= tile_pixels)
-      for (; row + 2 <= rows; row += 2) rows_product<R, 2, depth>(p, row, channel);
+    if constexpr (depth > 1) {
+      if (4 * p.width <= tile_pixels)
+        for (; row + 4 <= rows; row += 4) rows_product<R, 4, depth>(p, row, channel);
+      if (2 * p.width <= tile_pixels)
+        for (; row + 2 <= rows; row += 2) rows_product<R, 2, depth>(p, row, channel);
+    }
     for (; row < rows; ++row) rows_product<R, 1, depth>(p, row, channel);
   }
 }

@@ -26,7 +26,7 @@ constexpr int sum_terms = 32;
 // Winograd's points are matrix products over the tiles of a block, with these buffers between the transforms.
 template <class T, class R>
 struct Blocks {
-  static constexpr std::int64_t size = T::side == 4 ? 28 : 56;  // tiles: whole tiles of pixels for the products
+  static constexpr std::int64_t size = T::side == 4 ? 42 : 56;  // tiles: whole tiles of pixels for the products
   std::int64_t room;
   R *tiles[2], *products;
   std::int64_t* offset;

@@ -43,22 +43,52 @@ inline Corner corner(const Grid& g, std::int64_t tile) {
   return {image, rest / g.across * g.side, rest % g.across * g.side};
 }
 
-// Pointers to the pixels of a square whose corner is (y, x); those outside are null.
+// The pixels of a square of an image. Those outside are met by one vector each of what stands in for them, whatever the
+// channel, so that no branch is taken pixel by pixel.
 template <int side, class R>
-FASTMETA_INLINE void square(R* image, std::int64_t height, std::int64_t width_, std::int64_t channels, std::int64_t y,
-                            std::int64_t x, R** p) {
-  for (int i = 0; i < side; ++i)
-    for (int j = 0; j < side; ++j) {
-      const bool inside = y + i >= 0 && y + i < height && x + j >= 0 && x + j < width_;
-      p[i * side + j] = inside ? image + ((y + i) * width_ + x + j) * channels : nullptr;
-    }
-}
+struct Square {
+  static constexpr int all = side * side;
+  bool whole;  // inside the image: pixels are found from the first
+  R* first;
+  std::int64_t row, channels;
+  R* pixel[all];
+  std::int64_t moves[all];  // all bits, or none outside
 
-template <int side, class R>
-FASTMETA_INLINE void load_square(const R* const* p, std::int64_t channel, Vector<R>* x) {
+  FASTMETA_INLINE Square(R* image, std::int64_t height, std::int64_t width_, std::int64_t channels_, std::int64_t y,
+                         std::int64_t x, R* outside, std::int64_t outside_step)
+      : whole(y >= 0 && x >= 0 && y + side <= height && x + side <= width_),
+        first(image + (y * width_ + x) * channels_),
+        row(width_ * channels_),
+        channels(channels_) {
+    if (whole) return;
+    for (int i = 0; i < side; ++i)
+      for (int j = 0; j < side; ++j) {
+        const bool inside = y + i >= 0 && y + i < height && x + j >= 0 && x + j < width_;
+        const int k = i * side + j;
+        pixel[k] = inside ? first + i * row + j * channels : outside + k * outside_step;
+        moves[k] = inside ? -1 : 0;
+      }
+  }
+
+  // visit(k, address of channel c of pixel k)
+  template <class Visit>
+  FASTMETA_INLINE void for_each(std::int64_t c, Visit visit) const {
+    if (whole) {
+#pragma GCC unroll 6
+      for (int i = 0; i < side; ++i)
+#pragma GCC unroll 6
+        for (int j = 0; j < side; ++j) visit(i * side + j, first + i * row + j * channels + c);
+    } else {
 #pragma GCC unroll 36
-  for (int i = 0; i < side * side; ++i) x[i] = p[i] == nullptr ? Vector<R>{} : load(p[i] + channel);
-}
+      for (int k = 0; k < all; ++k) visit(k, pixel[k] + (c & moves[k]));
+    }
+  }
+
+  template <class V>
+  FASTMETA_INLINE void load_all(std::int64_t c, V* x) const {
+    for_each(c, [=](int k, const R* p) { x[k] = load(p); });
+  }
+};
 
 // Pixels of an image are met in the order of tiles, which no hardware foresees, so they are asked for some tiles ahead.
 template <class R>
@@ -78,16 +108,16 @@ FASTMETA_INLINE void prefetch_tile(const Grid& g, const R* x, std::int64_t chann
 template <class T, class R>
 void transform_input(const Grid& g, const R* x, std::int64_t channels, std::int64_t first, std::int64_t count, R* tiles,
                      std::int64_t room) {
+  const R zeros[width<R>] = {};
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
-    const R* p[T::all];
-    square<T::points>(x + at.image * g.height * g.width * channels, g.height, g.width, channels, at.y - g.pad[0],
-                        at.x - g.pad[1], p);
+    const Square<T::points, const R> square(x + at.image * g.height * g.width * channels, g.height, g.width, channels,
+                                            at.y - g.pad[0], at.x - g.pad[1], zeros, 0);
     prefetch_tile(g, x, channels, first + t + tiles_ahead);
     for (std::int64_t c = 0; c < channels; c += width<R>) {
       Vector<R> in[T::all], out[T::all];
-      load_square<T::points>(p, c, in);
+      square.load_all(c, in);
       both_axes<T::points, T::points>(in, out, T::input);
 #pragma GCC unroll 36
       for (int i = 0; i < T::all; ++i) store(tiles + i * point + c * room + t * width<R>, out[i]);
@@ -99,14 +129,14 @@ void transform_input(const Grid& g, const R* x, std::int64_t channels, std::int6
 template <class T, class R>
 void transform_gradient(const Grid& g, const R* d, std::int64_t channels, std::int64_t first, std::int64_t count, R* tiles,
                         std::int64_t room) {
+  const R zeros[width<R>] = {};
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
-    const R* p[T::side * T::side];
-    square<T::side>(d + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x, p);
+    const Square<T::side, const R> square(d + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x, zeros, 0);
     for (std::int64_t c = 0; c < channels; c += width<R>) {
       Vector<R> in[T::side * T::side], out[T::all];
-      load_square<T::side>(p, c, in);
+      square.load_all(c, in);
       both_axes<T::side, T::points>(in, out, T::output_transposed);
 #pragma GCC unroll 36
       for (int i = 0; i < T::all; ++i) store(tiles + i * point + c * room + t * width<R>, out[i]);
@@ -118,19 +148,17 @@ void transform_gradient(const Grid& g, const R* d, std::int64_t channels, std::i
 template <class T, class R>
 void finish_output(const Grid& g, const R* products, std::int64_t channels, std::int64_t first, std::int64_t count, R* y,
                    std::int64_t room) {
+  R nowhere[T::side * T::side * width<R>];
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
-    R* p[T::side * T::side];
-    square<T::side>(y + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x, p);
+    const Square<T::side, R> square(y + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x, nowhere, width<R>);
     for (std::int64_t c = 0; c < channels; c += width<R>) {
       Vector<R> in[T::all], out[T::side * T::side];
 #pragma GCC unroll 36
       for (int i = 0; i < T::all; ++i) in[i] = load(products + i * point + t * channels + c);
       both_axes<T::points, T::side>(in, out, T::output);
-#pragma GCC unroll 16
-      for (int i = 0; i < T::side * T::side; ++i)
-        if (p[i] != nullptr) store(p[i] + c, out[i]);
+      square.for_each(c, [&](int k, R* p) { store(p, out[k]); });
     }
   }
 }
@@ -139,20 +167,18 @@ void finish_output(const Grid& g, const R* products, std::int64_t channels, std:
 template <class T, class R>
 void finish_gradient(const Grid& g, const R* products, std::int64_t channels, std::int64_t first, std::int64_t count, R* dx,
                      std::int64_t room) {
+  R nowhere[T::all * width<R>] = {};
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
-    R* p[T::all];
-    square<T::points>(dx + at.image * g.height * g.width * channels, g.height, g.width, channels, at.y - g.pad[0],
-                        at.x - g.pad[1], p);
+    const Square<T::points, R> square(dx + at.image * g.height * g.width * channels, g.height, g.width, channels,
+                                      at.y - g.pad[0], at.x - g.pad[1], nowhere, width<R>);
     for (std::int64_t c = 0; c < channels; c += width<R>) {
       Vector<R> in[T::all], out[T::all];
 #pragma GCC unroll 36
       for (int i = 0; i < T::all; ++i) in[i] = load(products + i * point + t * channels + c);
       both_axes<T::points, T::points>(in, out, T::input_transposed);
-#pragma GCC unroll 36
-      for (int i = 0; i < T::all; ++i)
-        if (p[i] != nullptr) store(p[i] + c, load(p[i] + c) + out[i]);
+      square.for_each(c, [&](int k, R* p) { store(p, load(p) + out[k]); });
     }
   }
 }

@@ -82,8 +82,12 @@ struct Many {
   static constexpr int value = n;
 };
 
+// Vectors of channels that go side by side through a loop. Double precision, which is for checks, keeps the code small.
+template <class R>
+constexpr int side_by_side = sizeof(R) == sizeof(float) ? 4 : 1;
+
 // body(how many vectors, first channel), a few vectors at a time, at most `limit`.
-template <class R, int limit = 4, class Body>
+template <class R, int limit = side_by_side<R>, class Body>
 FASTMETA_INLINE void in_blocks(std::int64_t channels, Body body) {
   std::int64_t c = 0;
   if constexpr (limit >= 4) {

@@ -1,4 +1,5 @@
-// Weights as the caller has them, and packed.
+// Weights as the caller has them, and packed. Those of a grouped convolution are packed as the block diagonal of a whole one:
+// what lies off it is padding, zero in the weight and in its gradient.
 #pragma once
 
 #include "geometry.h"
@@ -13,6 +14,11 @@ void weight_sizes(const Shape& s, const Geometry<R>& g, std::int64_t* sizes) {
   sizes[2] = sizes[3] = s.affine ? g.co : 0;
 }
 
+template <class R>
+std::int64_t weight_row(const Geometry<R>& g, std::int64_t channel, std::int64_t tap) {
+  return (channel / g.depth * g.taps + tap) * g.depth + channel % g.depth;
+}
+
 // visit(place in the tensor, place in the packed weight)
 template <class R, class Visit>
 void for_each_weight(const Geometry<R>& g, int which, Visit visit) {
@@ -20,11 +26,11 @@ void for_each_weight(const Geometry<R>& g, int which, Visit visit) {
     for (std::int64_t o = 0; o < g.out; ++o) visit(o, o);
     return;
   }
+  const std::int64_t in = g.in / g.groups, out = g.out / g.groups;
   std::int64_t at = 0;
   for (std::int64_t o = 0; o < g.out; ++o)
-    for (std::int64_t i = 0; i < g.in; ++i)
-      for (std::int64_t t = 0; t < g.taps; ++t)
-        visit(at++, ((i / g.depth * g.taps + t) * g.depth + i % g.depth) * g.co + o);
+    for (std::int64_t i = o / out * in; i < (o / out + 1) * in; ++i)
+      for (std::int64_t t = 0; t < g.taps; ++t) visit(at++, weight_row(g, i, t) * g.co + o);
 }
 
 template <class R>
@@ -36,6 +42,19 @@ void pack_weight(const Geometry<R>& g, int which, const R* tensor, R* packed) {
 template <class R>
 void unpack_weight(const Geometry<R>& g, int which, const R* packed, R* tensor) {
   for_each_weight(g, which, [=](std::int64_t to, std::int64_t from) { tensor[to] = packed[from]; });
+}
+
+// Gradients are made for the whole convolution.
+template <class R>
+void clear_between_groups(const Geometry<R>& g, R* dw) {
+  if (g.groups == 1 || dw == nullptr) return;
+  const std::int64_t in = g.in / g.groups, out = g.out / g.groups;
+  for (std::int64_t i = 0; i < g.in; ++i)
+    for (std::int64_t t = 0; t < g.taps; ++t) {
+      R* row = dw + weight_row(g, i, t) * g.co;
+      for (std::int64_t o = 0; o < g.out; ++o)
+        if (o / out != i / in) row[o] = 0;
+    }
 }
 
 }  // namespace

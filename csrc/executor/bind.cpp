@@ -111,7 +111,7 @@ void describe_conv(const py::dict& d, Operation& operation) {
   shape->eps = get<double>(d, "eps");
   shape->slope = get<double>(d, "slope");
   shape->norm = norms.at(get<std::string>(d, "norm"));
-  shape->activation = static_cast<conv_block::Activation>(activation_of(get<std::string>(d, "activation")));
+  shape->activation = activation_of(get<std::string>(d, "activation"));
   shape->pool = pools.at(get<std::string>(d, "pool"));
   shape->bias = operation.w[1] != absent;
   shape->affine = operation.w[2] != absent;

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <type_traits>
 
 #include "../common/threads.h"
@@ -12,9 +14,15 @@
 namespace fastmeta::executor {
 namespace {
 
-// Tasks are summed in at most so many blocks, each in order, and then the blocks in order: the result does not depend
-// on the number of threads.
-constexpr std::int64_t most_blocks = 16;
+// Tasks are summed in blocks, each in order, and then the blocks in order: the result does not depend on the number of
+// threads. More blocks are shared out more evenly; large weights have fewer, whose sums would fill memory.
+template <class R>
+std::int64_t blocks_of(std::int64_t tasks, std::int64_t weights) {
+  constexpr std::int64_t most = 16, bytes = std::int64_t{4} << 20;
+  const std::int64_t processors = std::max(1U, std::thread::hardware_concurrency());
+  const std::int64_t fitting = bytes / std::max<std::int64_t>(1, weights * static_cast<std::int64_t>(sizeof(R)));
+  return std::min(tasks, std::max(2 * processors, std::min(most, fitting)));
+}
 
 template <class R>
 const packed::Kernels<R>& kernels_of(Isa isa) {
@@ -47,39 +55,60 @@ struct MetaGradient<R>::Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  std::int64_t size;
-  R* data;
+  const std::int64_t size;
+  R* const data;
 };
 
-// A workspace for as long as a thread is at work.
+// A thread's memory, and the calls that work on it: for as long as weights and layout stay in their places.
 template <class R>
-class MetaGradient<R>::Loan {
+struct MetaGradient<R>::Workspace : Memory {
+  using Memory::Memory;
+
+  const R* theta = nullptr;
+  std::int64_t steps = -1;
+  Layout at{};
+  std::vector<Calls<R>> support;  // one a step
+  Calls<R> query;
+  TangentCalls<R> tangents;
+};
+
+// What no call uses now lies here for the next one.
+template <class R>
+template <class T>
+class MetaGradient<R>::Shelf {
  public:
-  Loan(MetaGradient& owner, std::int64_t elements) : owner_(owner) {
-    {
-      std::lock_guard<std::mutex> lock(owner_.mutex_);
-      if (!owner_.free_.empty()) {
-        memory_ = std::move(owner_.free_.back());
-        owner_.free_.pop_back();
+  class Loan {
+   public:
+    Loan(Shelf& shelf, std::int64_t elements) : shelf_(shelf) {
+      {
+        std::lock_guard<std::mutex> lock(shelf_.mutex_);
+        if (!shelf_.free_.empty()) {
+          thing_ = std::move(shelf_.free_.back());
+          shelf_.free_.pop_back();
+        }
+      }
+      if (thing_ == nullptr || thing_->size < elements) {
+        thing_.reset();
+        thing_ = std::make_unique<T>(elements);
       }
     }
-    if (memory_ == nullptr || memory_->size < elements) {
-      memory_.reset();
-      memory_ = std::make_unique<Memory>(elements);
+    ~Loan() {
+      std::lock_guard<std::mutex> lock(shelf_.mutex_);
+      shelf_.free_.push_back(std::move(thing_));
     }
-  }
-  ~Loan() {
-    std::lock_guard<std::mutex> lock(owner_.mutex_);
-    owner_.free_.push_back(std::move(memory_));
-  }
-  Loan(const Loan&) = delete;
-  Loan& operator=(const Loan&) = delete;
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
 
-  R* data() const { return memory_->data; }
+    T& operator*() const { return *thing_; }
+
+   private:
+    Shelf& shelf_;
+    std::unique_ptr<T> thing_;
+  };
 
  private:
-  MetaGradient& owner_;
-  std::unique_ptr<Memory> memory_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<T>> free_;
 };
 
 template <class R>
@@ -89,7 +118,9 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
       support_program_(std::move(support)),
       query_program_(std::move(query)),
       support_(support_program_, isa),
-      query_(query_program_, isa) {
+      query_(query_program_, isa),
+      thetas_(std::make_unique<Shelf<Memory>>()),
+      workspaces_(std::make_unique<Shelf<Workspace>>()) {
   if (support_.packing().sizes != query_.packing().sizes)
     throw std::invalid_argument("executor: support and query must hold the same weights, got other sizes");
 }
@@ -152,22 +183,23 @@ void MetaGradient<R>::run(const Request<R>& request) {
   const Packing& packing = support_.packing();
   const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
   const Layout at = layout(request.steps, gradient && !request.first_order, learned);
-  const std::int64_t blocks = std::min(request.tasks, most_blocks);
+  const std::int64_t blocks = blocks_of<R>(request.tasks, packing.differentiated);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
-  std::vector<R> theta(packing.total + 64 / sizeof(R));
-  R* shared = theta.data();
-  while (reinterpret_cast<std::uintptr_t>(shared) % 64 != 0) ++shared;
-  support_.pack(request.parameters.data(), shared);
+  const typename Shelf<Memory>::Loan weights(*thetas_, packing.total);
+  R* theta = (*weights).data;
+  support_.pack(request.parameters.data(), theta);
 
   // Not initialised: the first task of a block writes, the others add.
   const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.differentiated] : nullptr);
   std::vector<double> d_alpha(learned ? blocks * rates : 0);
   parallel_for(blocks, request.threads, [&](std::int64_t first, std::int64_t last) {
-    const Loan workspace(*this, at.total);
+    const typename Shelf<Workspace>::Loan loan(*workspaces_, at.total);
+    Workspace& workspace = *loan;
+    bind(workspace, at, request.steps, theta);
     for (std::int64_t b = first; b < last; ++b)
       for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
-        run_task(request, at, t, workspace.data(), shared, totals.get() + b * packing.differentiated, t == begin,
+        run_task(request, at, t, workspace, theta, totals.get() + b * packing.differentiated, t == begin,
                  d_alpha.data() + b * rates);
   });
   double loss = 0;
@@ -194,11 +226,6 @@ void MetaGradient<R>::run(const Request<R>& request) {
 
 namespace {
 
-void find(const std::vector<Leaf>& leaves, std::int64_t task, Data& data) {
-  data.resize(leaves.size());
-  for (std::size_t i = 0; i < leaves.size(); ++i) data[i] = leaves[i].address + task * leaves[i].stride;
-}
-
 // Calls f(first, last, rate) for every run of packed weights that share a rate at step k, and f's index of that rate.
 template <class R, class F>
 void for_each_rate(const Request<R>& request, const Packing& packing, std::int64_t parameters, std::int64_t k, F f) {
@@ -212,28 +239,46 @@ void for_each_rate(const Request<R>& request, const Packing& packing, std::int64
 }  // namespace
 
 template <class R>
-void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std::int64_t task, R* memory,
+void MetaGradient<R>::bind(Workspace& workspace, const Layout& at, std::int64_t steps, const R* theta) const {
+  if (workspace.theta == theta && workspace.steps == steps && std::memcmp(&workspace.at, &at, sizeof at) == 0) return;
+  R* memory = workspace.data;
+  std::memset(memory, 0, sizeof(R) * workspace.size);  // another layout may have left something in the gaps
+  const auto after = [&](std::int64_t k) { return k == 0 ? theta : memory + at.theta + (k - 1) * at.theta_step; };
+  workspace.support.clear();
+  for (std::int64_t k = 0; k < steps; ++k)
+    workspace.support.push_back(
+        support_.bind(memory + at.tape + k * at.tape_step, after(k), theta, memory + at.g + k * at.g_step, false));
+  workspace.query = query_.bind(memory + at.query_tape, after(steps), theta, memory + at.lam, true);
+  workspace.tangents = support_.bind_tangent(memory + at.tangent, memory + at.u, memory + at.product);
+  workspace.theta = theta;
+  workspace.steps = steps;
+  workspace.at = at;
+}
+
+template <class R>
+void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std::int64_t task, Workspace& workspace,
                                const R* theta, R* total, bool first, double* d_alpha) const {
   const Packing& packing = support_.packing();
-  thread_local Data support, query;  // a vector whose memory stays from task to task
-  find(request.support, task, support);
-  find(request.query, task, query);
+  R* memory = workspace.data;
+  R* scratch = memory + at.scratch;
   const R* own = theta;
   for (std::int64_t k = 0; k < request.steps; ++k) {  // eq. (2)-(3)
-    R* tape = memory + at.tape + k * at.tape_step;
-    R* g = memory + at.g + k * at.g_step;
-    R* next = memory + at.theta + k * at.theta_step;
-    const R loss = support_.forward(tape, support, {own, theta}, memory + at.scratch);
+    const Calls<R>& calls = workspace.support[k];
+    support_.aim(workspace.support[k], request.support, task);
+    const R loss = support_.forward(calls, scratch);
     if (request.support_losses != nullptr) request.support_losses[k * request.tasks + task] = loss;
-    support_.backward(tape, support, {own, theta}, R(1), g, false, memory + at.scratch);
+    support_.backward(memory + at.tape + k * at.tape_step, calls, R(1), scratch);
+    const R* g = memory + at.g + k * at.g_step;
+    R* next = memory + at.theta + k * at.theta_step;
     for_each_rate(request, packing, support_program_.adapted, k,
-                  [&](std::int64_t first, std::int64_t last, R rate, std::int64_t) {
-                    kernels_.step(next + first, own + first, rate, g + first, last - first);
+                  [&](std::int64_t begin, std::int64_t end, R rate, std::int64_t) {
+                    kernels_.step(next + begin, own + begin, rate, g + begin, end - begin);
                   });
     own = next;
   }
+  query_.aim(workspace.query, request.query, task);
+  request.losses[task] = query_.forward(workspace.query, scratch);
   R* tape = memory + at.query_tape;
-  request.losses[task] = query_.forward(tape, query, {own, theta}, memory + at.scratch);
   if (request.outputs != nullptr) {
     const R* rows = query_.output(tape);
     const std::int64_t columns = request.output_columns, row = query_.output_row(columns);
@@ -243,8 +288,8 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
   }
   if (!request.gradient) return;
   const R d_loss = request.d_losses != nullptr ? request.d_losses[task] : R(1) / static_cast<R>(request.tasks);
-  query_.backward(tape, query, {own, theta}, d_loss, memory + at.lam, true, memory + at.scratch);
-  adjoint(request, at, support, memory, theta, d_alpha);
+  query_.backward(tape, workspace.query, d_loss, scratch);
+  adjoint(request, at, workspace, d_alpha);
   if (first)
     std::memcpy(total, memory + at.lam, sizeof(R) * packing.differentiated);
   else
@@ -252,26 +297,24 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
 }
 
 template <class R>
-void MetaGradient<R>::adjoint(const Request<R>& request, const Layout& at, const Data& support, R* memory,
-                              const R* theta, double* d_alpha) const {
+void MetaGradient<R>::adjoint(const Request<R>& request, const Layout& at, Workspace& workspace,
+                              double* d_alpha) const {
   const Packing& packing = support_.packing();
   const std::int64_t rates = request.rate_per_parameter ? support_program_.adapted : 1;
+  R* memory = workspace.data;
   R* lam = memory + at.lam;
   R* u = memory + at.u;
-  const R* product = memory + at.product;
   for (std::int64_t k = request.steps - 1; k >= 0; --k) {
     const R* g = memory + at.g + k * at.g_step;
     for_each_rate(request, packing, support_program_.adapted, k,
-                  [&](std::int64_t first, std::int64_t last, R rate, std::int64_t index) {
+                  [&](std::int64_t begin, std::int64_t end, R rate, std::int64_t index) {
                     if (request.d_alpha != nullptr)
-                      d_alpha[k * rates + index] -= kernels_.dot(g + first, lam + first, last - first);
-                    kernels_.scale(u + first, rate, lam + first, last - first);
+                      d_alpha[k * rates + index] -= kernels_.dot(g + begin, lam + begin, end - begin);
+                    kernels_.scale(u + begin, rate, lam + begin, end - begin);
                   });
     if (request.first_order) continue;
-    const R* own = k == 0 ? theta : memory + at.theta + (k - 1) * at.theta_step;
-    support_.hessian_product(memory + at.tape + k * at.tape_step, support, {own, theta}, u, memory + at.tangent,
-                             memory + at.product, memory + at.scratch);
-    kernels_.subtract(lam, product, packing.differentiated);
+    support_.hessian_product(memory + at.tangent, workspace.support[k], workspace.tangents, memory + at.scratch);
+    kernels_.subtract(lam, memory + at.product, packing.differentiated);
   }
 }
 

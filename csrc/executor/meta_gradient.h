@@ -3,19 +3,12 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "packed.h"
 #include "plan.h"
 
 namespace fastmeta::executor {
-
-// A data tensor of all tasks: the first task's address, and the distance to the next one's in bytes.
-struct Leaf {
-  const char* address;
-  std::int64_t stride;
-};
 
 // What one call is asked. Pointers are null where their result is not wanted.
 template <class R>
@@ -53,21 +46,23 @@ class MetaGradient {
  private:
   struct Layout;
   struct Memory;
-  class Loan;
+  struct Workspace;
+  template <class T>
+  class Shelf;
 
   Layout layout(std::int64_t steps, bool second_order, bool learned) const;
   void check(const Request<R>& request) const;
-  void run_task(const Request<R>& request, const Layout& at, std::int64_t task, R* memory, const R* theta, R* total,
-                bool first, double* d_alpha) const;
-  void adjoint(const Request<R>& request, const Layout& at, const Data& support, R* memory, const R* theta,
-               double* d_alpha) const;
+  void bind(Workspace& workspace, const Layout& at, std::int64_t steps, const R* theta) const;
+  void run_task(const Request<R>& request, const Layout& at, std::int64_t task, Workspace& workspace, const R* theta,
+                R* total, bool first, double* d_alpha) const;
+  void adjoint(const Request<R>& request, const Layout& at, Workspace& workspace, double* d_alpha) const;
 
   const Isa isa_;
   const packed::Kernels<R>& kernels_;
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Memory>> free_;  // workspaces that no call uses now
+  const std::unique_ptr<Shelf<Memory>> thetas_;          // shared weights, packed
+  const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a thread at work
 };
 
 }  // namespace fastmeta::executor

@@ -28,7 +28,7 @@ Plan<R>::Plan(const Program& program, Isa isa)
   packing_.sizes.assign(program.parameters, 0);
   std::vector<bool> read(program.values, false);
   for (const Operation& operation : program.operations) {
-    Item item{&operation, maps_of<R>(operation, isa), 0, 0, false, false};
+    Item item{&operation, operation.shape.get(), maps_of<R>(operation, isa), 0, 0, false, false};
     const Sizes sizes = item.maps.sizes(operation.shape.get());
     for (int i = 0; i < max_weights; ++i) {
       const int p = operation.w[i];
@@ -82,49 +82,36 @@ void Plan<R>::unpack(const R* packed, R* const* tensors) const {
 }
 
 template <class R>
-Primal<R> Plan<R>::primal(const Item& item, R* tape, const Data& data, Weights<R> w) const {
-  const Operation& operation = *item.operation;
-  Primal<R> p{};
-  for (int i = 0; i < max_inputs; ++i) {
-    const Source& x = operation.x[i];
-    if (x.index == absent) continue;
-    p.x[i] = x.is_data ? reinterpret_cast<const R*>(data[x.index]) : tape + slots_[x.index].y;
-    p.dx[i] = !x.is_data && slots_[x.index].active ? tape + slots_[x.index].dy : nullptr;
-  }
-  if (operation.target != absent) p.target = data[operation.target];
-  for (int i = 0; i < max_weights; ++i)
-    if (const int q = operation.w[i]; q != absent)
-      p.w[i] = (q < program_.adapted ? w.own : w.shared) + packing_.offsets[q];
-  p.y = tape + slots_[operation.y].y;
-  p.dy = tape + slots_[operation.y].dy;
-  p.saved = tape + item.saved;
-  return p;
-}
-
-template <class R>
-R Plan<R>::forward(R* tape, const Data& data, Weights<R> w, R* scratch) const {
-  for (const Item& item : items_)
-    item.maps.forward(item.operation->shape.get(), primal(item, tape, data, w), scratch);
-  return tape[slots_[items_.back().operation->y].y];
-}
-
-template <class R>
-void Plan<R>::backward(R* tape, const Data& data, Weights<R> w, R d_loss, R* dw, bool all, R* scratch) const {
-  tape[slots_[items_.back().operation->y].dy] = d_loss;
+Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) const {
   const int wanted = all ? program_.differentiated : program_.adapted;
-  for (auto item = items_.rbegin(); item != items_.rend(); ++item) {
-    if (!item->active) continue;
-    Primal<R> p = primal(*item, tape, data, w);
-    for (int i = 0; i < max_weights; ++i)
-      if (const int q = item->operation->w[i]; q != absent && q < wanted) p.dw[i] = dw + packing_.offsets[q];
-    item->maps.backward(item->operation->shape.get(), p, scratch);
+  Calls<R> calls;
+  for (const Item& item : items_) {
+    const Operation& operation = *item.operation;
+    Primal<R> p{};
+    for (int i = 0; i < max_inputs; ++i) {
+      const Source& x = operation.x[i];
+      if (x.is_data || x.index == absent) continue;
+      p.x[i] = tape + slots_[x.index].y;
+      p.dx[i] = slots_[x.index].active ? tape + slots_[x.index].dy : nullptr;
+    }
+    for (int i = 0; i < max_weights; ++i) {
+      const int q = operation.w[i];
+      if (q == absent) continue;
+      p.w[i] = (q < program_.adapted ? own : shared) + packing_.offsets[q];
+      p.dw[i] = q < wanted ? dw + packing_.offsets[q] : nullptr;
+    }
+    p.y = tape + slots_[operation.y].y;
+    p.dy = tape + slots_[operation.y].dy;
+    p.saved = tape + item.saved;
+    calls.push_back(p);
   }
+  return calls;
 }
 
 template <class R>
-void Plan<R>::hessian_product(R* tape, const Data& data, Weights<R> w, const R* u, R* tangent, R* dw_dot,
-                              R* scratch) const {
-  const auto tangents = [&](const Item& item) {
+TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
+  TangentCalls<R> calls;
+  for (const Item& item : items_) {
     const Operation& operation = *item.operation;
     Tangent<R> t{};
     for (int i = 0; i < max_inputs; ++i) {
@@ -142,15 +129,42 @@ void Plan<R>::hessian_product(R* tape, const Data& data, Weights<R> w, const R* 
     t.y_dot = tangent + slots_[operation.y].y_dot;
     t.saved_dot = tangent + item.saved_dot;
     t.dy_dot = tangent + slots_[operation.y].dy_dot;
-    return t;
-  };
-  for (const Item& item : items_)
-    if (item.varies)
-      item.maps.tangent(item.operation->shape.get(), primal(item, tape, data, w), tangents(item), scratch);
+    calls.push_back(t);
+  }
+  return calls;
+}
+
+template <class R>
+void Plan<R>::aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const {
+  const auto address = [&](int index) { return data[index].address + task * data[index].stride; };
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    const Operation& operation = *items_[n].operation;
+    for (int i = 0; i < max_inputs; ++i)
+      if (operation.x[i].is_data) calls[n].x[i] = reinterpret_cast<const R*>(address(operation.x[i].index));
+    if (operation.target != absent) calls[n].target = address(operation.target);
+  }
+}
+
+template <class R>
+R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
+  for (std::size_t n = 0; n < items_.size(); ++n) items_[n].maps.forward(items_[n].shape, calls[n], scratch);
+  return *calls.back().y;
+}
+
+template <class R>
+void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) const {
+  tape[slots_[items_.back().operation->y].dy] = d_loss;
+  for (std::size_t n = items_.size(); n-- > 0;)
+    if (items_[n].active) items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+}
+
+template <class R>
+void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch) const {
+  for (std::size_t n = 0; n < items_.size(); ++n)
+    if (items_[n].varies) items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
-  for (auto item = items_.rbegin(); item != items_.rend(); ++item)
-    if (item->active)
-      item->maps.tangent_backward(item->operation->shape.get(), primal(*item, tape, data, w), tangents(*item), scratch);
+  for (std::size_t n = items_.size(); n-- > 0;)
+    if (items_[n].active) items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
 }
 
 template class Plan<float>;

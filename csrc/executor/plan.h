@@ -14,14 +14,17 @@ struct Packing {
   std::int64_t adapted = 0, differentiated = 0, total = 0;  // elements, each count includes the one before
 };
 
-// One task's data tensors.
-using Data = std::vector<const char*>;
-
-template <class R>
-struct Weights {
-  const R* own;     // packed, of this task: the adapted ones
-  const R* shared;  // packed, all of them: the others are read here
+// A data tensor of all tasks: the first task's address, and the distance to the next one's in bytes.
+struct Leaf {
+  const char* address;
+  std::int64_t stride;
 };
+
+// Every operation's call, with all addresses filled in but those of the task's data.
+template <class R>
+using Calls = std::vector<Primal<R>>;
+template <class R>
+using TangentCalls = std::vector<Tangent<R>>;
 
 template <class R>
 class Plan {
@@ -36,12 +39,20 @@ class Plan {
   void pack(const R* const* parameters, R* packed) const;
   void unpack(const R* packed, R* const* tensors) const;  // the differentiated ones
 
+  // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights; gradients go to `dw`:
+  // those of all differentiated parameters if `all`, else those of the adapted ones.
+  Calls<R> bind(R* tape, const R* own, const R* shared, R* dw, bool all) const;
+  // Calls of a Hessian-vector product along u, packed like the adapted parameters, into dw_dot.
+  TangentCalls<R> bind_tangent(R* tangent, const R* u, R* dw_dot) const;
+  // Fills in the addresses of a task's data.
+  void aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const;
+
   // Runs the objective; its loss is returned.
-  R forward(R* tape, const Data& data, Weights<R> w, R* scratch) const;
-  // Gradient of d_loss times the loss by the adapted parameters, and by all differentiated ones if `all`; packed in dw.
-  void backward(R* tape, const Data& data, Weights<R> w, R d_loss, R* dw, bool all, R* scratch) const;
-  // Derivative of that gradient (with d_loss = 1, all parameters) along u, packed like the adapted ones.
-  void hessian_product(R* tape, const Data& data, Weights<R> w, const R* u, R* tangent, R* dw_dot, R* scratch) const;
+  R forward(const Calls<R>& calls, R* scratch) const;
+  // Gradient of d_loss times the loss.
+  void backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) const;
+  // Derivative of that gradient (with d_loss = 1, all differentiated parameters).
+  void hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch) const;
 
   // The value that the caller may ask for, rows that lie output_row apart.
   const R* output(const R* tape) const { return tape + slots_[program_.output].y; }
@@ -55,12 +66,11 @@ class Plan {
   };
   struct Item {
     const Operation* operation;
+    const void* shape;
     Maps<R> maps;
     std::int64_t saved, saved_dot;
     bool varies, active;
   };
-
-  Primal<R> primal(const Item& item, R* tape, const Data& data, Weights<R> w) const;
 
   const Program& program_;
   Packing packing_;
