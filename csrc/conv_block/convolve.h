@@ -17,9 +17,9 @@ std::int64_t group_of(const Geometry<R>& g, std::int64_t image) {
 
 // The product with the weight, and the gradient of it.
 template <class R>
-class Forward {
+class Direct {
  public:
-  Forward(const Shape& s, const Geometry<R>& g, Arena<R>& arena)
+  Direct(const Shape& s, const Geometry<R>& g, Arena<R>& arena)
       : s_(s), g_(g), canvas_(canvas_of_input(s, g)), group_(group_of(g, canvas_.size())) {
     offset_ = arena.template take_as<std::int64_t>(g.panels());
     painted_ = arena.take(group_ * canvas_.size());
@@ -76,9 +76,9 @@ class Forward {
 
 // The product with transposed weights.
 template <class R>
-class Transposed {
+class DirectTransposed {
  public:
-  Transposed(const Shape& s, const Geometry<R>& g, int weights, Arena<R>& arena)
+  DirectTransposed(const Shape& s, const Geometry<R>& g, int weights, Arena<R>& arena)
       : g_(g), canvas_(canvas_of_gradient(s, g)), group_(group_of(g, canvas_.size())) {
     panels_ = canvas_.blocks * g.taps;
     offset_ = arena.template take_as<std::int64_t>(panels_);
@@ -95,7 +95,8 @@ class Transposed {
     for (std::int64_t i = 0; i < g_.ci; i += v)
       for (std::int64_t o = 0; o < g_.co; o += v)
         for (std::int64_t t = 0; t < g_.taps; ++t)
-          transpose_square(w + (i * g_.taps + t * v) * g_.co + o, g_.co, turned_[which] + (o * g_.taps + t * v) * g_.ci + i, g_.ci);
+          transpose_square(w + (i * g_.taps + t * v) * g_.co + o, g_.co,
+                           turned_[which] + (o * g_.taps + t * v) * g_.ci + i, g_.ci);
   }
 
   // d_x (+)= dz * w^T

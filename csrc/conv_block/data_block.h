@@ -53,7 +53,7 @@ struct DataSavedDot {
 
 template <class R>
 struct DataScratch {
-  Forward<R> product;
+  Direct<R> product;
   Patches<R> patches;
   Affine<R> k;
   double* wide;           // [rows of the weight, co]
@@ -169,7 +169,8 @@ class DataBlock {
 
   R centred_s(std::int64_t r, std::int64_t c) const {  // T
     const std::int64_t at = r * g_.co + c;
-    return saved_.s[at] - saved_.statistics.db[c] * static_cast<R>(saved_.patch_mean[r]) - saved_.statistics.dg[c] * saved_.q[at];
+    const Statistics<R>& st = saved_.statistics;
+    return saved_.s[at] - st.db[c] * static_cast<R>(saved_.patch_mean[r]) - st.dg[c] * saved_.q[at];
   }
 
   // wide = cov w; zero where w is null.
@@ -209,8 +210,9 @@ class DataBlock {
       scratch_.product.paint_group(p_.x[0], i, 1);
       for (std::int64_t py = 0; py < g_.ph; ++py) {
         if (w != nullptr) {
-          multiply(Product<R>{scratch_.product.painted() + 2 * py * canvas.row(), 0, canvas.row(), scratch_.product.offset(),
-                              g_.panels(), w, g_.co, scratch_.rows, 0, 2 * g_.pw * g_.co, g_.co, 1, 2, 2 * g_.pw, g_.co, false},
+          const R* painted = scratch_.product.painted() + 2 * py * canvas.row();
+          multiply(Product<R>{painted, 0, canvas.row(), scratch_.product.offset(), g_.panels(), w, g_.co, scratch_.rows, 0,
+                              2 * g_.pw * g_.co, g_.co, 1, 2, 2 * g_.pw, g_.co, false},
                    1);
         }
         visit((i * g_.ph + py) * g_.pw * g_.co);
@@ -300,7 +302,8 @@ class DataBlock {
         });
         const Outer<R> o{{}, 0, canvas.row(), 1, scratch_.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr, g_.co,
                          i + py > 0};
-        outer_scattered(o, scratch_.product.painted() + 2 * py * canvas.row(), scratch_.product.offset(), g_.panels(), s, g_.co);
+        outer_scattered(o, scratch_.product.painted() + 2 * py * canvas.row(), scratch_.product.offset(), g_.panels(), s,
+                        g_.co);
       }
     }
     for (std::int64_t c = 0; c < g_.co; ++c) {

@@ -20,7 +20,13 @@ struct Geometry {
   std::int64_t ph, pw;  // of the pooled result
 
   explicit Geometry(const Shape& s)
-      : n(s.n), in(s.in), out(s.out), groups(s.groups), height(s.height), width(s.width), depth(s.data ? 1 : fastmeta::width<R>) {
+      : n(s.n),
+        in(s.in),
+        out(s.out),
+        groups(s.groups),
+        height(s.height),
+        width(s.width),
+        depth(s.data ? 1 : fastmeta::width<R>) {
     ci = s.data ? in : padded<R>(in);
     co = padded<R>(out);
     blocks = ci / depth;
@@ -29,7 +35,8 @@ struct Geometry {
     for (int i = 0; i < 2; ++i) {
       const std::int64_t whole = i == 0 ? height : width;
       *size[i] = places(whole, s.dilation[i] * (s.kernel[i] - 1) + 1, s.stride[i], s.padding[i]);
-      *size[2 + i] = s.pool == Pool::none ? *size[i] : places(*size[i], s.pool_kernel[i], s.pool_stride[i], s.pool_padding[i]);
+      *size[2 + i] = *size[i];
+      if (s.pool != Pool::none) *size[2 + i] = places(*size[i], s.pool_kernel[i], s.pool_stride[i], s.pool_padding[i]);
     }
   }
 

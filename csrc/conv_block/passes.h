@@ -19,9 +19,9 @@ struct Cotangents {
 };
 
 template <class T>
-struct Plain;
+struct Referred;
 template <class T>
-struct Plain<const T&> {
+struct Referred<const T&> {
   typedef T type;
 };
 
@@ -78,12 +78,14 @@ struct Passes {
 
   void forward(const R* z, R* y, std::uint8_t* codes) const {
     for_window(s, [&](const auto& win) {
-      typedef typename Plain<decltype(win)>::type W;
+      typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
         Point p[m];
         for (int j = 0; j < m; ++j) p[j] = point(c + j * width<R>);
-        [[maybe_unused]] const auto value = [&](int j, std::int64_t at) { return act.value(p[j].u(load(z + c + at + j * width<R>))); };
+        [[maybe_unused]] const auto value = [&](int j, std::int64_t at) {
+          return act.value(p[j].u(load(z + c + at + j * width<R>)));
+        };
         if constexpr (!W::pools) {
           for_each<m>(c, [&](int j, std::int64_t at) { store(y + at, act.value(p[j].u(load(z + at)))); });
         } else if (s.pool == Pool::max) {
@@ -98,7 +100,7 @@ struct Passes {
 
   void tangent(const R* z, const R* z_dot, const std::uint8_t* codes, R* y_dot) const {
     for_window(s, [&](const auto& win) {
-      typedef typename Plain<decltype(win)>::type W;
+      typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
         Point p[m];

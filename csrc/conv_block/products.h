@@ -30,6 +30,7 @@ struct Blocks {
   std::int64_t room;
   R *tiles[2], *products;
   std::int64_t* offset;
+  Ahead<R> ahead;
 
   Blocks(const Geometry<R>& g, std::int64_t tiles_, bool gradient, Arena<R>& arena) : room(minimum(tiles_, size)) {
     const std::int64_t channels = maximum(g.ci, g.co);
@@ -43,11 +44,13 @@ struct Blocks {
 
   // products (+)= tiles * points, for matrices [in, out].
   void multiply_points(const R* from, const R* points, std::int64_t in, std::int64_t out, std::int64_t count, bool add) const {
-    for (int i = 0; i < T::all; ++i)
+    for (int i = 0; i < T::all; ++i) {
+      ahead.ask(i, T::all);
       multiply(Product<R>{from + i * point_size<R>(room * in), 0, 0, offset, in / width<R>,
                           points + i * point_size<R>(in * out), out, products + i * point_size<R>(room * out), 0, 0, out, 1, 1,
                           count, out, add, sum_terms},
                width<R>);
+    }
   }
 
   // points (+)= x^T d, where both are tiles.
@@ -67,8 +70,8 @@ class ForwardProduct {
 
  public:
   ForwardProduct(const Shape& s, const Geometry<R>& g, Arena<R>& arena, Arena<R> none = Arena<R>(nullptr))
-      : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : arena), grid_(grid_of(s, g, direct_.group(), T::side)),
-        blocks_(g, grid_.tiles(), false, tiled_ ? arena : none) {
+      : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : arena),
+        grid_(grid_of(s, g, direct_.group(), T::side)), blocks_(g, grid_.tiles(), false, tiled_ ? arena : none) {
     points_ = (tiled_ ? arena : none).take(T::all * point_size<R>(g.ci * g.co));
   }
 
@@ -91,6 +94,7 @@ class ForwardProduct {
     for (std::int64_t left = ceil_divide(grid_.tiles(), blocks_.size); left > 0; --left) {
       const std::int64_t tiles = ceil_divide(grid_.tiles() - tile, left);
       transform_input<T>(grid_, x + first * g_.image(), g_.ci, tile, tiles, blocks_.tiles[0], blocks_.room);
+      blocks_.ahead = Ahead<R>(grid_, x + first * g_.image(), g_.ci, tile + tiles, tiles, g_.n - first);
       blocks_.multiply_points(blocks_.tiles[0], points_, g_.ci, g_.co, tiles, false);
       finish_output<T>(grid_, blocks_.products, g_.co, tile, tiles, z, blocks_.room);
       tile += tiles;
@@ -100,7 +104,7 @@ class ForwardProduct {
  private:
   const Geometry<R>& g_;
   bool tiled_;
-  Forward<R> direct_;
+  Direct<R> direct_;
   Grid grid_;
   Blocks<T, R> blocks_;
   R* points_;
@@ -146,6 +150,8 @@ class TangentProduct {
       const std::int64_t tiles = ceil_divide(grid_.tiles() - first, left);
       for (int i = 0; i < count; ++i) {
         transform_input<T>(grid_, terms[i].x, g_.ci, first, tiles, blocks_.tiles[0], blocks_.room);
+        const bool last = i + 1 == count;
+        blocks_.ahead = Ahead<R>(grid_, terms[last ? 0 : i + 1].x, g_.ci, last ? first + tiles : first, tiles, g_.n);
         blocks_.multiply_points(blocks_.tiles[0], points_[i], g_.ci, g_.co, tiles, i > 0);
       }
       finish_output<T>(grid_, blocks_.products, g_.co, first, tiles, z_dot, blocks_.room);
@@ -156,7 +162,7 @@ class TangentProduct {
   const Geometry<R>& g_;
   bool tiled_;
   Grid grid_;
-  Forward<R> direct_;
+  Direct<R> direct_;
   Blocks<T, R> blocks_;
   R* points_[2];
 };
@@ -235,6 +241,8 @@ class GradientProduct {
         if (!to_dx && !to_dw) continue;
         transform_gradient<T>(grid_, terms[i].dz, g_.co, tile, tiles, blocks_.tiles[0], blocks_.room);
         if (to_dx) {
+          blocks_.ahead = to_dw ? Ahead<R>(grid_, terms[i].x + first * g_.image(), g_.ci, tile, tiles, images)
+                                : Ahead<R>();
           blocks_.multiply_points(blocks_.tiles[0], points_[terms[i].weight], g_.co, g_.ci, tiles, more_dx);
           more_dx = true;
         }
@@ -251,8 +259,8 @@ class GradientProduct {
 
   const Geometry<R>& g_;
   bool tiled_;
-  Forward<R> direct_;
-  Transposed<R> transposed_;
+  Direct<R> direct_;
+  DirectTransposed<R> transposed_;
   std::int64_t group_;
   Grid grid_;
   Blocks<T, R> blocks_;

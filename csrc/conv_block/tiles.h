@@ -32,8 +32,6 @@ constexpr std::int64_t point_size(std::int64_t elements) {
   return elements + width<R>;
 }
 
-constexpr std::int64_t tiles_ahead = 2;
-
 struct Corner {
   std::int64_t image, y, x;  // of a tile's outputs
 };
@@ -43,85 +41,87 @@ inline Corner corner(const Grid& g, std::int64_t tile) {
   return {image, rest / g.across * g.side, rest % g.across * g.side};
 }
 
-// The pixels of a square of an image. Those outside are met by one vector each of what stands in for them, whatever the
-// channel, so that no branch is taken pixel by pixel.
+// The pixels of a square of an image, some of which may lie outside.
 template <int side, class R>
-struct Square {
-  static constexpr int all = side * side;
-  bool whole;  // inside the image: pixels are found from the first
-  R* first;
-  std::int64_t row, channels;
-  R* pixel[all];
-  std::int64_t moves[all];  // all bits, or none outside
-
-  FASTMETA_INLINE Square(R* image, std::int64_t height, std::int64_t width_, std::int64_t channels_, std::int64_t y,
-                         std::int64_t x, R* outside, std::int64_t outside_step)
-      : whole(y >= 0 && x >= 0 && y + side <= height && x + side <= width_),
-        first(image + (y * width_ + x) * channels_),
-        row(width_ * channels_),
-        channels(channels_) {
-    if (whole) return;
+class Square {
+ public:
+  FASTMETA_INLINE Square(R* image, std::int64_t height, std::int64_t width_, std::int64_t channels, std::int64_t y,
+                         std::int64_t x)
+      : whole_(y >= 0 && x >= 0 && y + side <= height && x + side <= width_),
+        first_(image + (y * width_ + x) * channels),
+        row_(width_ * channels),
+        channels_(channels) {
+    if (whole_) return;
     for (int i = 0; i < side; ++i)
       for (int j = 0; j < side; ++j) {
         const bool inside = y + i >= 0 && y + i < height && x + j >= 0 && x + j < width_;
-        const int k = i * side + j;
-        pixel[k] = inside ? first + i * row + j * channels : outside + k * outside_step;
-        moves[k] = inside ? -1 : 0;
+        pixel_[i * side + j] = inside ? first_ + i * row_ + j * channels : nullptr;
       }
   }
 
-  // visit(k, address of channel c of pixel k)
-  template <class Visit>
-  FASTMETA_INLINE void for_each(std::int64_t c, Visit visit) const {
-    if (whole) {
-#pragma GCC unroll 6
-      for (int i = 0; i < side; ++i)
-#pragma GCC unroll 6
-        for (int j = 0; j < side; ++j) visit(i * side + j, first + i * row + j * channels + c);
+  // use(pixel), where pixel(k) is the address of pixel k, null outside; without a test where all lie inside.
+  template <class Use>
+  FASTMETA_INLINE void apply(Use use) const {
+    if (whole_) {
+      use([this](int k) { return first_ + k / side * row_ + k % side * channels_; });
     } else {
-#pragma GCC unroll 36
-      for (int k = 0; k < all; ++k) visit(k, pixel[k] + (c & moves[k]));
+      use([this](int k) { return pixel_[k]; });
     }
   }
 
-  template <class V>
-  FASTMETA_INLINE void load_all(std::int64_t c, V* x) const {
-    for_each(c, [=](int k, const R* p) { x[k] = load(p); });
-  }
+ private:
+  bool whole_;
+  R* first_;
+  std::int64_t row_, channels_;
+  R* pixel_[side * side];
 };
 
-// Pixels of an image are met in the order of tiles, which no hardware foresees, so they are asked for some tiles ahead.
 template <class R>
-FASTMETA_INLINE void prefetch_tile(const Grid& g, const R* x, std::int64_t channels, std::int64_t tile) {
-  if (tile >= g.tiles()) return;
-  constexpr std::int64_t line = 64 / sizeof(R);
-  const Corner at = corner(g, tile);
-  const std::int64_t y = maximum(0, at.y - g.pad[0] + 2), x0 = maximum(0, at.x - g.pad[1] + 2);
-  const std::int64_t last = minimum(g.height, at.y - g.pad[0] + g.side + 2), x1 = minimum(g.width, at.x - g.pad[1] + g.side + 2);
-  for (std::int64_t i = y; i < last; ++i) {
-    const R* row = x + ((at.image * g.height + i) * g.width + x0) * channels;
-    for (std::int64_t k = 0; k < (x1 - x0) * channels; k += line) FASTMETA_PREFETCH_READ(row + k);
-  }
+FASTMETA_INLINE Vector<R> load_pixel(const R* pixel, std::int64_t channel) {
+  return pixel == nullptr ? Vector<R>{} : load(pixel + channel);
 }
+
+// What the next tiles will read, asked for a little at a time while products leave the memory idle.
+template <class R>
+struct Ahead {
+  const R* first = nullptr;
+  std::int64_t lines = 0;
+
+  static constexpr std::int64_t line = 64 / sizeof(R);
+
+  Ahead() = default;
+  // `count` tiles from `tile`, which may go on into images behind those of the grid, up to `images`.
+  Ahead(const Grid& g, const R* x, std::int64_t channels, std::int64_t tile, std::int64_t count, std::int64_t images) {
+    const std::int64_t end = minimum(tile + count, images * g.down * g.across);
+    if (end <= tile) return;
+    const Corner a = corner(g, tile), b = corner(g, end - 1);
+    const std::int64_t from = a.image * g.height + maximum(0, a.y - g.pad[0]);
+    const std::int64_t to = b.image * g.height + minimum(g.height, b.y - g.pad[0] + g.side + 2);
+    first = x + from * g.width * channels;
+    lines = (to - from) * g.width * channels / line;
+  }
+
+  FASTMETA_INLINE void ask(int part, int parts) const {
+    for (std::int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) FASTMETA_PREFETCH_READ(first + i * line);
+  }
+};
 
 // tiles[point] = B^T x B, of `count` tiles from `first`.
 template <class T, class R>
 void transform_input(const Grid& g, const R* x, std::int64_t channels, std::int64_t first, std::int64_t count, R* tiles,
                      std::int64_t room) {
-  const R zeros[width<R>] = {};
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
     const Square<T::points, const R> square(x + at.image * g.height * g.width * channels, g.height, g.width, channels,
-                                            at.y - g.pad[0], at.x - g.pad[1], zeros, 0);
-    prefetch_tile(g, x, channels, first + t + tiles_ahead);
-    for (std::int64_t c = 0; c < channels; c += width<R>) {
-      Vector<R> in[T::all], out[T::all];
-      square.load_all(c, in);
-      both_axes<T::points, T::points>(in, out, T::input);
-#pragma GCC unroll 36
-      for (int i = 0; i < T::all; ++i) store(tiles + i * point + c * room + t * width<R>, out[i]);
-    }
+                                            at.y - g.pad[0], at.x - g.pad[1]);
+    square.apply([&](auto pixel) {
+      for (std::int64_t c = 0; c < channels; c += width<R>) {
+        R* to = tiles + c * room + t * width<R>;
+        both_axes<T::points, T::points, Vector<R>>([&](int k) { return load_pixel(pixel(k), c); }, T::input,
+                                                   [&](int k, Vector<R> v) { store(to + k * point, v); });
+      }
+    });
   }
 }
 
@@ -129,18 +129,17 @@ void transform_input(const Grid& g, const R* x, std::int64_t channels, std::int6
 template <class T, class R>
 void transform_gradient(const Grid& g, const R* d, std::int64_t channels, std::int64_t first, std::int64_t count, R* tiles,
                         std::int64_t room) {
-  const R zeros[width<R>] = {};
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
-    const Square<T::side, const R> square(d + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x, zeros, 0);
-    for (std::int64_t c = 0; c < channels; c += width<R>) {
-      Vector<R> in[T::side * T::side], out[T::all];
-      square.load_all(c, in);
-      both_axes<T::side, T::points>(in, out, T::output_transposed);
-#pragma GCC unroll 36
-      for (int i = 0; i < T::all; ++i) store(tiles + i * point + c * room + t * width<R>, out[i]);
-    }
+    const Square<T::side, const R> square(d + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x);
+    square.apply([&](auto pixel) {
+      for (std::int64_t c = 0; c < channels; c += width<R>) {
+        R* to = tiles + c * room + t * width<R>;
+        both_axes<T::side, T::points, Vector<R>>([&](int k) { return load_pixel(pixel(k), c); }, T::output_transposed,
+                                                 [&](int k, Vector<R> v) { store(to + k * point, v); });
+      }
+    });
   }
 }
 
@@ -148,18 +147,23 @@ void transform_gradient(const Grid& g, const R* d, std::int64_t channels, std::i
 template <class T, class R>
 void finish_output(const Grid& g, const R* products, std::int64_t channels, std::int64_t first, std::int64_t count, R* y,
                    std::int64_t room) {
-  R nowhere[T::side * T::side * width<R>];
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
-    const Square<T::side, R> square(y + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x, nowhere, width<R>);
-    for (std::int64_t c = 0; c < channels; c += width<R>) {
-      Vector<R> in[T::all], out[T::side * T::side];
-#pragma GCC unroll 36
-      for (int i = 0; i < T::all; ++i) in[i] = load(products + i * point + t * channels + c);
-      both_axes<T::points, T::side>(in, out, T::output);
-      square.for_each(c, [&](int k, R* p) { store(p, out[k]); });
-    }
+    const Square<T::side, R> square(y + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x);
+    square.apply([&](auto pixel) {
+      for (std::int64_t c = 0; c < channels; c += width<R>) {
+        const R* from = products + t * channels + c;
+        Vector<R> out[T::side * T::side];
+        both_axes<T::points, T::side, Vector<R>>([&](int k) { return load(from + k * point); }, T::output,
+                                                 [&](int k, Vector<R> v) { out[k] = v; });
+#pragma GCC unroll 16
+        for (int k = 0; k < T::side * T::side; ++k) {
+          R* to = pixel(k);
+          if (to != nullptr) store(to + c, out[k]);
+        }
+      }
+    });
   }
 }
 
@@ -167,31 +171,25 @@ void finish_output(const Grid& g, const R* products, std::int64_t channels, std:
 template <class T, class R>
 void finish_gradient(const Grid& g, const R* products, std::int64_t channels, std::int64_t first, std::int64_t count, R* dx,
                      std::int64_t room) {
-  R nowhere[T::all * width<R>] = {};
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = 0; t < count; ++t) {
     const Corner at = corner(g, first + t);
     const Square<T::points, R> square(dx + at.image * g.height * g.width * channels, g.height, g.width, channels,
-                                      at.y - g.pad[0], at.x - g.pad[1], nowhere, width<R>);
-    for (std::int64_t c = 0; c < channels; c += width<R>) {
-      Vector<R> in[T::all], out[T::all];
-#pragma GCC unroll 36
-      for (int i = 0; i < T::all; ++i) in[i] = load(products + i * point + t * channels + c);
-      both_axes<T::points, T::points>(in, out, T::input_transposed);
-      square.for_each(c, [&](int k, R* p) { store(p, load(p) + out[k]); });
-    }
+                                      at.y - g.pad[0], at.x - g.pad[1]);
+    square.apply([&](auto pixel) {
+      for (std::int64_t c = 0; c < channels; c += width<R>) {
+        const R* from = products + t * channels + c;
+        both_axes<T::points, T::points, Vector<R>>([&](int k) { return load(from + k * point); }, T::input_transposed,
+                                                   [&](int k, Vector<R> v) {
+                                                     R* to = pixel(k);
+                                                     if (to != nullptr) store(to + c, load(to + c) + v);
+                                                   });
+      }
+    });
   }
 }
 
 constexpr int taps3x3 = 9;
-
-template <class T, class R>
-FASTMETA_INLINE void store_points(const Vector<R>* w, R* points, std::int64_t point) {
-  Vector<R> out[T::all];
-  both_axes<3, T::points>(w, out, T::weight);
-#pragma GCC unroll 36
-  for (int i = 0; i < T::all; ++i) store(points + i * point, out[i]);
-}
 
 // points[point][channel of the input][channel of the result] = G w G^T.
 template <class T, class R>
@@ -200,10 +198,9 @@ void transform_weight(const Geometry<R>& g, const R* w, R* points) {
   for (std::int64_t i = 0; i < g.ci; ++i) {
     const R* from = w + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
     for (std::int64_t o = 0; o < g.co; o += width<R>) {
-      Vector<R> in[taps3x3];
-#pragma GCC unroll 9
-      for (int t = 0; t < taps3x3; ++t) in[t] = load(from + t * width<R> * g.co + o);
-      store_points<T, R>(in, points + i * g.co + o, point);
+      R* to = points + i * g.co + o;
+      both_axes<3, T::points, Vector<R>>([&](int t) { return load(from + t * width<R> * g.co + o); }, T::weight,
+                                         [&](int k, Vector<R> v) { store(to + k * point, v); });
     }
   }
 }
@@ -218,10 +215,9 @@ void transform_weight_transposed(const Geometry<R>& g, const R* w, R* points) {
       for (int t = 0; t < taps3x3; ++t)
         transpose_square(w + (i * taps3x3 + t * width<R>) * g.co + o, g.co, turned + t * width<R> * width<R>, width<R>);
       for (int k = 0; k < width<R>; ++k) {
-        Vector<R> in[taps3x3];
-#pragma GCC unroll 9
-        for (int t = 0; t < taps3x3; ++t) in[t] = load(turned + (t * width<R> + k) * width<R>);
-        store_points<T, R>(in, points + (o + k) * g.ci + i, point);
+        R* to = points + (o + k) * g.ci + i;
+        both_axes<3, T::points, Vector<R>>([&](int t) { return load(turned + (t * width<R> + k) * width<R>); }, T::weight,
+                                           [&](int p, Vector<R> v) { store(to + p * point, v); });
       }
     }
 }
@@ -233,12 +229,9 @@ void finish_weight(const Geometry<R>& g, const R* points, R* dw) {
   for (std::int64_t i = 0; i < g.ci; ++i) {
     R* to = dw + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
     for (std::int64_t o = 0; o < g.co; o += width<R>) {
-      Vector<R> in[T::all], out[taps3x3];
-#pragma GCC unroll 36
-      for (int k = 0; k < T::all; ++k) in[k] = load(points + k * point + i * g.co + o);
-      both_axes<T::points, 3>(in, out, T::weight_transposed);
-#pragma GCC unroll 9
-      for (int t = 0; t < taps3x3; ++t) store(to + t * width<R> * g.co + o, out[t]);
+      const R* from = points + i * g.co + o;
+      both_axes<T::points, 3, Vector<R>>([&](int k) { return load(from + k * point); }, T::weight_transposed,
+                                         [&](int t, Vector<R> v) { store(to + t * width<R> * g.co + o, v); });
     }
   }
 }

@@ -105,14 +105,25 @@ struct Tile2x2 {
   }
 };
 
-// Applies `axis`, `from` values to `to` values, to the columns and then to the rows of a square of vectors.
-template <int from, int to, class V, class Axis>
-FASTMETA_INLINE void both_axes(const V* x, V* y, Axis axis) {
+// Applies `axis`, `from` values to `to` values, to the columns and then to the rows of a square of vectors. Values come from
+// in(k) as they are needed and go to out(k, value) at once: a square does not fit into registers.
+template <int from, int to, class V, class In, class Axis, class Out>
+FASTMETA_INLINE void both_axes(In in, Axis axis, Out out) {
   V half[from * to];
 #pragma GCC unroll 6
-  for (int j = 0; j < from; ++j) axis(x + j, from, half + j * to);
+  for (int j = 0; j < from; ++j) {
+    V column[from];
 #pragma GCC unroll 6
-  for (int i = 0; i < to; ++i) axis(half + i, to, y + i * to);
+    for (int i = 0; i < from; ++i) column[i] = in(i * from + j);
+    axis(column, 1, half + j * to);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < to; ++i) {
+    V row[to];
+    axis(half + i, to, row);
+#pragma GCC unroll 6
+    for (int j = 0; j < to; ++j) out(i * to + j, row[j]);
+  }
 }
 
 }  // namespace

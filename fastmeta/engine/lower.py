@@ -105,7 +105,8 @@ class _Lowering:
 
     def run(self) -> Lowered:
         graph, program = self.program.graph, self.program
-        read = {slot for i in program.instructions for slot in i.inputs}
+        needed = self._needed()
+        read = {slot for i in needed for slot in i.inputs}
         self.slots = {slot: name for name, slot in graph.parameters.items()}
         wanted = (*program.adapted, *self.outer)
         others = [n for n, slot in graph.parameters.items() if slot in read and n not in wanted]
@@ -118,12 +119,22 @@ class _Lowering:
             raise NotLowered(f"parameters must all be float32 or all float64, got {sorted(map(str, dtypes))}")
         self.dtype = dtypes.pop()
         self.held = {slot: _Data(i) for i, slot in enumerate(graph.data)}
-        self.readers = Counter(slot for i in program.instructions for slot in i.inputs)
+        self.readers = Counter(slot for i in needed for slot in i.inputs)
         self.consumed: set[int] = set()  # values of the native program that have their one reader
-        pending = list(program.instructions)
+        pending = needed
         while pending:
             pending = pending[self._next(pending) :]
         return self._result()
+
+    def _needed(self) -> list[Instruction]:
+        """The instructions that loss and outputs depend on: those that only count a buffer up are left out."""
+        needed = {self.program.graph.loss, *self.program.graph.outputs}
+        kept = []
+        for instruction in reversed(self.program.instructions):
+            if needed.intersection(instruction.outputs):
+                needed.update(instruction.inputs)
+                kept.append(instruction)
+        return kept[::-1]
 
     def _next(self, pending: list[Instruction]) -> int:
         """Lower the first of the pending instructions, with those it takes along; return how many that were."""

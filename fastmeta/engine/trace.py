@@ -211,10 +211,28 @@ def _untouched(objective: Objective) -> Iterator[None]:
 
 
 def _decompositions() -> dict[Any, Any]:
-    """What is taken apart: attention, whose fused kernels have no second derivative, and recurrent layers."""
+    """What is taken apart: attention, whose fused kernels have no second derivative, recurrent layers, group norm."""
     aten = torch.ops.aten
     recurrent = [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
-    return {aten.scaled_dot_product_attention.default: _attention, **get_decompositions(recurrent)}
+    own = {aten.scaled_dot_product_attention.default: _attention, aten.group_norm.default: _group_norm}
+    return {**own, **get_decompositions(recurrent)}
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """A layer norm over each group; ATen's own asks for a memory format, which ``vmap`` cannot answer."""
+    groups = input.reshape(input.shape[0], num_groups, -1)
+    y = torch.nn.functional.layer_norm(groups, groups.shape[-1:], eps=eps).reshape(input.shape)
+    channels = (-1, *[1] * (input.dim() - 2))
+    if weight is not None:
+        y = y * weight.reshape(channels)
+    return y if bias is None else y + bias.reshape(channels)
 
 
 def _attention(
