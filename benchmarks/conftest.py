@@ -52,14 +52,16 @@ def is_quick() -> bool:
 
 
 def chosen(config: pytest.Config, option: str, known: dict) -> list[str]:
-    """The names given with ``option``, all that are known when there are none."""
+    """The names given with ``option``, those of a plain run when there are none."""
     names = config.getoption(option)
     if names:
         unknown = [n for n in names if n not in known]
         if unknown:
             raise pytest.UsageError(f"{option} must be one of {', '.join(known)}, got {', '.join(unknown)}")
         return list(names)
-    return list(QUICK_WORKLOADS) if known is WORKLOADS and is_quick() else list(known)
+    if known is not WORKLOADS:
+        return list(known)
+    return list(QUICK_WORKLOADS) if is_quick() else [name for name, w in WORKLOADS.items() if not w.untuned]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

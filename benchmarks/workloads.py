@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,31 +82,38 @@ class Workload:
     name: str
     title: str
     build: Callable[[], Problem]
+    untuned: bool = False  # a shape that no kernel was made for; run only when it is named
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU in between."""
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers with ``activation`` in between."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.ReLU()] if i else []
+        layers += [activation()] if i else []
         layers += [nn.Linear(a, b)]
     return nn.Sequential(*layers)
 
 
-def conv4(channels: int, filters: int, size: int, ways: int) -> nn.Sequential:
-    """Four blocks of 3x3 convolution, batch norm on the batch's own statistics, ReLU and 2x2 max-pool; then linear."""
+def conv4(
+    channels: int, filters: int, size: int, ways: int, *, kernel: int = 3, norm: bool = True, pool: bool = True
+) -> nn.Sequential:
+    """Four blocks of convolution, batch norm on the batch's own statistics, ReLU and 2x2 max-pool; then linear.
+
+    Without ``pool`` the convolutions have stride 2 instead.
+    """
     layers: list[nn.Module] = []
     for i in range(4):
-        layers += [
-            nn.Conv2d(filters if i else channels, filters, 3, padding=1),
-            nn.BatchNorm2d(filters, track_running_stats=False),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (size // 16) ** 2, ways))
+        stride = 1 if pool else 2
+        layers.append(nn.Conv2d(filters if i else channels, filters, kernel, stride, kernel // 2))
+        layers += [nn.BatchNorm2d(filters, track_running_stats=False)] if norm else []
+        layers += [nn.ReLU(), nn.MaxPool2d(2)] if pool else [nn.ReLU()]
+        size = size // 2 if pool else (size + 1) // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * size**2, ways))
 
 
-def sinusoid(steps: int, tasks: int = 25, samples: int = 10) -> Problem:
+def sinusoid(
+    steps: int, tasks: int = 25, samples: int = 10, width: int = 40, activation: Callable[[], nn.Module] = nn.ReLU
+) -> Problem:
     """Regression of the MAML paper: amplitude in [0.1, 5], phase in [0, pi], inputs in [-5, 5]."""
     generator = torch.Generator().manual_seed(SEED)
     amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
@@ -115,7 +123,8 @@ def sinusoid(steps: int, tasks: int = 25, samples: int = 10) -> Problem:
         x = 10 * torch.rand(tasks, samples, 1, generator=generator) - 5
         return x, amplitude * torch.sin(x - phase)
 
-    return Problem(_seeded(lambda: mlp(1, 40, 40, 1)), F.mse_loss, batch(), batch(), 0.01, steps)
+    model = _seeded(lambda: mlp(1, width, width, 1, activation=activation))
+    return Problem(model, F.mse_loss, batch(), batch(), 0.01, steps)
 
 
 def mlp784() -> Problem:
@@ -125,10 +134,11 @@ def mlp784() -> Problem:
     return Problem(_seeded(lambda: mlp(784, 256, 128, 64, 5)), F.cross_entropy, *flat, 0.01, 5, note)
 
 
-def omniglot(tasks: int, ways: int, steps: int, lr: float) -> Problem:
-    """Conv4 with 64 filters, 1-shot, one query image a class."""
+def omniglot(tasks: int, ways: int, steps: int, lr: float, filters: int = 64, **kinds: Any) -> Problem:
+    """Conv4, 1-shot, one query image a class; ``kinds`` as :func:`conv4` takes them."""
     support, query, note = characters(tasks, ways, shots=1, queries=1)
-    return Problem(_seeded(lambda: conv4(1, 64, 28, ways)), F.cross_entropy, support, query, lr, steps, note)
+    model = _seeded(lambda: conv4(1, filters, 28, ways, **kinds))
+    return Problem(model, F.cross_entropy, support, query, lr, steps, note)
 
 
 def mini84() -> Problem:
@@ -189,9 +199,20 @@ WORKLOADS: dict[str, Workload] = {
     for w in (
         Workload("sinusoid_k1", "sinusoid, 1-40-40-1, T = 25, 10 + 10, K = 1", lambda: sinusoid(1)),
         Workload("sinusoid_k5", "sinusoid, 1-40-40-1, T = 25, 10 + 10, K = 5", lambda: sinusoid(5)),
+        Workload(
+            "sinusoid_tanh",
+            "sinusoid, 1-64-64-1, tanh, T = 100, 10 + 10, K = 5",
+            lambda: sinusoid(5, tasks=100, width=64, activation=nn.Tanh),
+        ),
         Workload("mlp784", "MLP 784-256-128-64-5, T = 32, 25 + 25, K = 5", mlp784),
         Workload("omniglot_5way", "Conv4-64 28x28, 5-way 1-shot, T = 32, K = 1", lambda: omniglot(32, 5, 1, 0.4)),
         Workload("omniglot_20way", "Conv4-64 28x28, 20-way 1-shot, T = 4, K = 5", lambda: omniglot(4, 20, 5, 0.1)),
         Workload("conv4_84", "Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),
+        Workload("filters_48", "Conv4-48 28x28, 10-way, T = 8, K = 1", lambda: omniglot(8, 10, 1, 0.1, 48), True),
+        Workload("kernel_5x5", "Conv4-32 28x28, 5x5, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.1, 32, kernel=5), True),
+        Workload("stride_2", "Conv4-64 28x28, stride, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.1, pool=False), True),
+        Workload("no_norm", "Conv4-64 28x28, no norm, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.01, norm=False), True),
+        Workload("ten_steps", "Conv4-64 28x28, T = 2, K = 10", lambda: omniglot(2, 5, 10, 0.05), True),
+        Workload("one_task", "Conv4-64 28x28, T = 1, K = 1", lambda: omniglot(1, 5, 1, 0.1), True),
     )
 }

@@ -90,6 +90,8 @@ def _layer(name: str, module: nn.Module) -> Layer:
         return lambda p, x: x @ p[weight].T + p[bias]
     if isinstance(module, nn.ReLU):
         return lambda p, x: jax.nn.relu(x)
+    if isinstance(module, nn.Tanh):
+        return lambda p, x: jax.numpy.tanh(x)
     if isinstance(module, nn.Flatten):
         return lambda p, x: x.reshape(x.shape[0], -1)
     if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.padding == (1, 1):
