@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -184,9 +183,8 @@ class MAML(nn.Module):
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
         learned = work.alpha.requires_grad
-        with torch.no_grad():
-            result = evaluate(work, programs, MEAN, learned=learned)
-            self._follow(programs, work, result.mutations)
+        result = evaluate(work, programs, MEAN, learned=learned)
+        self._follow(programs, work, result.mutations)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
         adapted = dict(zip(work.packing.names, gradient.adapted, strict=True))
@@ -266,8 +264,7 @@ class MAML(nn.Module):
             raise ValueError("MAML: tasks must have a query set, got None")
         key = self._key(tasks, steps, differentiate, need_query, check_unused)
         if key is not None and (found := self._recall.find(key)) is not None:
-            again = copy.copy(found[0])
-            again.support, again.query = tasks.support, tasks.query
+            again = found[0].on(tasks.support, tasks.query)
             if not isinstance(self.lr, (float, int)):
                 again.alpha = self._rates_of(again.packing).alpha(again.theta[0], again.steps)
             return again, found[1]

@@ -40,6 +40,7 @@ def evaluate(
     return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
 
 
+@torch.no_grad()
 def _by_reference(
     work: Work, programs: Programs, cotangents: Cotangents | None, *, learned: bool, outputs: bool
 ) -> Evaluation:

@@ -72,6 +72,13 @@ class Work:
 
         return replace(self, support=cut(self.support), query=None if self.query is None else cut(self.query))
 
+    def on(self, support: Any, query: Any) -> Work:
+        """The same meta-step on other tasks of the same shapes; quicker than ``dataclasses.replace``."""
+        other = Work.__new__(Work)
+        other.__dict__.update(self.__dict__)
+        other.support, other.query = support, query
+        return other
+
     @property
     def theta(self) -> list[Tensor]:
         """The adapting parameters in packing order, ``[*shape]``."""
