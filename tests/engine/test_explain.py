@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
+from fastmeta.core import native
 from tests.engine.cases import CASES, T
 
 
 def explained(name: str, **settings):
     case = CASES[name]
     model = case.model()
-    maml = fm.MAML(model, case.loss, **{"lr": case.lr, "steps": 2, **settings})
+    maml = fm.MAML(model, case.loss, **{"lr": case.lr, "steps": 2, "executor": "reference", **settings})
     return maml.explain(fm.TaskBatch(*case.tasks(torch.float32)))
 
 
@@ -32,6 +34,18 @@ def test_every_call_has_a_row_with_its_operation() -> None:
     text = str(table)
     assert "kept per inner step: operands" in text
     assert all(row.op in text for row in table.rows)
+
+
+def test_the_native_executor_is_named_with_what_a_thread_keeps() -> None:
+    if native.extension() is None:
+        pytest.skip(native.missing_reason())
+    table = explained("conv4", executor="native")
+    assert {row.backend for row in table.rows} == {"native"}
+    assert {row.plan for row in table.rows} == {"resident"}
+    assert set(table.kept) == {"values and cotangents", "fast weights"}
+    assert f"instruction set {native.extension().instruction_set()}" in str(table)
+    assert explained("conv4", executor="native", first_order=True).kept == {}
+    assert "the reference executor was asked for" in explained("conv4").executor
 
 
 def test_the_workloads_need_no_generic_operation() -> None:
