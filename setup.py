@@ -28,6 +28,13 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 X86_LEVELS = ("v2", "v3", "v4")
+# What a compiler must know: C++17, and the vector extension of GCC (9 or later) and Clang.
+PROBE = """
+#include <Python.h>
+#include <string_view>
+typedef float V __attribute__((vector_size(16)));
+V larger(V a, V b) { return a > b ? a : b; }
+"""
 UNIX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -96,14 +103,14 @@ class BuildExtension(build_ext):
         """Build; in mode ``auto`` and without a working compiler, go on without and note the reason."""
         mode = build_mode()
         self.instruction_sets = []
-        fault = self.fault("#include <Python.h>\n#include <string_view>\n", self.flags())
+        fault = self.fault(PROBE, self.flags())
         if not fault:
             super().build_extensions()
             write_record(self.folder, mode, self.instruction_sets, "")
             return
         if mode != "auto":
-            sys.exit(f"setup: FASTMETA_BUILD={mode} needs a C++17 compiler and Python's headers: {fault}")
-        reason = f"no C++17 compiler with Python's headers was found when the package was installed ({fault})"
+            sys.exit(f"setup: FASTMETA_BUILD={mode} needs GCC or Clang with C++17, and Python's headers: {fault}")
+        reason = f"neither GCC nor Clang with C++17 and Python's headers was found at installation ({fault})"
         self.warn(f"fastmeta will run on its reference implementations: {reason}")
         remove_extension(self.folder)
         self.extensions = []

@@ -10,6 +10,13 @@
 #error "simd.h needs the vector extension of GCC or Clang"
 #endif
 
+// Elements of a and b by their numbers, b's after a's.
+#if defined(__clang__) || __GNUC__ >= 12
+#define FASTMETA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTMETA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, fastmeta::Numbers<decltype(a)>{__VA_ARGS__})
+#endif
+
 #define FASTMETA_INLINE inline __attribute__((always_inline))
 
 namespace fastmeta {
@@ -40,6 +47,10 @@ struct Simd<double> {
 
 template <class R>
 using Vector = typename Simd<R>::V;
+
+// A vector of integers as wide as the elements of V.
+template <class V>
+using Numbers = decltype(V{} < V{});
 
 // Elements of a vector.
 template <class R>
@@ -81,14 +92,14 @@ FASTMETA_INLINE V swapped(V v) {
   constexpr int lanes = sizeof(V) / sizeof(v[0]);
 #define FASTMETA_LANE(i) ((i) ^ distance)
   if constexpr (lanes == 2) {
-    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1));
+    return FASTMETA_SHUFFLE(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1));
   } else if constexpr (lanes == 4) {
-    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3));
+    return FASTMETA_SHUFFLE(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3));
   } else if constexpr (lanes == 8) {
-    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3),
+    return FASTMETA_SHUFFLE(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3),
                                    FASTMETA_LANE(4), FASTMETA_LANE(5), FASTMETA_LANE(6), FASTMETA_LANE(7));
   } else {
-    return __builtin_shufflevector(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3),
+    return FASTMETA_SHUFFLE(v, v, FASTMETA_LANE(0), FASTMETA_LANE(1), FASTMETA_LANE(2), FASTMETA_LANE(3),
                                    FASTMETA_LANE(4), FASTMETA_LANE(5), FASTMETA_LANE(6), FASTMETA_LANE(7),
                                    FASTMETA_LANE(8), FASTMETA_LANE(9), FASTMETA_LANE(10), FASTMETA_LANE(11),
                                    FASTMETA_LANE(12), FASTMETA_LANE(13), FASTMETA_LANE(14), FASTMETA_LANE(15));

@@ -11,15 +11,15 @@ template <bool upper, class V>
 FASTMETA_INLINE V interleave(V a, V b) {
   constexpr int lanes = sizeof(V) / sizeof(a[0]);
   if constexpr (lanes == 2) {
-    return upper ? __builtin_shufflevector(a, b, 1, 3) : __builtin_shufflevector(a, b, 0, 2);
+    return upper ? FASTMETA_SHUFFLE(a, b, 1, 3) : FASTMETA_SHUFFLE(a, b, 0, 2);
   } else if constexpr (lanes == 4) {
-    return upper ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    return upper ? FASTMETA_SHUFFLE(a, b, 2, 6, 3, 7) : FASTMETA_SHUFFLE(a, b, 0, 4, 1, 5);
   } else if constexpr (lanes == 8) {
-    return upper ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-                 : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    return upper ? FASTMETA_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+                 : FASTMETA_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
   } else {
-    return upper ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-                 : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return upper ? FASTMETA_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+                 : FASTMETA_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   }
 }
 

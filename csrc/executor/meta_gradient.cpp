@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -193,15 +194,23 @@ void MetaGradient<R>::run(const Request<R>& request) {
   // Not initialised: the first task of a block writes, the others add.
   const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.differentiated] : nullptr);
   std::vector<double> d_alpha(learned ? blocks * rates : 0);
+  std::mutex mutex;
+  std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
   parallel_for(blocks, request.threads, [&](std::int64_t first, std::int64_t last) {
-    const typename Shelf<Workspace>::Loan loan(*workspaces_, at.total);
-    Workspace& workspace = *loan;
-    bind(workspace, at, request.steps, theta);
-    for (std::int64_t b = first; b < last; ++b)
-      for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
-        run_task(request, at, t, workspace, theta, totals.get() + b * packing.differentiated, t == begin,
-                 d_alpha.data() + b * rates);
+    try {
+      const typename Shelf<Workspace>::Loan loan(*workspaces_, at.total);
+      Workspace& workspace = *loan;
+      bind(workspace, at, request.steps, theta);
+      for (std::int64_t b = first; b < last; ++b)
+        for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
+          run_task(request, at, t, workspace, theta, totals.get() + b * packing.differentiated, t == begin,
+                   d_alpha.data() + b * rates);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
   });
+  if (failure) std::rethrow_exception(failure);
   double loss = 0;
   for (std::int64_t t = 0; t < request.tasks; ++t) loss += static_cast<double>(request.losses[t]);
   *request.loss = static_cast<R>(loss / static_cast<double>(request.tasks));
