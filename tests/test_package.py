@@ -157,7 +157,7 @@ def test_without_a_compiler_auto_installs_and_says_what_it_lost(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("mode", "more", "message"),
     [
-        ("cpu", {"CC": "no-such-cc", "CXX": "no-such-c++"}, "FASTMETA_BUILD=cpu needs a C++17 compiler"),
+        ("cpu", {"CC": "no-such-cc", "CXX": "no-such-c++"}, "FASTMETA_BUILD=cpu needs GCC or Clang with C++17"),
         ("cuda", {}, "this version of fastmeta has no CUDA sources"),
         ("gpu", {}, "FASTMETA_BUILD must be one of auto, cpu, cuda, none, got 'gpu'"),
     ],
