@@ -57,6 +57,7 @@ template <class R>
 struct Maps {
   std::int64_t width;  // elements of a vector
   Sizes (*sizes)(const void* shape);
+  // Null where there are no weights.
   void (*pack)(const void* shape, int which, const R* tensor, R* packed);
   void (*unpack)(const void* shape, int which, const R* packed, R* tensor);
   void (*forward)(const void* shape, const Primal<R>&, R* scratch);

@@ -52,12 +52,6 @@ Sizes sizes(const void* shape) {
 }
 
 template <class R>
-void pack(const void*, int, const R*, R*) {}
-
-template <class R>
-void unpack(const void*, int, const R*, R*) {}
-
-template <class R>
 void forward(const void* shape, const Primal<R>& p, R*) {
   Layout<R>(shape).to_rows(p.x[0], p.y);
 }
@@ -78,8 +72,8 @@ void tangent_backward(const void* shape, const Primal<R>&, const Tangent<R>& t, 
 }
 
 template <class R>
-constexpr executor::Maps<R> maps{width<R>,    sizes<R>,   pack<R>,    unpack<R>,
-                                 forward<R>,  backward<R>, tangent<R>, tangent_backward<R>};
+constexpr executor::Maps<R> maps{width<R>,   sizes<R>,    nullptr,    nullptr,
+                                 forward<R>, backward<R>, tangent<R>, tangent_backward<R>};
 
 }  // namespace
 

@@ -37,12 +37,6 @@ Sizes sizes(const void* shape) {
   return sizes;
 }
 
-template <class R>
-void pack(const void*, int, const R*, R*) {}
-
-template <class R>
-void unpack(const void*, int, const R*, R*) {}
-
 // A row's squared error; `residual` may not overlap.
 template <class R>
 double squared_error(const R* x, const R* target, std::int64_t features, R* residual) {
@@ -175,8 +169,8 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
 }
 
 template <class R>
-constexpr executor::Maps<R> maps{width<R>,    sizes<R>,   pack<R>,    unpack<R>,
-                                 forward<R>,  backward<R>, tangent<R>, tangent_backward<R>};
+constexpr executor::Maps<R> maps{width<R>,   sizes<R>,    nullptr,    nullptr,
+                                 forward<R>, backward<R>, tangent<R>, tangent_backward<R>};
 
 }  // namespace
 

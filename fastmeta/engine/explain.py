@@ -146,7 +146,9 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     else:
         rows = tuple(_row(work, instruction, "native", 0, 0) for instruction in programs.support.instructions)
         kept = native.kept(work, learned=work.alpha.requires_grad)
-        executor = f"native, instruction set {native.instruction_set}, {torch.get_num_threads()} threads"
+        room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
+        threads = f"{torch.get_num_threads()} threads of {room:.1f} MiB"
+        executor = f"native, instruction set {native.instruction_set}, {threads}"
     return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept)
 
 
