@@ -105,7 +105,7 @@ FASTMETA_INLINE void with_curve(Activation activation, F f) {
 template <class R>
 void to_outputs(const Layout<R>& l, Term<R>* terms, int count, const R* base, R* out) {
   if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out, l.out);
-  product(terms, count, l.s.n, l.out, base, out, l.out);
+  product(terms, count, l.s.n, l.s.out, base, out, l.out);
 }
 
 // A term of the weight's gradient: the outer products of the rows of dz and x.
@@ -117,8 +117,8 @@ Term<R> outer_products(const Layout<R>& l, const R* x, std::int64_t x_row, const
 
 template <class R>
 void to_weight(const Layout<R>& l, const Term<R>* terms, int count, R* dw) {
-  product(terms, count, l.narrow() ? l.s.out : l.s.in, l.weight_row(), static_cast<const R*>(nullptr), dw,
-          l.weight_row());
+  const std::int64_t rows = l.narrow() ? l.s.out : l.s.in, columns = l.narrow() ? l.s.in : l.s.out;
+  product(terms, count, rows, columns, static_cast<const R*>(nullptr), dw, l.weight_row());
 }
 
 // The weight as [out, padded(in)]; where it has to be transposed, it is put at `place`.
@@ -180,7 +180,7 @@ void backward(const void* shape, const Primal<R>& p, R*) {
   if (p.dw[1] != nullptr) column_sums(dz, l.s.n, l.out, p.dw[1]);
   if (p.dx[0] != nullptr) {
     const Term<R> term{dz, l.out, 1, turned(l, p.w[0], p.saved + l.turned()), l.in, l.s.out};
-    product(&term, 1, l.s.n, l.in, static_cast<const R*>(nullptr), p.dx[0], l.in);
+    product(&term, 1, l.s.n, l.s.in, static_cast<const R*>(nullptr), p.dx[0], l.in);
   }
 }
 
@@ -242,7 +242,7 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
       const R* weight_dot = turned(l, t.w_dot[0], scratch + (l.identity() ? 0 : elements));
       terms[count++] = {dz, l.out, 1, weight_dot, l.in, l.s.out};
     }
-    product(terms, count, l.s.n, l.in, static_cast<const R*>(nullptr), t.dx_dot[0], l.in);
+    product(terms, count, l.s.n, l.s.in, static_cast<const R*>(nullptr), t.dx_dot[0], l.in);
   }
 }
 
