@@ -118,8 +118,8 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
       kernels_(kernels_of<R>(isa)),
       support_program_(std::move(support)),
       query_program_(std::move(query)),
-      support_(support_program_, isa),
-      query_(query_program_, isa),
+      support_(support_program_, isa, true),
+      query_(query_program_, isa, false),
       thetas_(std::make_unique<Shelf<Memory>>()),
       workspaces_(std::make_unique<Shelf<Workspace>>()) {
   if (support_.packing().sizes != query_.packing().sizes)
@@ -141,15 +141,16 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(std::int64_t steps, boo
   const std::int64_t kept = second_order ? steps : std::min<std::int64_t>(steps, 1);
   at.theta_step = second_order ? packing.adapted : 0;
   at.theta = take(packing.adapted, kept);
+  // The last weights are the query's alone, and done with when products come.
+  at.product = at.theta + std::max<std::int64_t>(kept - 1, 0) * packing.adapted;
+  take(packing.differentiated - packing.adapted, 1);
   at.g_step = learned ? packing.adapted : 0;
   at.g = take(packing.adapted, learned ? steps : 1);
   at.lam = take(packing.differentiated, 1);
-  at.u = take(packing.adapted, 1);
-  at.product = take(packing.differentiated, 1);
+  at.u = learned ? take(packing.adapted, 1) : at.g;  // the rates' gradients alone ask for g once more
   at.tape_step = second_order ? support_.tape() : 0;
   at.tape = take(support_.tape(), kept);
-  at.query_tape = take(query_.tape(), 1);
-  at.tangent = take(support_.tangent(), 1);
+  at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
   at.scratch = take(std::max(support_.scratch(), query_.scratch()), 1);
   return at;
 }

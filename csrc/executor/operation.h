@@ -24,6 +24,7 @@ struct Sizes {
   std::int64_t saved_dot;             // what tangent leaves for tangent_backward
   std::int64_t scratch;               // of any one map
   std::int64_t weights[max_weights];  // packed; 0 where there is none
+  bool rereads_x = true, rereads_y = true;  // whether backward reads x, and y
 };
 
 // One operation at one inner step of one task. No buffer overlaps another; all start at multiples of 64 bytes.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "lifetimes.h"
+
 namespace fastmeta::executor {
 namespace {
 
@@ -23,13 +25,16 @@ std::int64_t take(std::int64_t& total, std::int64_t elements) {
 }  // namespace
 
 template <class R>
-Plan<R>::Plan(const Program& program, Isa isa)
-    : program_(program), slots_(program.values), row_unit_(maps_of<R>(program.operations.front(), isa).width) {
+Plan<R>::Plan(const Program& program, Isa isa, bool kept)
+    : program_(program),
+      slots_(program.values, Slot{0, 0, 0, 0, false, false, absent, absent}),
+      row_unit_(maps_of<R>(program.operations.front(), isa).width) {
   packing_.sizes.assign(program.parameters, 0);
-  std::vector<bool> read(program.values, false);
   for (const Operation& operation : program.operations) {
-    Item item{&operation, operation.shape.get(), maps_of<R>(operation, isa), 0, 0, false, false};
-    const Sizes sizes = item.maps.sizes(operation.shape.get());
+    const Maps<R> maps = maps_of<R>(operation, isa);
+    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, false, false};
+    const Sizes& sizes = item.sizes;
+    const int number = static_cast<int>(items_.size());
     for (int i = 0; i < max_weights; ++i) {
       const int p = operation.w[i];
       if (p == absent) continue;
@@ -40,29 +45,55 @@ Plan<R>::Plan(const Program& program, Isa isa)
     }
     for (const Source& x : operation.x) {
       if (x.is_data || x.index == absent) continue;
-      if (read[x.index]) throw std::invalid_argument("executor: a value must have one reader, got two");
-      read[x.index] = true;
+      if (slots_[x.index].reader != absent)
+        throw std::invalid_argument("executor: a value must have one reader, got two");
+      slots_[x.index].reader = number;
       item.varies = item.varies || slots_[x.index].varies;
       item.active = item.active || slots_[x.index].active;
     }
     Slot& slot = slots_[operation.y];
     slot.varies = item.varies;
     slot.active = item.active;
-    slot.y = take<R>(tape_, sizes.y);
-    slot.dy = item.active ? take<R>(tape_, sizes.y) : 0;
+    slot.maker = number;
     slot.y_dot = item.varies ? take<R>(tangent_, sizes.y) : 0;
     slot.dy_dot = item.active ? take<R>(tangent_, sizes.y) : 0;
-    item.saved = take<R>(tape_, sizes.saved);
     item.saved_dot = take<R>(tangent_, sizes.saved_dot);
     scratch_ = std::max(scratch_, aligned<R>(sizes.scratch));
     items_.push_back(item);
   }
+  find_places(kept);
   packing_.offsets.resize(program.parameters);
   for (int p = 0; p < program.parameters; ++p) {
     packing_.offsets[p] = take<R>(packing_.total, packing_.sizes[p]);
     if (p < program.adapted) packing_.adapted = packing_.total;
     if (p < program.differentiated) packing_.differentiated = packing_.total;
   }
+}
+
+// Operation i runs forward at time i, and back at time 2 n - i; in between, at n, the output is read.
+template <class R>
+void Plan<R>::find_places(bool kept) {
+  const std::int64_t n = static_cast<std::int64_t>(items_.size());
+  std::vector<Lifetime> buffers;
+  const auto add = [&](std::int64_t size, std::int64_t first, std::int64_t last, std::int64_t* place) {
+    if (kept) {
+      *place = take<R>(tape_, size);
+    } else {
+      buffers.push_back({aligned<R>(size), first, last, place});
+    }
+  };
+  for (Item& item : items_) {
+    const int value = item.operation->y;
+    Slot& slot = slots_[value];
+    const std::int64_t reader = slot.reader == absent ? n - 1 : slot.reader;  // the loss is read at once
+    std::int64_t last = value == program_.output ? n : reader;
+    if (slot.reader != absent && items_[reader].active && items_[reader].sizes.rereads_x) last = 2 * n - reader;
+    if (item.active && item.sizes.rereads_y) last = 2 * n - slot.maker;
+    add(item.sizes.y, slot.maker, last, &slot.y);
+    add(item.sizes.saved, slot.maker, item.active ? 2 * n - slot.maker : slot.maker, &item.saved);
+    if (item.active) add(item.sizes.y, 2 * n - reader, 2 * n - slot.maker, &slot.dy);
+  }
+  if (!kept) tape_ = executor::find_places(buffers);
 }
 
 template <class R>
@@ -160,8 +191,12 @@ void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) con
 
 template <class R>
 void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch) const {
-  for (std::size_t n = 0; n < items_.size(); ++n)
-    if (items_[n].varies) items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    if (items_[n].varies)
+      items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
+    else
+      std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
+  }
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
   for (std::size_t n = items_.size(); n-- > 0;)
     if (items_[n].active) items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);

@@ -29,10 +29,11 @@ using TangentCalls = std::vector<Tangent<R>>;
 template <class R>
 class Plan {
  public:
-  Plan(const Program& program, Isa isa);
+  // What a pass leaves is `kept` as a whole for tangents, or only until its backward has read it for the last time.
+  Plan(const Program& program, Isa isa, bool kept);
 
   const Packing& packing() const { return packing_; }
-  std::int64_t tape() const { return tape_; }        // elements: what one pass leaves
+  std::int64_t tape() const { return tape_; }        // elements of a pass
   std::int64_t tangent() const { return tangent_; }  // elements: what a Hessian-vector product takes beside
   std::int64_t scratch() const { return scratch_; }
 
@@ -63,14 +64,18 @@ class Plan {
   struct Slot {
     std::int64_t y, dy, y_dot, dy_dot;
     bool varies, active;  // depends on adapted weights; on any weight whose gradient is wanted
+    int maker, reader;    // operations; the loss has no reader
   };
   struct Item {
     const Operation* operation;
     const void* shape;
     Maps<R> maps;
+    Sizes sizes;
     std::int64_t saved, saved_dot;
     bool varies, active;
   };
+
+  void find_places(bool kept);
 
   const Program& program_;
   Packing packing_;

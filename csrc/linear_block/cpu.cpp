@@ -51,6 +51,7 @@ Sizes sizes(const void* shape) {
   const std::int64_t rows = l.s.n * l.out;
   Sizes sizes{};
   sizes.y = rows;
+  sizes.rereads_y = !l.identity();
   sizes.saved = l.saved();
   sizes.saved_dot = l.bends() ? rows : 0;                                       // z_dot
   sizes.scratch = (l.identity() ? 0 : rows) + (l.turns() ? l.s.out * l.in : 0);  // dz_dot, W_dot turned
