@@ -118,8 +118,8 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
       kernels_(kernels_of<R>(isa)),
       support_program_(std::move(support)),
       query_program_(std::move(query)),
-      support_(support_program_, isa),
-      query_(query_program_, isa),
+      support_(support_program_, isa, kernels_),
+      query_(query_program_, isa, kernels_),
       thetas_(std::make_unique<Shelf<Memory>>()),
       workspaces_(std::make_unique<Shelf<Workspace>>()) {
   if (support_.packing().sizes != query_.packing().sizes)

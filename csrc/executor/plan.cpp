@@ -23,12 +23,14 @@ std::int64_t take(std::int64_t& total, std::int64_t elements) {
 }  // namespace
 
 template <class R>
-Plan<R>::Plan(const Program& program, Isa isa)
-    : program_(program), slots_(program.values), row_unit_(maps_of<R>(program.operations.front(), isa).width) {
+Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels)
+    : program_(program),
+      kernels_(kernels),
+      slots_(program.values),
+      row_unit_(maps_of<R>(program.operations.front(), isa).width) {
   packing_.sizes.assign(program.parameters, 0);
-  std::vector<bool> read(program.values, false);
   for (const Operation& operation : program.operations) {
-    Item item{&operation, operation.shape.get(), maps_of<R>(operation, isa), 0, 0, false, false};
+    Item item{&operation, operation.shape.get(), maps_of<R>(operation, isa), 0, 0, false, false, {}};
     const Sizes sizes = item.maps.sizes(operation.shape.get());
     for (int i = 0; i < max_weights; ++i) {
       const int p = operation.w[i];
@@ -40,14 +42,13 @@ Plan<R>::Plan(const Program& program, Isa isa)
     }
     for (const Source& x : operation.x) {
       if (x.is_data || x.index == absent) continue;
-      if (read[x.index]) throw std::invalid_argument("executor: a value must have one reader, got two");
-      read[x.index] = true;
       item.varies = item.varies || slots_[x.index].varies;
       item.active = item.active || slots_[x.index].active;
     }
     Slot& slot = slots_[operation.y];
     slot.varies = item.varies;
     slot.active = item.active;
+    slot.size = aligned<R>(sizes.y);
     slot.y = take<R>(tape_, sizes.y);
     slot.dy = item.active ? take<R>(tape_, sizes.y) : 0;
     slot.y_dot = item.varies ? take<R>(tangent_, sizes.y) : 0;
@@ -56,6 +57,24 @@ Plan<R>::Plan(const Program& program, Isa isa)
     item.saved_dot = take<R>(tangent_, sizes.saved_dot);
     scratch_ = std::max(scratch_, aligned<R>(sizes.scratch));
     items_.push_back(item);
+  }
+  // A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add.
+  std::vector<bool> written(program.values, false);
+  std::int64_t most[max_inputs] = {};
+  for (std::size_t n = items_.size(); n-- > 0;) {
+    if (n + 1 < items_.size() && items_[n].active && !written[items_[n].operation->y])
+      throw std::invalid_argument("executor: the loss must depend on every value, got one that nothing reads");
+    for (int i = 0; i < max_inputs; ++i) {
+      const Source& x = items_[n].operation->x[i];
+      if (x.is_data || x.index == absent || !slots_[x.index].active) continue;
+      items_[n].adds[i] = written[x.index];
+      if (written[x.index]) most[i] = std::max(most[i], slots_[x.index].size);
+      written[x.index] = true;
+    }
+  }
+  for (int i = 0; i < max_inputs; ++i) {
+    aside_[i] = take<R>(tape_, most[i]);
+    aside_dot_[i] = take<R>(tangent_, most[i]);
   }
   packing_.offsets.resize(program.parameters);
   for (int p = 0; p < program.parameters; ++p) {
@@ -92,7 +111,7 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) 
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
       p.x[i] = tape + slots_[x.index].y;
-      p.dx[i] = slots_[x.index].active ? tape + slots_[x.index].dy : nullptr;
+      if (slots_[x.index].active) p.dx[i] = tape + (item.adds[i] ? aside_[i] : slots_[x.index].dy);
     }
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
@@ -118,7 +137,7 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
       t.x_dot[i] = slots_[x.index].varies ? tangent + slots_[x.index].y_dot : nullptr;
-      t.dx_dot[i] = slots_[x.index].active ? tangent + slots_[x.index].dy_dot : nullptr;
+      if (slots_[x.index].active) t.dx_dot[i] = tangent + (item.adds[i] ? aside_dot_[i] : slots_[x.index].dy_dot);
     }
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
@@ -146,6 +165,16 @@ void Plan<R>::aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t t
 }
 
 template <class R>
+void Plan<R>::add_cotangents(const Item& item, R* memory, const std::int64_t* aside,
+                             std::int64_t Slot::*cotangent) const {
+  for (int i = 0; i < max_inputs; ++i) {
+    if (!item.adds[i]) continue;
+    const Slot& slot = slots_[item.operation->x[i].index];
+    kernels_.add(memory + slot.*cotangent, memory + aside[i], slot.size);
+  }
+}
+
+template <class R>
 R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
   for (std::size_t n = 0; n < items_.size(); ++n) items_[n].maps.forward(items_[n].shape, calls[n], scratch);
   return *calls.back().y;
@@ -154,8 +183,11 @@ R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
 template <class R>
 void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) const {
   tape[slots_[items_.back().operation->y].dy] = d_loss;
-  for (std::size_t n = items_.size(); n-- > 0;)
-    if (items_[n].active) items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+  for (std::size_t n = items_.size(); n-- > 0;) {
+    if (!items_[n].active) continue;
+    items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+    add_cotangents(items_[n], tape, aside_, &Slot::dy);
+  }
 }
 
 template <class R>
@@ -163,8 +195,11 @@ void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCa
   for (std::size_t n = 0; n < items_.size(); ++n)
     if (items_[n].varies) items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
-  for (std::size_t n = items_.size(); n-- > 0;)
-    if (items_[n].active) items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
+  for (std::size_t n = items_.size(); n-- > 0;) {
+    if (!items_[n].active) continue;
+    items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
+    add_cotangents(items_[n], tangent, aside_dot_, &Slot::dy_dot);
+  }
 }
 
 template class Plan<float>;

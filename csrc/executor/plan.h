@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "packed.h"
 #include "program.h"
 
 namespace fastmeta::executor {
@@ -29,7 +30,7 @@ using TangentCalls = std::vector<Tangent<R>>;
 template <class R>
 class Plan {
  public:
-  Plan(const Program& program, Isa isa);
+  Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels);
 
   const Packing& packing() const { return packing_; }
   std::int64_t tape() const { return tape_; }        // elements: what one pass leaves
@@ -61,7 +62,7 @@ class Plan {
  private:
   // Of a value: where it and its cotangent lie on the tape, and their derivatives beside.
   struct Slot {
-    std::int64_t y, dy, y_dot, dy_dot;
+    std::int64_t y, dy, y_dot, dy_dot, size;
     bool varies, active;  // depends on adapted weights; on any weight whose gradient is wanted
   };
   struct Item {
@@ -70,13 +71,18 @@ class Plan {
     Maps<R> maps;
     std::int64_t saved, saved_dot;
     bool varies, active;
+    bool adds[max_inputs];  // to the cotangent that a later reader of the input has written
   };
 
+  void add_cotangents(const Item& item, R* memory, const std::int64_t* aside, std::int64_t Slot::*cotangent) const;
+
   const Program& program_;
+  const packed::Kernels<R>& kernels_;
   Packing packing_;
   std::vector<Slot> slots_;
   std::vector<Item> items_;
   std::int64_t tape_ = 0, tangent_ = 0, scratch_ = 0;
+  std::int64_t aside_[max_inputs], aside_dot_[max_inputs];  // where what is added waits, on the tape and beside
   std::int64_t row_unit_;  // elements of a vector, to whole ones of which rows are padded
 };
 
