@@ -5,7 +5,7 @@ activation and pooling that follow. Values that only change their shape are rena
 :class:`NotLowered` with the reason, and the reference executor runs the program.
 """
 
-from fastmeta.engine.lower import layers, losses
+from fastmeta.engine.lower import layers, losses, norms
 from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
 from fastmeta.engine.program import Program
 
@@ -22,4 +22,4 @@ def lower(program: Program, outer: tuple[str, ...]) -> Lowered:
     Raises:
         NotLowered: an operation, a shape or a dtype without native kernels.
     """
-    return Lowering(program, outer).run({**layers.HANDLERS, **losses.HANDLERS})
+    return Lowering(program, outer).run({**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS})

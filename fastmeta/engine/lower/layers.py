@@ -23,7 +23,7 @@ def _linear(lowering: Lowering, instruction: Instruction) -> None:
     op: Any = instruction.op
     source = lowering.source(instruction.inputs[0], (op.rows, op.fan_in))
     weights = [lowering.parameter(slot) for slot in instruction.inputs[1:]]
-    slot, activation = _activated(lowering, instruction.outputs[0])
+    slot, activation = activated(lowering, instruction.outputs[0])
     shape = {"n": op.rows, "in": op.fan_in, "out": op.fan_out, **activation}
     lowering.held[slot] = Value(lowering.emit("linear_block", shape, [source], weights), op.rows, op.fan_out)
 
@@ -39,7 +39,7 @@ def _convolution(lowering: Lowering, instruction: Instruction) -> None:
     shape |= {"kernel": tuple(kernel), "stride": geometry.stride, "padding": geometry.padding}
     shape |= {"dilation": geometry.dilation, "groups": geometry.groups}
     slot, norm, scales = _batch_normalised(lowering, instruction.outputs[0])
-    slot, activation = _activated(lowering, slot)
+    slot, activation = activated(lowering, slot)
     slot, pool = _pooled(lowering, slot)
     index = lowering.emit("conv_block", shape | norm | activation | pool, [source], weights + scales)
     lowering.held[slot] = Value(index, *lowering.graph.values[slot].shape)
@@ -53,11 +53,11 @@ def _batch_normalised(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any
         return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
     if not op.uses_batch_statistics or (op.scale is None) != (op.shift is None):
         return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
-    scales = _parameters_at(lowering, follower, op.scale, op.shift)
+    scales = parameters_at(lowering, follower, op.scale, op.shift)
     return lowering.take(slot, follower), {"norm": "batch", "eps": op.eps}, scales
 
 
-def _activated(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
+def activated(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
     """The activation that an operation can take along: ``(slot, description)``."""
     follower = lowering.follower(slot)
     described = None if follower is None else _activation(follower)
@@ -117,7 +117,7 @@ def _sum(lowering: Lowering, instruction: Instruction) -> None:
         a, b = lowering.rows(a), lowering.rows(b)
     if a.shape != b.shape:
         raise NotLowered(f"a sum of values of shapes {a.shape} and {b.shape}")
-    _pointwise(lowering, [a, b], *_activated(lowering, instruction.outputs[0]))
+    _pointwise(lowering, [a, b], *activated(lowering, instruction.outputs[0]))
 
 
 def _lone_activation(lowering: Lowering, instruction: Instruction) -> None:
@@ -134,7 +134,8 @@ def _pointwise(lowering: Lowering, values: list[Value], slot: int, activation: d
     lowering.held[slot] = dataclasses.replace(first, index=index)
 
 
-def _parameters_at(lowering: Lowering, instruction: Instruction, *positions: int | None) -> list[int]:
+def parameters_at(lowering: Lowering, instruction: Instruction, *positions: int | None) -> list[int]:
+    """Numbers of the parameters that the instruction reads at ``positions``."""
     return [ABSENT if at is None else lowering.parameter(instruction.inputs[at]) for at in positions]
 
 
