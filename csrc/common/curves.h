@@ -57,5 +57,19 @@ struct Curve {
   static FASTMETA_INLINE V normal_density(V z) { return exponential(z * z * R(-0.5)) * R(0.39894228040143267794); }
 };
 
+// f(curve) with the curve of `activation`.
+template <class R, class F>
+FASTMETA_INLINE void for_curve(Activation activation, F f) {
+  switch (activation) {
+    case Activation::identity: return f(Curve<R, Activation::identity>{});
+    case Activation::relu: return f(Curve<R, Activation::relu>{});
+    case Activation::leaky_relu: return f(Curve<R, Activation::leaky_relu>{});
+    case Activation::tanh: return f(Curve<R, Activation::tanh>{});
+    case Activation::sigmoid: return f(Curve<R, Activation::sigmoid>{});
+    case Activation::silu: return f(Curve<R, Activation::silu>{});
+    case Activation::gelu: return f(Curve<R, Activation::gelu>{});
+  }
+}
+
 }  // namespace
 }  // namespace fastmeta

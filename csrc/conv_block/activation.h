@@ -3,7 +3,7 @@
 
 #include "../common/curves.h"
 #include "kernels.h"
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace fastmeta::conv_block {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace fastmeta::conv_block {
 namespace {

@@ -4,7 +4,7 @@
 // rows times two vectors of outputs stay in registers while the pixels go by.
 #pragma once
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace fastmeta::conv_block {
 namespace {

@@ -4,7 +4,7 @@
 // two vectors of outputs stays in registers; the pixels of a tile lie in up to four rows, so that small images fill it too.
 #pragma once
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace fastmeta::conv_block {
 namespace {

@@ -3,7 +3,7 @@
 // y = A^T [(G w) . (B^T x)]; the gradients are the transposed maps: d_x = B [(G w) . (A d_y)], d_w = G^T [(B^T x) . (A d_y)].
 #pragma once
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace fastmeta::conv_block {
 namespace {

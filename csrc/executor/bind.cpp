@@ -11,9 +11,12 @@
 #include <vector>
 
 #include "../conv_block/kernels.h"
+#include "../data/kernels.h"
 #include "../flatten/kernels.h"
 #include "../linear_block/kernels.h"
 #include "../loss/kernels.h"
+#include "../norm/kernels.h"
+#include "../pointwise/kernels.h"
 #include "meta_gradient.h"
 
 namespace py = pybind11;
@@ -82,6 +85,43 @@ void describe_flatten(const py::dict& d, Operation& operation) {
   operation.f64 = [](Isa isa) { return flatten::table_of(isa).f64; };
 }
 
+void describe_data(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<data::Shape>();
+  shape->n = get<std::int64_t>(d, "n");
+  shape->channels = get<std::int64_t>(d, "channels");
+  shape->pixels = get<std::int64_t>(d, "pixels");
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return data::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return data::table_of(isa).f64; };
+}
+
+void describe_pointwise(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<pointwise::Shape>();
+  shape->rows = get<std::int64_t>(d, "rows");
+  shape->features = get<std::int64_t>(d, "features");
+  shape->activation = activation_of(get<std::string>(d, "activation"));
+  shape->slope = get<double>(d, "slope");
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return pointwise::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return pointwise::table_of(isa).f64; };
+}
+
+void describe_norm(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<norm::Shape>();
+  shape->samples = get<std::int64_t>(d, "samples");
+  shape->pixels = get<std::int64_t>(d, "pixels");
+  shape->channels = get<std::int64_t>(d, "channels");
+  shape->groups = get<std::int64_t>(d, "groups");
+  shape->eps = get<double>(d, "eps");
+  shape->activation = activation_of(get<std::string>(d, "activation"));
+  shape->slope = get<double>(d, "slope");
+  shape->weight = operation.w[0] != absent;
+  shape->bias = operation.w[1] != absent;
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return norm::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return norm::table_of(isa).f64; };
+}
+
 void pair_of(const py::dict& d, const char* key, std::int64_t (&out)[2]) {
   const auto [rows, columns] = get<std::pair<std::int64_t, std::int64_t>>(d, key);
   out[0] = rows;
@@ -135,6 +175,9 @@ Operation operation_of(const py::dict& d) {
   if (name == "linear_block") describe_linear(d, operation);
   else if (name == "conv_block") describe_conv(d, operation);
   else if (name == "flatten") describe_flatten(d, operation);
+  else if (name == "data") describe_data(d, operation);
+  else if (name == "norm") describe_norm(d, operation);
+  else if (name == "pointwise") describe_pointwise(d, operation);
   else if (name == "loss") describe_loss(d, operation);
   else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);
   return operation;

@@ -118,8 +118,8 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
       kernels_(kernels_of<R>(isa)),
       support_program_(std::move(support)),
       query_program_(std::move(query)),
-      support_(support_program_, isa, true),
-      query_(query_program_, isa, false),
+      support_(support_program_, isa, kernels_, true),
+      query_(query_program_, isa, kernels_, false),
       thetas_(std::make_unique<Shelf<Memory>>()),
       workspaces_(std::make_unique<Shelf<Workspace>>()) {
   if (support_.packing().sizes != query_.packing().sizes)

@@ -3,7 +3,8 @@
 // Values between operations lie in one of two layouts, their last axis padded with zeros to whole vectors:
 //   rows   [n, padded(features)]
 //   images [n, height, width, padded(channels)]
-// A task's data lie as the caller has them: contiguous, not padded, images as [n, channels, height, width].
+// So do their cotangents and tangents. A task's data lie as the caller has them: contiguous, not padded, images as
+// [n, channels, height, width].
 //
 // Fast weights lie packed, in whatever layout the operation likes best, for the whole inner loop: the executor packs the
 // shared weights once a meta-step, updates packed weights with packed gradients, and unpacks the meta-gradient once.

@@ -25,14 +25,15 @@ std::int64_t take(std::int64_t& total, std::int64_t elements) {
 }  // namespace
 
 template <class R>
-Plan<R>::Plan(const Program& program, Isa isa, bool kept)
+Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels, bool kept)
     : program_(program),
-      slots_(program.values, Slot{0, 0, 0, 0, false, false, absent, absent}),
+      kernels_(kernels),
+      slots_(program.values),
       row_unit_(maps_of<R>(program.operations.front(), isa).width) {
   packing_.sizes.assign(program.parameters, 0);
   for (const Operation& operation : program.operations) {
     const Maps<R> maps = maps_of<R>(operation, isa);
-    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, false, false};
+    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, false, false, {}};
     const Sizes& sizes = item.sizes;
     const int number = static_cast<int>(items_.size());
     for (int i = 0; i < max_weights; ++i) {
@@ -45,9 +46,7 @@ Plan<R>::Plan(const Program& program, Isa isa, bool kept)
     }
     for (const Source& x : operation.x) {
       if (x.is_data || x.index == absent) continue;
-      if (slots_[x.index].reader != absent)
-        throw std::invalid_argument("executor: a value must have one reader, got two");
-      slots_[x.index].reader = number;
+      slots_[x.index].readers.push_back(number);
       item.varies = item.varies || slots_[x.index].varies;
       item.active = item.active || slots_[x.index].active;
     }
@@ -55,12 +54,14 @@ Plan<R>::Plan(const Program& program, Isa isa, bool kept)
     slot.varies = item.varies;
     slot.active = item.active;
     slot.maker = number;
+    slot.size = aligned<R>(sizes.y);
     slot.y_dot = item.varies ? take<R>(tangent_, sizes.y) : 0;
     slot.dy_dot = item.active ? take<R>(tangent_, sizes.y) : 0;
     item.saved_dot = take<R>(tangent_, sizes.saved_dot);
     scratch_ = std::max(scratch_, aligned<R>(sizes.scratch));
     items_.push_back(item);
   }
+  share_cotangents();
   find_places(kept);
   packing_.offsets.resize(program.parameters);
   for (int p = 0; p < program.parameters; ++p) {
@@ -68,6 +69,26 @@ Plan<R>::Plan(const Program& program, Isa isa, bool kept)
     if (p < program.adapted) packing_.adapted = packing_.total;
     if (p < program.differentiated) packing_.differentiated = packing_.total;
   }
+}
+
+// A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add.
+template <class R>
+void Plan<R>::share_cotangents() {
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    Item& item = items_[n];
+    if (n + 1 < items_.size() && item.active && slots_[item.operation->y].readers.empty())
+      throw std::invalid_argument("executor: the loss must depend on every value, got one that nothing reads");
+    for (int i = 0; i < max_inputs; ++i) {
+      const Source& x = item.operation->x[i];
+      if (x.is_data || x.index == absent || !slots_[x.index].active) continue;
+      const Slot& slot = slots_[x.index];
+      // An operation that reads a value twice writes by its first input.
+      const bool again = i > 0 && !item.operation->x[0].is_data && item.operation->x[0].index == x.index;
+      item.adds[i] = again || slot.readers.back() != static_cast<int>(n);
+      if (item.adds[i]) aside_size_[i] = std::max(aside_size_[i], slot.size);
+    }
+  }
+  for (int i = 0; i < max_inputs; ++i) aside_dot_[i] = take<R>(tangent_, aside_size_[i]);
 }
 
 // Operation i runs forward at time i, and back at time 2 n - i; in between, at n, the output is read.
@@ -85,14 +106,16 @@ void Plan<R>::find_places(bool kept) {
   for (Item& item : items_) {
     const int value = item.operation->y;
     Slot& slot = slots_[value];
-    const std::int64_t reader = slot.reader == absent ? n - 1 : slot.reader;  // the loss is read at once
+    const std::int64_t reader = slot.readers.empty() ? n - 1 : slot.readers.back();  // the loss is read at once
     std::int64_t last = value == program_.output ? n : reader;
-    if (slot.reader != absent && items_[reader].active && items_[reader].sizes.rereads_x) last = 2 * n - reader;
+    for (const int r : slot.readers)
+      if (items_[r].active && items_[r].sizes.rereads_x) last = std::max<std::int64_t>(last, 2 * n - r);
     if (item.active && item.sizes.rereads_y) last = 2 * n - slot.maker;
     add(item.sizes.y, slot.maker, last, &slot.y);
     add(item.sizes.saved, slot.maker, item.active ? 2 * n - slot.maker : slot.maker, &item.saved);
     if (item.active) add(item.sizes.y, 2 * n - reader, 2 * n - slot.maker, &slot.dy);
   }
+  for (int i = 0; i < max_inputs; ++i) add(aside_size_[i], n, 2 * n, &aside_[i]);
   if (!kept) tape_ = executor::find_places(buffers);
 }
 
@@ -123,7 +146,7 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) 
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
       p.x[i] = tape + slots_[x.index].y;
-      p.dx[i] = slots_[x.index].active ? tape + slots_[x.index].dy : nullptr;
+      if (slots_[x.index].active) p.dx[i] = tape + (item.adds[i] ? aside_[i] : slots_[x.index].dy);
     }
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
@@ -149,7 +172,7 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
       t.x_dot[i] = slots_[x.index].varies ? tangent + slots_[x.index].y_dot : nullptr;
-      t.dx_dot[i] = slots_[x.index].active ? tangent + slots_[x.index].dy_dot : nullptr;
+      if (slots_[x.index].active) t.dx_dot[i] = tangent + (item.adds[i] ? aside_dot_[i] : slots_[x.index].dy_dot);
     }
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
@@ -177,6 +200,16 @@ void Plan<R>::aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t t
 }
 
 template <class R>
+void Plan<R>::add_cotangents(const Item& item, R* memory, const std::int64_t* aside,
+                             std::int64_t Slot::*cotangent) const {
+  for (int i = 0; i < max_inputs; ++i) {
+    if (!item.adds[i]) continue;
+    const Slot& slot = slots_[item.operation->x[i].index];
+    kernels_.add(memory + slot.*cotangent, memory + aside[i], slot.size);
+  }
+}
+
+template <class R>
 R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
   for (std::size_t n = 0; n < items_.size(); ++n) items_[n].maps.forward(items_[n].shape, calls[n], scratch);
   return *calls.back().y;
@@ -185,8 +218,11 @@ R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
 template <class R>
 void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) const {
   tape[slots_[items_.back().operation->y].dy] = d_loss;
-  for (std::size_t n = items_.size(); n-- > 0;)
-    if (items_[n].active) items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+  for (std::size_t n = items_.size(); n-- > 0;) {
+    if (!items_[n].active) continue;
+    items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+    add_cotangents(items_[n], tape, aside_, &Slot::dy);
+  }
 }
 
 template <class R>
@@ -198,8 +234,11 @@ void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCa
       std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
   }
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
-  for (std::size_t n = items_.size(); n-- > 0;)
-    if (items_[n].active) items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
+  for (std::size_t n = items_.size(); n-- > 0;) {
+    if (!items_[n].active) continue;
+    items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
+    add_cotangents(items_[n], tangent, aside_dot_, &Slot::dy_dot);
+  }
 }
 
 template class Plan<float>;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "packed.h"
 #include "program.h"
 
 namespace fastmeta::executor {
@@ -30,7 +31,7 @@ template <class R>
 class Plan {
  public:
   // What a pass leaves is `kept` as a whole for tangents, or only until its backward has read it for the last time.
-  Plan(const Program& program, Isa isa, bool kept);
+  Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels, bool kept);
 
   const Packing& packing() const { return packing_; }
   std::int64_t tape() const { return tape_; }        // elements of a pass
@@ -62,9 +63,10 @@ class Plan {
  private:
   // Of a value: where it and its cotangent lie on the tape, and their derivatives beside.
   struct Slot {
-    std::int64_t y, dy, y_dot, dy_dot;
+    std::int64_t y, dy, y_dot, dy_dot, size;
     bool varies, active;  // depends on adapted weights; on any weight whose gradient is wanted
-    int maker, reader;    // operations; the loss has no reader
+    int maker;            // operation
+    std::vector<int> readers;
   };
   struct Item {
     const Operation* operation;
@@ -73,15 +75,21 @@ class Plan {
     Sizes sizes;
     std::int64_t saved, saved_dot;
     bool varies, active;
+    bool adds[max_inputs];  // to the cotangent that a later reader of the input has written
   };
 
+  void share_cotangents();
   void find_places(bool kept);
+  void add_cotangents(const Item& item, R* memory, const std::int64_t* aside, std::int64_t Slot::*cotangent) const;
 
   const Program& program_;
+  const packed::Kernels<R>& kernels_;
   Packing packing_;
   std::vector<Slot> slots_;
   std::vector<Item> items_;
   std::int64_t tape_ = 0, tangent_ = 0, scratch_ = 0;
+  // Where what is added waits, on the tape and beside, and how long it is.
+  std::int64_t aside_[max_inputs] = {}, aside_dot_[max_inputs] = {}, aside_size_[max_inputs] = {};
   std::int64_t row_unit_;  // elements of a vector, to whole ones of which rows are padded
 };
 

@@ -88,18 +88,10 @@ void unpack(const void* shape, int which, const R* packed, R* tensor) {
       for (std::int64_t i = i0; i < l.s.in && i < i0 + edge; ++i) tensor[o * l.s.in + i] = packed[i * l.out + o];
 }
 
-// Runs `f` with the curve of the shape's activation.
+// Runs `f` with the curve of the shape's activation, if there is one.
 template <class R, class F>
 FASTMETA_INLINE void with_curve(Activation activation, F f) {
-  switch (activation) {
-    case Activation::relu: return f(Curve<R, Activation::relu>{});
-    case Activation::leaky_relu: return f(Curve<R, Activation::leaky_relu>{});
-    case Activation::tanh: return f(Curve<R, Activation::tanh>{});
-    case Activation::sigmoid: return f(Curve<R, Activation::sigmoid>{});
-    case Activation::silu: return f(Curve<R, Activation::silu>{});
-    case Activation::gelu: return f(Curve<R, Activation::gelu>{});
-    default: return;
-  }
+  if (activation != Activation::identity) for_curve<R>(activation, f);
 }
 
 // out [n, padded(out)] = base + sum of a W^T.

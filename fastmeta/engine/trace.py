@@ -214,7 +214,11 @@ def _decompositions() -> dict[Any, Any]:
     """What is taken apart: attention, whose fused kernels have no second derivative, recurrent layers, group norm."""
     aten = torch.ops.aten
     recurrent = [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
-    own = {aten.scaled_dot_product_attention.default: _attention, aten.group_norm.default: _group_norm}
+    own = {
+        aten.scaled_dot_product_attention.default: _attention,
+        aten.group_norm.default: _group_norm,
+        aten.instance_norm.default: _instance_norm,
+    }
     return {**own, **get_decompositions(recurrent)}
 
 
@@ -233,6 +237,23 @@ def _group_norm(
     if weight is not None:
         y = y * weight.reshape(channels)
     return y if bias is None else y + bias.reshape(channels)
+
+
+def _instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """A group norm of one channel a group; by running statistics it stays as it is."""
+    if not use_input_stats or running_mean is not None:
+        return NotImplemented
+    return _group_norm(input, input.shape[1], weight, bias, eps)
 
 
 def _attention(

@@ -1,10 +1,10 @@
 // Vectors, beyond common/simd.h: masks, bytes, sums in double precision, and what <cmath> may not be asked for.
 #pragma once
 
-#include "../common/elementary.h"
-#include "../common/transpose.h"
+#include "elementary.h"
+#include "transpose.h"
 
-namespace fastmeta::conv_block {
+namespace fastmeta {
 namespace {
 
 template <class R>
@@ -102,4 +102,4 @@ constexpr std::int64_t maximum(std::int64_t a, std::int64_t b) { return a < b ? 
 constexpr std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
-}  // namespace fastmeta::conv_block
+}  // namespace fastmeta

@@ -1,0 +1,101 @@
+#include "../common/curves.h"
+#include "kernels.h"
+
+#ifndef FASTMETA_ISA
+#define FASTMETA_ISA plain
+#endif
+
+// Nothing is saved: the sum is cheaper to take again than to keep.
+
+namespace fastmeta::pointwise::FASTMETA_ISA {
+namespace {
+
+using executor::Primal;
+using executor::Sizes;
+using executor::Tangent;
+
+template <class R>
+struct Layout {
+  const Shape& s;
+  std::int64_t row, elements;
+  R slope;
+
+  explicit Layout(const void* shape)
+      : s(*static_cast<const Shape*>(shape)),
+        row(padded<R>(s.features)),
+        elements(s.rows * row),
+        slope(static_cast<R>(s.slope)) {}
+};
+
+// a + b at i; either may be absent.
+template <class R>
+FASTMETA_INLINE Vector<R> sum_at(const R* const* x, std::int64_t i) {
+  const Vector<R> a = x[0] == nullptr ? Vector<R>{} : load(x[0] + i);
+  return x[1] == nullptr ? a : a + load(x[1] + i);
+}
+
+// Both inputs get the same cotangent.
+template <class R>
+FASTMETA_INLINE void store_both(R* const* dx, std::int64_t i, Vector<R> value) {
+  for (int j = 0; j < executor::max_inputs; ++j)
+    if (dx[j] != nullptr) store(dx[j] + i, value);
+}
+
+template <class R>
+Sizes sizes(const void* shape) {
+  Sizes sizes{};
+  sizes.y = Layout<R>(shape).elements;
+  return sizes;
+}
+
+template <class R>
+void forward(const void* shape, const Primal<R>& p, R*) {
+  const Layout<R> l(shape);
+  for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < l.elements; i += width<R>) store(p.y + i, curve.value(sum_at(p.x, i), l.slope));
+  });
+  if (l.s.activation != Activation::sigmoid) return;
+  for (std::int64_t i = 0; i < l.s.rows; ++i)  // the one curve whose value at 0, the padding's, is not 0
+    for (std::int64_t j = l.s.features; j < l.row; ++j) p.y[i * l.row + j] = 0;
+}
+
+template <class R>
+void backward(const void* shape, const Primal<R>& p, R*) {
+  const Layout<R> l(shape);
+  for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < l.elements; i += width<R>)
+      store_both(p.dx, i, curve.slope(load(p.y + i), sum_at(p.x, i), l.slope) * load(p.dy + i));
+  });
+}
+
+template <class R>
+void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
+  const Layout<R> l(shape);
+  for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < l.elements; i += width<R>)
+      store(t.y_dot + i, curve.slope(load(p.y + i), sum_at(p.x, i), l.slope) * sum_at(t.x_dot, i));
+  });
+}
+
+template <class R>
+void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
+  const Layout<R> l(shape);
+  for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < l.elements; i += width<R>) {
+      const Vector<R> y = load(p.y + i), z = sum_at(p.x, i);
+      Vector<R> value = curve.slope(y, z, l.slope) * load(t.dy_dot + i);
+      if constexpr (curve.bends) value += curve.bend(y, z) * load(p.dy + i) * sum_at(t.x_dot, i);
+      store_both(t.dx_dot, i, value);
+    }
+  });
+}
+
+template <class R>
+constexpr executor::Maps<R> maps{width<R>,   sizes<R>,    nullptr,    nullptr,
+                                 forward<R>, backward<R>, tangent<R>, tangent_backward<R>};
+
+}  // namespace
+
+extern const Table table{maps<float>, maps<double>};
+
+}  // namespace fastmeta::pointwise::FASTMETA_ISA

@@ -1,0 +1,25 @@
+// An activation of a value, or of the sum of two: y = f(a) or y = f(a + b).
+#pragma once
+
+#include <cstdint>
+
+#include "../common/curve_names.h"
+#include "../common/isa.h"
+#include "../executor/operation.h"
+
+namespace fastmeta::pointwise {
+
+struct Shape {
+  std::int64_t rows, features;  // images are rows of one pixel's channels
+  Activation activation;
+  double slope;  // of leaky_relu below 0
+};
+
+struct Table {
+  executor::Maps<float> f32;
+  executor::Maps<double> f64;
+};
+
+FASTMETA_TABLES
+
+}  // namespace fastmeta::pointwise

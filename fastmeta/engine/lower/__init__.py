@@ -1,0 +1,25 @@
+"""``lower``: a program as the flat list of operations that the native executor walks, where it has kernels for them.
+
+Neighbouring instructions become one operation: a linear layer and its activation; a convolution with the normalisation,
+activation and pooling that follow. Values that only change their shape are renamed. What has no kernel raises
+:class:`NotLowered` with the reason, and the reference executor runs the program.
+"""
+
+from fastmeta.engine.lower import layers, losses, norms
+from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
+from fastmeta.engine.program import Program
+
+__all__ = ["Lowered", "NotLowered", "lower"]
+
+
+def lower(program: Program, outer: tuple[str, ...]) -> Lowered:
+    """Lower ``program``.
+
+    Args:
+        program: the planned program.
+        outer: names of the parameters that do not adapt and get a gradient.
+
+    Raises:
+        NotLowered: an operation, a shape or a dtype without native kernels.
+    """
+    return Lowering(program, outer).run({**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS})

@@ -1,0 +1,147 @@
+"""Layers: which instructions become which native operation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastmeta.engine.lower.lowering import ABSENT, Lowering, NotLowered, Value
+from fastmeta.engine.program import Instruction
+
+ACTIVATIONS = {
+    "aten.relu.default": "relu",
+    "aten.leaky_relu.default": "leaky_relu",
+    "aten.tanh.default": "tanh",
+    "aten.sigmoid.default": "sigmoid",
+    "aten.silu.default": "silu",
+    "aten.gelu.default": "gelu",
+}
+NO_POOL = {"pool": "none", "pool_kernel": (1, 1), "pool_stride": (1, 1), "pool_padding": (0, 0)}
+
+
+def _linear(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    source = lowering.source(instruction.inputs[0], (op.rows, op.fan_in))
+    weights = [lowering.parameter(slot) for slot in instruction.inputs[1:]]
+    slot, activation = activated(lowering, instruction.outputs[0])
+    shape = {"n": op.rows, "in": op.fan_in, "out": op.fan_out, **activation}
+    lowering.held[slot] = Value(lowering.emit("linear_block", shape, [source], weights), op.rows, op.fan_out)
+
+
+def _convolution(lowering: Lowering, instruction: Instruction) -> None:
+    geometry = instruction.op.geometry  # type: ignore[attr-defined]
+    n, channels, height, width = geometry.x_shape
+    out, _, *kernel = geometry.weight_shape
+    source = lowering.source(instruction.inputs[0], geometry.x_shape)
+    weights = [lowering.parameter(slot) for slot in instruction.inputs[1:]]
+    weights += [ABSENT] * (2 - len(weights))
+    shape: dict[str, Any] = {"n": n, "in": channels, "height": height, "width": width, "out": out}
+    shape |= {"kernel": tuple(kernel), "stride": geometry.stride, "padding": geometry.padding}
+    shape |= {"dilation": geometry.dilation, "groups": geometry.groups}
+    slot, norm, scales = _batch_normalised(lowering, instruction.outputs[0])
+    slot, activation = activated(lowering, slot)
+    slot, pool = _pooled(lowering, slot)
+    index = lowering.emit("conv_block", shape | norm | activation | pool, [source], weights + scales)
+    lowering.held[slot] = Value(index, *lowering.graph.values[slot].shape)
+
+
+def _batch_normalised(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any], list[int]]:
+    """The batch norm that a convolution can take along: ``(slot, description, weights)``."""
+    follower = lowering.follower(slot)
+    op: Any = None if follower is None else follower.op
+    if follower is None or op.name != "batch_norm" or op.shape != lowering.graph.values[slot].shape:
+        return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
+    if not op.uses_batch_statistics or (op.scale is None) != (op.shift is None):
+        return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
+    scales = parameters_at(lowering, follower, op.scale, op.shift)
+    return lowering.take(slot, follower), {"norm": "batch", "eps": op.eps}, scales
+
+
+def activated(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
+    """The activation that an operation can take along: ``(slot, description)``."""
+    follower = lowering.follower(slot)
+    described = None if follower is None else _activation(follower)
+    if follower is None or described is None:
+        return slot, {"activation": "identity", "slope": 0.0}
+    return lowering.take(slot, follower), described
+
+
+def _activation(instruction: Instruction) -> dict[str, Any] | None:
+    call = instruction.op.call
+    name = ACTIVATIONS.get(str(call.target))
+    if name is None or (name == "gelu" and call["approximate"] != "none"):
+        return None
+    return {"activation": name, "slope": float(call["negative_slope"]) if name == "leaky_relu" else 0.0}
+
+
+def _pooled(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
+    """The pooling that a convolution can take along: ``(slot, description)``."""
+    follower = lowering.follower(slot)
+    if follower is None or follower.op.name not in ("max_pool", "average_pool"):
+        return slot, NO_POOL
+    pool = _pool(follower)
+    if pool is None or follower.op.call["self"].shape != lowering.graph.values[slot].shape:
+        return slot, NO_POOL
+    return lowering.take(slot, follower), pool
+
+
+def _pool(instruction: Instruction) -> dict[str, Any] | None:
+    """A pooling by equal windows that lie in the image or count what lies outside."""
+    op: Any = instruction.op
+    window, get = op.window, op.call.arguments.get
+    counts_inside_alone = any(window.padding) and not get("count_include_pad", True)
+    if (
+        window.ceil_mode
+        or tuple(window.dilation) != (1, 1)
+        or counts_inside_alone
+        or get("divisor_override") is not None
+    ):
+        return None
+    described: dict[str, Any] = {"pool": {"max_pool": "max", "average_pool": "average"}[op.name]}
+    return described | {f"pool_{name}": tuple(getattr(window, name)) for name in ("kernel", "stride", "padding")}
+
+
+def _sum(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    call = op.call
+    if op.factors != (1, 1) or len({i.shape for i in call.inputs} | {call.outputs[0].shape}) > 1:
+        raise NotLowered(f"{call.target} that is not the plain sum of two values of one shape")
+    first, second = instruction.inputs
+    if isinstance(lowering.held.get(first), Value):
+        a = lowering.value(first)
+        b = lowering.value(second, like=a)
+    else:
+        b = lowering.value(second)
+        a = lowering.value(first, like=b)
+    if a.shape != b.shape:
+        a, b = lowering.rows(a), lowering.rows(b)
+    if a.shape != b.shape:
+        raise NotLowered(f"a sum of values of shapes {a.shape} and {b.shape}")
+    _pointwise(lowering, [a, b], *activated(lowering, instruction.outputs[0]))
+
+
+def _lone_activation(lowering: Lowering, instruction: Instruction) -> None:
+    activation = _activation(instruction)
+    if activation is None:
+        raise NotLowered(f"activation ({instruction.op.call.target}) has no native kernel")
+    _pointwise(lowering, [lowering.value(instruction.inputs[0])], instruction.outputs[0], activation)
+
+
+def _pointwise(lowering: Lowering, values: list[Value], slot: int, activation: dict[str, Any]) -> None:
+    first = values[0]
+    shape = {"rows": first.samples * first.pixels, "features": first.channels, **activation}
+    index = lowering.emit("pointwise", shape, [(False, value.index) for value in values])
+    lowering.held[slot] = dataclasses.replace(first, index=index)
+
+
+def parameters_at(lowering: Lowering, instruction: Instruction, *positions: int | None) -> list[int]:
+    """Numbers of the parameters that the instruction reads at ``positions``."""
+    return [ABSENT if at is None else lowering.parameter(instruction.inputs[at]) for at in positions]
+
+
+HANDLERS = {
+    "linear": _linear,
+    "conv2d": _convolution,
+    "sum": _sum,
+    "activation": _lone_activation,
+}
