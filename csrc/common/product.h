@@ -17,6 +17,16 @@ struct Term {
   std::int64_t depth;
 };
 
+// c = base (a row for all, or null for zero) + the sum of products; where there is `from`, c = from - rate * the sum.
+template <class R>
+struct Result {
+  R* c;
+  std::int64_t row;  // distance between rows of c and of from
+  const R* base = nullptr;
+  const R* from = nullptr;
+  R rate = 0;
+};
+
 // A strip of columns: whole vectors, and perhaps half a vector behind them. Half a vector takes the products of two steps
 // of the depth at once, one in each half, and costs half as much as the whole one that it is padded to.
 template <int whole, bool half>
@@ -30,15 +40,15 @@ struct Columns {
   }
 };
 
-// c [rows, columns]: base (a row, or null for zero) plus the sum of `count` products.
+// Rows from m and columns from n of the sum of `count` products.
 template <class R, int rows, int whole, bool half>
-void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const R* base, R* c, std::int64_t c_row) {
+void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const Result<R>& result) {
   constexpr int vectors = whole + half;
   Vector<R> sums[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) sums[i][j] = base != nullptr ? load(base + n + j * width<R>) : Vector<R>{};
+    for (int j = 0; j < vectors; ++j) sums[i][j] = result.base != nullptr ? load(result.base + n + j * width<R>) : Vector<R>{};
   for (int t = 0; t < count; ++t) {
     const std::int64_t row = terms[t].row, column = terms[t].column, b_row = terms[t].b_row;
     const R* a = terms[t].a + m * row;
@@ -80,35 +90,39 @@ void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     if constexpr (half) sums[i][whole] = halves(sums[i][whole] + swapped<width<R> / 2>(sums[i][whole]), Vector<R>{});
+    const std::int64_t at = (m + i) * result.row + n;
+    if (result.from != nullptr) {
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) store(c + (m + i) * c_row + n + j * width<R>, sums[i][j]);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = load(result.from + at + j * width<R>) - result.rate * sums[i][j];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) store(result.c + at + j * width<R>, sums[i][j]);
   }
 }
 
 template <class R, int whole, bool half, int rows = Columns<whole, half>::tile_rows()>
-FASTMETA_INLINE void tile_of(int wanted, const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const R* base,
-                             R* c, std::int64_t c_row) {
+FASTMETA_INLINE void tile_of(int wanted, const Term<R>* terms, int count, std::int64_t m, std::int64_t n,
+                             const Result<R>& result) {
   if constexpr (rows > 1) {
-    if (wanted < rows) return tile_of<R, whole, half, rows - 1>(wanted, terms, count, m, n, base, c, c_row);
+    if (wanted < rows) return tile_of<R, whole, half, rows - 1>(wanted, terms, count, m, n, result);
   }
-  tile<R, rows, whole, half>(terms, count, m, n, base, c, c_row);
+  tile<R, rows, whole, half>(terms, count, m, n, result);
 }
 
 template <class R, int whole, bool half>
-void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const R* base, R* c, std::int64_t c_row) {
+void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const Result<R>& result) {
   constexpr int most = Columns<whole, half>::tile_rows();
   std::int64_t tiles = (rows + most - 1) / most;
   for (std::int64_t m = 0; tiles > 0; --tiles) {  // as even as they can be: a thin last tile wastes the pipeline
     const std::int64_t here = (rows - m + tiles - 1) / tiles;
-    tile_of<R, whole, half>(static_cast<int>(here), terms, count, m, n, base, c, c_row);
+    tile_of<R, whole, half>(static_cast<int>(here), terms, count, m, n, result);
     m += here;
   }
 }
 
-// c [rows, columns] = base + sum of products. Rows of c, of base and of every B are padded with zeros to whole vectors.
+// A result of rows and columns. Its rows, and those of every B, are padded with zeros to whole vectors.
 template <class R>
-void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c,
-             std::int64_t c_row) {
+void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result) {
   // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 2 leave 6.
   constexpr int most = vector_registers >= 32 ? 4 : 2;
   const std::int64_t vectors = padded<R>(columns) / width<R>, over = columns % width<R>;
@@ -119,14 +133,14 @@ void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t co
     const std::int64_t n = j * width<R>;
     const bool ends = half && strips == 1;
     switch (2 * here + ends) {
-      case 2: strip<R, 1, false>(terms, count, rows, n, base, c, c_row); break;
-      case 3: strip<R, 0, true>(terms, count, rows, n, base, c, c_row); break;
-      case 4: strip<R, 2, false>(terms, count, rows, n, base, c, c_row); break;
-      case 5: strip<R, 1, true>(terms, count, rows, n, base, c, c_row); break;
-      case 6: strip<R, 3, false>(terms, count, rows, n, base, c, c_row); break;
-      case 7: strip<R, 2, true>(terms, count, rows, n, base, c, c_row); break;
-      case 8: strip<R, 4, false>(terms, count, rows, n, base, c, c_row); break;
-      default: strip<R, 3, true>(terms, count, rows, n, base, c, c_row); break;
+      case 2: strip<R, 1, false>(terms, count, rows, n, result); break;
+      case 3: strip<R, 0, true>(terms, count, rows, n, result); break;
+      case 4: strip<R, 2, false>(terms, count, rows, n, result); break;
+      case 5: strip<R, 1, true>(terms, count, rows, n, result); break;
+      case 6: strip<R, 3, false>(terms, count, rows, n, result); break;
+      case 7: strip<R, 2, true>(terms, count, rows, n, result); break;
+      case 8: strip<R, 4, false>(terms, count, rows, n, result); break;
+      default: strip<R, 3, true>(terms, count, rows, n, result); break;
     }
     j += here;
   }

@@ -33,7 +33,7 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   packing_.sizes.assign(program.parameters, 0);
   for (const Operation& operation : program.operations) {
     const Maps<R> maps = maps_of<R>(operation, isa);
-    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, false, false, {}};
+    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, 0, false, false, {}};
     const Sizes& sizes = item.sizes;
     const int number = static_cast<int>(items_.size());
     for (int i = 0; i < max_weights; ++i) {
@@ -58,6 +58,7 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
     slot.y_dot = item.varies ? take<R>(tangent_, sizes.y) : 0;
     slot.dy_dot = item.active ? take<R>(tangent_, sizes.y) : 0;
     item.saved_dot = take<R>(tangent_, sizes.saved_dot);
+    item.turned = take<R>(turned_, sizes.turned);
     scratch_ = std::max(scratch_, aligned<R>(sizes.scratch));
     items_.push_back(item);
   }
@@ -121,10 +122,13 @@ void Plan<R>::find_places(bool kept) {
 
 template <class R>
 void Plan<R>::pack(const R* const* parameters, R* packed) const {
-  for (const Item& item : items_)
+  for (const Item& item : items_) {
+    const int* w = item.operation->w;
     for (int i = 0; i < max_weights; ++i)
-      if (const int p = item.operation->w[i]; p != absent)
-        item.maps.pack(item.operation->shape.get(), i, parameters[p], packed + packing_.offsets[p]);
+      if (w[i] != absent) item.maps.pack(item.shape, i, parameters[w[i]], packed + packing_.offsets[w[i]]);
+    if (item.sizes.turned > 0)
+      item.maps.turn(item.shape, packed + packing_.offsets[w[0]], packed + packing_.total + item.turned);
+  }
 }
 
 template <class R>
@@ -136,8 +140,20 @@ void Plan<R>::unpack(const R* packed, R* const* tensors) const {
 }
 
 template <class R>
-Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) const {
-  const int wanted = all ? program_.differentiated : program_.adapted;
+Step<R> Plan<R>::step_of(const Item& item, const Gradients<R>& to) const {
+  Step<R> step{};
+  for (int i = 0; i < max_weights; ++i) {
+    const int q = item.operation->w[i];
+    if (q == absent || to.from == nullptr) continue;
+    step.from[i] = to.from + packing_.offsets[q];
+    step.rate[i] = to.rates + q;
+  }
+  return step;
+}
+
+template <class R>
+Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R>& to) const {
+  const int wanted = to.all ? program_.differentiated : program_.adapted;
   Calls<R> calls;
   for (const Item& item : items_) {
     const Operation& operation = *item.operation;
@@ -152,8 +168,11 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) 
       const int q = operation.w[i];
       if (q == absent) continue;
       p.w[i] = (q < program_.adapted ? own : shared) + packing_.offsets[q];
-      p.dw[i] = q < wanted ? dw + packing_.offsets[q] : nullptr;
+      p.dw[i] = q < wanted ? to.dw + packing_.offsets[q] : nullptr;
     }
+    const bool is_shared = own == shared || operation.w[0] >= program_.adapted;
+    if (item.sizes.turned > 0 && is_shared) p.turned = shared + packing_.total + item.turned;
+    p.step = step_of(item, to);
     p.y = tape + slots_[operation.y].y;
     p.dy = tape + slots_[operation.y].dy;
     p.saved = tape + item.saved;
@@ -163,7 +182,7 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) 
 }
 
 template <class R>
-TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
+TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, const Gradients<R>& to) const {
   TangentCalls<R> calls;
   for (const Item& item : items_) {
     const Operation& operation = *item.operation;
@@ -178,8 +197,9 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
       const int q = operation.w[i];
       if (q == absent) continue;
       t.w_dot[i] = q < program_.adapted ? u + packing_.offsets[q] : nullptr;
-      t.dw_dot[i] = q < program_.differentiated ? dw_dot + packing_.offsets[q] : nullptr;
+      t.dw_dot[i] = q < program_.differentiated ? to.dw + packing_.offsets[q] : nullptr;
     }
+    t.step = step_of(item, to);
     t.y_dot = tangent + slots_[operation.y].y_dot;
     t.saved_dot = tangent + item.saved_dot;
     t.dy_dot = tangent + slots_[operation.y].dy_dot;
@@ -210,6 +230,14 @@ void Plan<R>::add_cotangents(const Item& item, R* memory, const std::int64_t* as
 }
 
 template <class R>
+void Plan<R>::take_steps(const Item& item, const Step<R>& step, R* const* dw) const {
+  if (item.maps.takes_steps) return;
+  for (int i = 0; i < max_weights; ++i)
+    if (dw[i] != nullptr && step.from[i] != nullptr)
+      kernels_.step(dw[i], step.from[i], *step.rate[i], dw[i], item.sizes.weights[i]);
+}
+
+template <class R>
 R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
   for (std::size_t n = 0; n < items_.size(); ++n) items_[n].maps.forward(items_[n].shape, calls[n], scratch);
   return *calls.back().y;
@@ -221,6 +249,7 @@ void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) con
   for (std::size_t n = items_.size(); n-- > 0;) {
     if (!items_[n].active) continue;
     items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+    take_steps(items_[n], calls[n].step, calls[n].dw);
     add_cotangents(items_[n], tape, aside_, &Slot::dy);
   }
 }
@@ -237,6 +266,7 @@ void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCa
   for (std::size_t n = items_.size(); n-- > 0;) {
     if (!items_[n].active) continue;
     items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
+    take_steps(items_[n], tangents[n].step, tangents[n].dw_dot);
     add_cotangents(items_[n], tangent, aside_dot_, &Slot::dy_dot);
   }
 }
