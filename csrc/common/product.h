@@ -1,6 +1,9 @@
 // Products of small matrices whose right factor and result have rows of whole vectors, kept in registers tile by tile.
 #pragma once
 
+#include <cstddef>
+#include <utility>
+
 #include "simd.h"
 
 namespace fastmeta {
@@ -100,13 +103,13 @@ void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const
   }
 }
 
-template <class R, int whole, bool half, int rows = Columns<whole, half>::tile_rows()>
-FASTMETA_INLINE void tile_of(int wanted, const Term<R>* terms, int count, std::int64_t m, std::int64_t n,
-                             const Result<R>& result) {
-  if constexpr (rows > 1) {
-    if (wanted < rows) return tile_of<R, whole, half, rows - 1>(wanted, terms, count, m, n, result);
-  }
-  tile<R, rows, whole, half>(terms, count, m, n, result);
+template <class R>
+using TileOf = void (*)(const Term<R>*, int, std::int64_t, std::int64_t, const Result<R>&);
+
+template <class R, int whole, bool half, std::size_t... rows>
+FASTMETA_INLINE TileOf<R> tile_of(std::int64_t wanted, std::index_sequence<rows...>) {
+  static constexpr TileOf<R> tiles[] = {tile<R, static_cast<int>(rows) + 1, whole, half>...};
+  return tiles[wanted - 1];
 }
 
 template <class R, int whole, bool half>
@@ -115,7 +118,7 @@ void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, c
   std::int64_t tiles = (rows + most - 1) / most;
   for (std::int64_t m = 0; tiles > 0; --tiles) {  // as even as they can be: a thin last tile wastes the pipeline
     const std::int64_t here = (rows - m + tiles - 1) / tiles;
-    tile_of<R, whole, half>(static_cast<int>(here), terms, count, m, n, result);
+    tile_of<R, whole, half>(here, std::make_index_sequence<most>{})(terms, count, m, n, result);
     m += here;
   }
 }

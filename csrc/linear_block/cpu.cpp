@@ -43,6 +43,9 @@ struct Layout {
   std::int64_t turned() const { return dz() + (identity() ? 0 : s.n * out); }  // the weight, [out, padded(in)]
   std::int64_t saved() const { return turned() + (turns() ? s.out * in : 0); }
 
+  // Parts of `saved_dot`: z_dot where the curve bends; the direction, turned.
+  std::int64_t z_dots() const { return bends() ? s.n * out : 0; }
+
   const R* dz_of(const Primal<R>& p) const { return identity() ? p.dy : p.saved + dz(); }
 };
 
@@ -54,8 +57,8 @@ Sizes sizes(const void* shape) {
   sizes.y = rows;
   sizes.rereads_y = !l.identity();
   sizes.saved = l.saved();
-  sizes.saved_dot = l.bends() ? rows : 0;                                       // z_dot
-  sizes.scratch = (l.identity() ? 0 : rows) + (l.turns() ? l.s.out * l.in : 0);  // dz_dot, W_dot turned
+  sizes.saved_dot = l.z_dots() + (l.turns() ? l.s.out * l.in : 0);
+  sizes.scratch = l.identity() ? 0 : rows;  // dz_dot
   sizes.weights[0] = l.narrow() ? l.s.out * l.in : l.s.in * l.out;
   sizes.weights[1] = l.s.bias ? l.out : 0;
   sizes.turned = l.turns() ? l.s.out * l.in : 0;
@@ -244,7 +247,7 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     const R* weight = l.narrow() ? p.w[0] : p.turned != nullptr ? p.turned : p.saved + l.turned();
     terms[count++] = {dz_dot, l.out, 1, weight, l.in, l.s.out};
     if (t.w_dot[0] != nullptr) {
-      const R* weight_dot = turned(l, t.w_dot[0], scratch + (l.identity() ? 0 : elements));
+      const R* weight_dot = turned(l, t.w_dot[0], t.saved_dot + l.z_dots());
       terms[count++] = {dz, l.out, 1, weight_dot, l.in, l.s.out};
     }
     product(terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in});
