@@ -187,12 +187,15 @@ class MAML(nn.Module):
         self._follow(programs, work, result.mutations)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
-        adapted = dict(zip(work.packing.names, gradient.adapted, strict=True))
+        adapted: dict[str, Tensor] = dict(zip(work.packing.names, gradient.adapted, strict=True))
         outer = dict(zip(programs.both[1].outer, gradient.outer, strict=True))
-        for name, parameter in work.parameters.items():
-            if parameter.requires_grad:
-                g = adapted.get(name) if name in adapted else outer.get(name)
-                gradients[name] = torch.zeros_like(parameter) if g is None else g
+        if len(adapted) == len(work.parameters):
+            gradients = adapted
+        else:
+            for name, parameter in work.parameters.items():
+                if parameter.requires_grad:
+                    g = adapted.get(name) if name in adapted else outer.get(name)
+                    gradients[name] = torch.zeros_like(parameter) if g is None else g
         if learned:
             rates = self._learned_rates()
             d_rates = torch.autograd.grad(work.alpha, list(rates.values()), gradient.alpha)

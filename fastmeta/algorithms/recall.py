@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.work import Work, leaves
+from fastmeta.engine.work import Work
 
 MOST = 8  # kinds of meta-step remembered: shapes of training and evaluation, numbers of steps
 
@@ -17,10 +17,11 @@ class Snapshot:
 
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
-        self._children = [(m._modules, tuple(m._modules.items())) for m in modules]
+        self._parents = [(m._modules, tuple(m._modules.items())) for m in modules if m._modules]
+        self._childless = [m._modules for m in modules if not m._modules]
         self._training = [(m, m.training) for m in modules]
         self._tensors = [
-            (table, name, t, t.shape, t.dtype, t.device, t.requires_grad)
+            (table, name, t, t.shape, t.dtype, None if t.is_cpu else t.device, t.requires_grad)
             for m in modules
             for table in (m._parameters, m._buffers)
             for name, t in table.items()
@@ -36,12 +37,15 @@ class Snapshot:
         for table, name, t, shape, dtype, device, grad in self._tensors:
             if table.get(name) is not t or t.shape != shape or t.dtype is not dtype or t.requires_grad is not grad:
                 return False
-            if t.device != device:
+            if device is None:
+                if not t.is_cpu:
+                    return False
+            elif t.device != device:
                 return False
         for table, size in self._sizes:
             if len(table) != size:
                 return False
-        return all(tuple(table.items()) == children for table, children in self._children)
+        return not any(self._childless) and all(tuple(t.items()) == children for t, children in self._parents)
 
 
 class Recall:
@@ -82,7 +86,7 @@ def signature(support: Any, query: Any) -> tuple[Any, ...] | None:
     for one in sets:
         if type(one) is not tuple or len(one) != 2:
             return None
-        for leaf in leaves(one):
+        for leaf in one:
             if not isinstance(leaf, Tensor) or leaf.requires_grad:
                 return None
             found.append((leaf.shape, leaf.dtype, leaf.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +40,16 @@ class Programs:
         if self.query is None:
             raise RuntimeError("programs: query must be compiled, got a work without query set")
         return self.support, self.query
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether some instruction draws random numbers."""
+        return any(i.op.random for program in self.both for i in program.instructions)
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """The buffers that a training pass over the model writes."""
+        return frozenset(name for program in self.both for name in program.graph.mutations)
 
 
 class Compiler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class MetaStep(torch.autograd.Function):
         work, programs = step.work, step.programs
         wanted = any(ctx.needs_input_grad)
         cotangents = MEAN if wanted and not step.custom.seen else None
-        dice = _Dice(programs, work) if wanted else None
+        dice = _Dice(work) if wanted and programs.random else nullcontext()
         result = evaluate(work, programs, cotangents, learned=ctx.needs_input_grad[1], outputs=True)
         step.mutations = result.mutations
         if wanted:
@@ -116,20 +117,17 @@ class MetaStep(torch.autograd.Function):
 class _Dice:
     """Rolls again what the forward pass has rolled: dropout masks and the like."""
 
-    def __init__(self, programs: Programs, work: Work) -> None:
+    def __init__(self, work: Work) -> None:
         device = work.theta[0].device
         self._devices = [device] if device.type == "cuda" else []
-        self._states: list[Tensor] = []
-        if any(i.op.random for program in programs.both for i in program.instructions):
-            self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
+        self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
 
     def __enter__(self) -> None:
-        self._fork = torch.random.fork_rng(self._devices, enabled=bool(self._states))
+        self._fork = torch.random.fork_rng(self._devices)
         self._fork.__enter__()
-        if self._states:
-            torch.set_rng_state(self._states[0])
-            for device, state in zip(self._devices, self._states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+        torch.set_rng_state(self._states[0])
+        for device, state in zip(self._devices, self._states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
 
     def __exit__(self, *error: Any) -> None:
         self._fork.__exit__(*error)
@@ -163,5 +161,4 @@ def _like(tree: Any, tensors: list[Any]) -> Any:
 
 def _read_buffers(work: Work, programs: Programs) -> dict[str, Tensor]:
     """The buffers a second run reads: copies of those that a training pass over the model may write meanwhile."""
-    written = {name for program in programs.both for name in program.graph.mutations}
-    return {name: b.clone() if name in written else b for name, b in work.buffers.items()}
+    return {name: b.clone() if name in programs.written else b for name, b in work.buffers.items()}

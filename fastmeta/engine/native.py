@@ -57,8 +57,8 @@ class NativeStep:
 
     def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
         """Why this work cannot run here; empty where it can."""
-        if work.theta[0].device.type != "cpu":
-            return f"the parameters are on {work.theta[0].device}"
+        if not work.alpha.is_cpu:
+            return f"the parameters are on {work.alpha.device}"
         if work.alpha.shape[1] > 1 and work.segments is None:
             return "there is one inner rate an element"
         if cotangents is not None and any(d is not None for d in cotangents.outputs):
