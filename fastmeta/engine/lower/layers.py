@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from fastmeta.engine.lower.lowering import ABSENT, Lowering, NotLowered, Value
@@ -77,28 +78,60 @@ def _activation(instruction: Instruction) -> dict[str, Any] | None:
 def _pooled(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
     """The pooling that a convolution can take along: ``(slot, description)``."""
     follower = lowering.follower(slot)
-    if follower is None or follower.op.name not in ("max_pool", "average_pool"):
-        return slot, NO_POOL
-    pool = _pool(follower)
-    if pool is None or follower.op.call["self"].shape != lowering.graph.values[slot].shape:
+    pool = None if follower is None else _windows(follower)
+    if follower is None or pool is None or follower.op.shape != lowering.graph.values[slot].shape:  # type: ignore[attr-defined]
         return slot, NO_POOL
     return lowering.take(slot, follower), pool
 
 
-def _pool(instruction: Instruction) -> dict[str, Any] | None:
-    """A pooling by equal windows that lie in the image or count what lies outside."""
+def _windows(instruction: Instruction) -> dict[str, Any] | None:
+    """The pooling of an instruction, if its windows are equal and lie in the image or count what lies outside."""
     op: Any = instruction.op
+    kind = {"max_pool": "max", "average_pool": "average"}.get(op.name)
+    if kind is None:
+        return None
     window, get = op.window, op.call.arguments.get
     counts_inside_alone = any(window.padding) and not get("count_include_pad", True)
-    if (
-        window.ceil_mode
-        or tuple(window.dilation) != (1, 1)
-        or counts_inside_alone
-        or get("divisor_override") is not None
-    ):
+    if window.ceil_mode or set(window.dilation) != {1} or counts_inside_alone or get("divisor_override") is not None:
         return None
-    described: dict[str, Any] = {"pool": {"max_pool": "max", "average_pool": "average"}[op.name]}
-    return described | {f"pool_{name}": tuple(getattr(window, name)) for name in ("kernel", "stride", "padding")}
+    return _description(kind, window.kernel, window.stride, window.padding)
+
+
+def _description(kind: str, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict[str, Any]:
+    return {"pool": kind, "pool_kernel": tuple(kernel), "pool_stride": tuple(stride), "pool_padding": tuple(padding)}
+
+
+def _lone_pool(lowering: Lowering, instruction: Instruction) -> None:
+    windows = _windows(instruction)
+    if windows is None:
+        raise NotLowered(f"{instruction.op.name} with windows that differ or divisors of their own")
+    _pool(lowering, instruction, windows)
+
+
+def _adaptive_pool(lowering: Lowering, instruction: Instruction) -> None:
+    size, wanted = instruction.op.call.inputs[0].shape[-2:], instruction.op.call.outputs[0].shape[-2:]
+    if any(whole % part for whole, part in zip(size, wanted, strict=True)):
+        raise NotLowered("adaptive pooling by windows that differ")
+    window = [whole // part for whole, part in zip(size, wanted, strict=True)]
+    _pool(lowering, instruction, _description("average", window, window, (0, 0)))
+
+
+def _mean(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    if not op.mean or op.axes != (3, 4) or len(op.shape) != 4:  # counted behind the task axis
+        raise NotLowered(f"{op.call.target} that is not the mean of images over their pixels")
+    size = op.shape[2:]
+    _pool(lowering, instruction, _description("average", size, size, (0, 0)))
+
+
+def _pool(lowering: Lowering, instruction: Instruction, windows: dict[str, Any]) -> None:
+    shape, result = instruction.op.call.inputs[0].shape, instruction.op.call.outputs[0].shape
+    value = lowering.value(instruction.inputs[0])
+    if value.shape != shape:
+        raise NotLowered(f"a value of shape {value.shape} read as {shape}")
+    described = {"n": value.samples, "channels": value.channels, "height": value.height, "width": value.width}
+    index = lowering.emit("pool", described | windows, [(False, value.index)])
+    lowering.held[instruction.outputs[0]] = Value(index, *(*result, 1, 1)[:4])
 
 
 def _sum(lowering: Lowering, instruction: Instruction) -> None:
@@ -144,4 +177,8 @@ HANDLERS = {
     "conv2d": _convolution,
     "sum": _sum,
     "activation": _lone_activation,
+    "max_pool": _lone_pool,
+    "average_pool": _lone_pool,
+    "adaptive_average_pool": _adaptive_pool,
+    "reduction": _mean,
 }
