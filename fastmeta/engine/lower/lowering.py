@@ -152,6 +152,8 @@ class Lowering:
         if isinstance(held, Value):
             return held
         shape = self.graph.values[slot].shape
+        if len(shape) != 4:  # views of a norm's groups say nothing about the layout
+            shape = self.graph.values[self.graph.data[held.index]].shape
         if like is not None:
             samples, channels, *size = like.shape
         elif len(shape) == 4:
