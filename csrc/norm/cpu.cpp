@@ -104,7 +104,7 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     R* y = p.y + i * l.size;
     const Saved<R> saved(l, p.saved, i);
     k.template sum_pixels<1>([&](std::int64_t) { return [=](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; }; });
-    k.by_group(saved.mean(), k.mean, [&](std::int64_t c) { return k.sums[0][c]; },
+    k.by_group(saved.mean(), k.mean, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
     k.template sum_pixels<1>([&](std::int64_t c) {
       return [=, mean = load(k.mean + c)](std::int64_t at) {
@@ -112,7 +112,7 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
         return Terms<R, 1>{{centred * centred}};
       };
     });
-    k.by_group(saved.inverse(), k.inverse, [&](std::int64_t c) { return k.sums[0][c]; },
+    k.by_group(saved.inverse(), k.inverse, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return 1 / square_root(total * l.share + l.s.eps); });
     for_pixels(l, [&](std::int64_t c) {
       return [=, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
@@ -145,9 +145,9 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
       };
     });
     const double *sum = k.sums[0], *product = k.sums[1];
-    k.by_group(saved.d_mean(), k.d_mean, [=](std::int64_t c) { return static_cast<double>(weight[c]) * sum[c]; },
+    k.by_group(saved.d_mean(), k.d_mean, [=](auto at) { return at(weight) * at(sum); },
                [&](double total, std::int64_t) { return total * l.share; });
-    k.by_group(saved.d_spread(), k.d_spread, [=](std::int64_t c) { return static_cast<double>(weight[c]) * product[c]; },
+    k.by_group(saved.d_spread(), k.d_spread, [=](auto at) { return at(weight) * at(product); },
                [&](double total, std::int64_t g) { return total * l.share * static_cast<double>(saved.inverse()[g]); });
     for (std::int64_t c = 0; c < l.co; ++c) {
       k.totals[0][c] += product[c] * static_cast<double>(k.inverse[c]);
@@ -185,9 +185,9 @@ void tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scr
         return Terms<R, 2>{{d, d * (load(z + at) - mean)}};
       };
     });
-    k.by_group(dot.mean(), k.mean_dot, [&](std::int64_t c) { return k.sums[0][c]; },
+    k.by_group(dot.mean(), k.mean_dot, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
-    k.by_group(dot.spread(), k.spread_dot, [&](std::int64_t c) { return k.sums[1][c]; },
+    k.by_group(dot.spread(), k.spread_dot, [&](auto at) { return at(k.sums[1]); },
                [&](double total, std::int64_t g) { return total * l.share * static_cast<double>(saved.inverse()[g]); });
     for_pixels(l, [&](std::int64_t c) {
       const Point<R> point(k, l.s, p, c);
@@ -236,9 +236,7 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
     });
     const double *sum = k.sums[0], *product = k.sums[1], *sum_dot = k.sums[2], *product_dot = k.sums[3];
     const auto with_weights = [=](const double* by_weight_dot, const double* by_weight) {
-      return [=](std::int64_t c) {
-        return static_cast<double>(weight_dot[c]) * by_weight_dot[c] + static_cast<double>(weight[c]) * by_weight[c];
-      };
+      return [=](auto at) { return at(weight_dot) * at(by_weight_dot) + at(weight) * at(by_weight); };
     };
     k.by_group(nullptr, k.d_mean_dot, with_weights(sum, sum_dot),
                [&](double total, std::int64_t) { return total * l.share; });

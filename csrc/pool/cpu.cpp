@@ -1,6 +1,5 @@
-#include "kernels.h"
-
 #include "../conv_block/pool.h"
+#include "kernels.h"
 
 #ifndef FASTMETA_ISA
 #define FASTMETA_ISA plain
