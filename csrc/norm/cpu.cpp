@@ -5,8 +5,8 @@
 #define FASTMETA_ISA plain
 #endif
 
-// With x = (z - mean) r the normalised input, r = 1 / s, a = weight r, t = mean(x z_dot), d = weight du the cotangent of x
-// and m = mean(d), n = mean(d x), all maps are affine in what they read:
+// With x = (z - mean) r the normalised input, r = 1 / s, a = weight r, t = mean(x z_dot), d = weight du the cotangent of
+// x and m = mean(d), n = mean(d x), all maps are affine in what they read:
 //   u      = (z - mean) a + bias
 //   u_dot  = (z_dot - mean_dot) a + (z - mean) e + bias_dot                 e = r (weight_dot - a t)
 //   dz     = du a - r m - (z - mean) r r n
@@ -42,7 +42,8 @@ struct PointDot {
 
   PointDot(const Scratch<R>& k, const Point<R>& point, const Tangent<R>& t, std::int64_t c)
       : mean(load(k.mean_dot + c)),
-        e(point.inverse * (load((t.w_dot[0] != nullptr ? t.w_dot[0] : k.zeros) + c) - point.a * load(k.spread_dot + c))),
+        e(point.inverse *
+          (load((t.w_dot[0] != nullptr ? t.w_dot[0] : k.zeros) + c) - point.a * load(k.spread_dot + c))),
         f(load((t.w_dot[1] != nullptr ? t.w_dot[1] : k.zeros) + c)) {}
 
   FASTMETA_INLINE V u(const Point<R>& point, V z, V z_dot) const {
@@ -103,7 +104,9 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     const R* z = p.x[0] + i * l.size;
     R* y = p.y + i * l.size;
     const Saved<R> saved(l, p.saved, i);
-    k.template sum_pixels<1>([&](std::int64_t) { return [=](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; }; });
+    k.template sum_pixels<1>([&](std::int64_t) {
+      return [=](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; };
+    });
     k.by_group(saved.mean(), k.mean, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
     k.template sum_pixels<1>([&](std::int64_t c) {

@@ -125,8 +125,8 @@ Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, conv
                   int x, int y) {
   Operation operation;
   auto shape = std::make_shared<pool::Shape>();
-  *shape = {n, channels, size, size, channels, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, {window, window}, {2, 2}, {0, 0}, 0, 0,
-            conv_block::Norm::none, Activation::identity, kind, false, false, false};
+  *shape = {n, channels, size, size, channels, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, {window, window}, {2, 2}, {0, 0}, 0.0,
+            0.0, conv_block::Norm::none, Activation::identity, kind, false, false, false};
   operation.shape = shape;
   FASTMETA_MAPS(operation, pool)
   operation.x[0] = {false, x};
@@ -219,7 +219,8 @@ const Case cases[] = {
      {features * hidden, hidden, hidden, hidden, hidden * hidden, hidden, hidden * features, features,
       features * classes, classes},
      features, true},
-    {"residual images", residual_images, {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
+    {"residual images", residual_images,
+     {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
 };
 

@@ -268,6 +268,30 @@ def test_norms_over_several_rows_and_over_whole_images() -> None:
     check(whole.double(), images())
 
 
+class Seen(nn.Module):
+    """A convolution whose result is read in other shapes than its own."""
+
+    def __init__(self, way: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.head, self.way = nn.Conv2d(4, 6, 2), nn.Linear(96, WAYS), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.way(self.layer(x)).flatten(1))  # [N, 6, 4, 4] in between
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda h: torch.tanh(h.flatten(1)),
+        lambda h: torch.tanh(h.view(-1, 6, 16)).view(h.shape) + h,
+        lambda h: F.relu(F.max_pool2d(h.view(-1, 6, 4, 4), 1)),
+    ],
+    ids=["rows", "planes", "the same"],
+)
+def test_renamed_values(way: Callable[[Tensor], Tensor]) -> None:
+    check(Seen(way).double(), images())
+
+
 class Odd(nn.Module):
     """A network around one function."""
 
@@ -287,6 +311,7 @@ class Odd(nn.Module):
         (Odd(lambda h, x: h + x[:1]), rows, "native kernel"),
         (Odd(lambda h, x: h + h[0]), rows, "native kernel"),
         (Odd(lambda h, x: h * x), rows, "product"),
+        (Seen(lambda h: F.max_pool2d(h.view(-1, 3, 8, 4), 2).repeat(1, 1, 2, 2)), images, "read as (3, 3, 8, 4)"),
         (Odd(lambda h, x: h.mean(1, keepdim=True) + h), rows, "not the mean of images"),
         (Odd(lambda h, x: F.layer_norm(h.view(-1, 2, 2), (2,), torch.ones(2).double()).view(-1, 4)), rows, "buffer"),
         (
@@ -308,11 +333,11 @@ class Odd(nn.Module):
             "slice",
             "broadcast",
             "product",
+            "other images",
             "mean of rows",
             "weights of a buffer",
-            "a weight a pixel",
         ),
-        *("rows of images", "evaluation"),
+        *("a weight a pixel", "rows of images", "evaluation"),
     ],
 )
 def test_what_has_no_kernel_runs_on_the_reference(

@@ -39,18 +39,19 @@ def _convolution(lowering: Lowering, instruction: Instruction) -> None:
     shape: dict[str, Any] = {"n": n, "in": channels, "height": height, "width": width, "out": out}
     shape |= {"kernel": tuple(kernel), "stride": geometry.stride, "padding": geometry.padding}
     shape |= {"dilation": geometry.dilation, "groups": geometry.groups}
-    slot, norm, scales = _batch_normalised(lowering, instruction.outputs[0])
+    slot, result = instruction.outputs[0], instruction.op.call.outputs[0].shape
+    slot, norm, scales = _batch_normalised(lowering, slot, result)
     slot, activation = activated(lowering, slot)
-    slot, pool = _pooled(lowering, slot)
+    slot, pool, result = _pooled(lowering, slot, result)
     index = lowering.emit("conv_block", shape | norm | activation | pool, [source], weights + scales)
-    lowering.held[slot] = Value(index, *lowering.graph.values[slot].shape)
+    lowering.held[slot] = Value(index, *result)
 
 
-def _batch_normalised(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any], list[int]]:
-    """The batch norm that a convolution can take along: ``(slot, description, weights)``."""
+def _batch_normalised(lowering: Lowering, slot: int, shape: tuple[int, ...]) -> tuple[int, dict[str, Any], list[int]]:
+    """The batch norm of images of ``shape`` that a convolution can take along: ``(slot, description, weights)``."""
     follower = lowering.follower(slot)
     op: Any = None if follower is None else follower.op
-    if follower is None or op.name != "batch_norm" or op.shape != lowering.graph.values[slot].shape:
+    if follower is None or op.name != "batch_norm" or op.shape != shape:
         return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
     if not op.uses_batch_statistics or (op.scale is None) != (op.shift is None):
         return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
@@ -75,13 +76,13 @@ def _activation(instruction: Instruction) -> dict[str, Any] | None:
     return {"activation": name, "slope": float(call["negative_slope"]) if name == "leaky_relu" else 0.0}
 
 
-def _pooled(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
-    """The pooling that a convolution can take along: ``(slot, description)``."""
+def _pooled(lowering: Lowering, slot: int, shape: tuple[int, ...]) -> tuple[int, dict[str, Any], tuple[int, ...]]:
+    """The pooling of images of ``shape`` that a convolution can take along: ``(slot, description, shape)``."""
     follower = lowering.follower(slot)
     pool = None if follower is None else _windows(follower)
-    if follower is None or pool is None or follower.op.shape != lowering.graph.values[slot].shape:  # type: ignore[attr-defined]
-        return slot, NO_POOL
-    return lowering.take(slot, follower), pool
+    if follower is None or pool is None or follower.op.call.inputs[0].shape != shape:
+        return slot, NO_POOL, shape
+    return lowering.take(slot, follower), pool, follower.op.call.outputs[0].shape
 
 
 def _windows(instruction: Instruction) -> dict[str, Any] | None:

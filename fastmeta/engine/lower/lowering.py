@@ -209,7 +209,7 @@ class Lowering:
     def _held(self, slot: int) -> Data | Value:
         held = self.held.get(slot)
         if held is None:
-            raise NotLowered("an operation on parameters or buffers alone")
+            raise NotLowered("a parameter or buffer read as a value")
         if isinstance(held, Data) and self.graph.values[slot].dtype != self.dtype:
             raise NotLowered(f"an input of {self.graph.values[slot].dtype}")
         return held
