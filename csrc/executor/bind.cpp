@@ -100,6 +100,8 @@ void describe_pointwise(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<pointwise::Shape>();
   shape->rows = get<std::int64_t>(d, "rows");
   shape->features = get<std::int64_t>(d, "features");
+  int i = 0;
+  for (const double factor : get<std::vector<double>>(d, "factors")) shape->factors[i++] = factor;
   shape->activation = activation_of(get<std::string>(d, "activation"));
   shape->slope = get<double>(d, "slope");
   operation.shape = shape;

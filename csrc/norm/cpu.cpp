@@ -224,7 +224,7 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
     const auto du_at = [=](const Point<R>& point, const PointDot<R>& turn, std::int64_t at) {
       const V x = load(z + at), u = point.u(x), f = load(y + at), s = curve.slope(f, u, slope), d = load(dy + at);
       Terms<R, 2> du{{s * d, s * load(dy_dot + at)}};
-      if constexpr (curve.bends) du.of[1] += curve.bend(f, u) * turn.u(point, x, load_or_zero(z_dot, at)) * d;
+      if constexpr (C::bends) du.of[1] += curve.bend(f, u) * turn.u(point, x, load_or_zero(z_dot, at)) * d;
       return du;
     };
     k.template sum_pixels<4>([&](std::int64_t c) {

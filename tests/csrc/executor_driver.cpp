@@ -97,7 +97,7 @@ Operation data_of(std::int64_t n, std::int64_t channels, std::int64_t pixels, in
 Operation sum(std::int64_t rows, std::int64_t channels, Activation activation, int a, int b, int y) {
   Operation operation;
   auto shape = std::make_shared<pointwise::Shape>();
-  *shape = {rows, channels, activation, 0.1};
+  *shape = {rows, channels, {1, -0.7}, activation, 0.1};
   operation.shape = shape;
   FASTMETA_MAPS(operation, pointwise)
   operation.x[0] = {false, a};

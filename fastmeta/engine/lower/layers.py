@@ -137,9 +137,11 @@ def _pool(lowering: Lowering, instruction: Instruction, windows: dict[str, Any])
 
 def _sum(lowering: Lowering, instruction: Instruction) -> None:
     op: Any = instruction.op
-    call = op.call
-    if op.factors != (1, 1) or len({i.shape for i in call.inputs} | {call.outputs[0].shape}) > 1:
-        raise NotLowered(f"{call.target} that is not the plain sum of two values of one shape")
+    if op.offset or len({i.shape for i in op.call.inputs} | {op.call.outputs[0].shape}) > 1:
+        raise NotLowered(f"{op.call.target} that is not a sum of values of one shape")
+    if len(op.factors) == 1:
+        _scaled(lowering, instruction, op.factors[0])
+        return
     first, second = instruction.inputs
     if isinstance(lowering.held.get(first), Value):
         a = lowering.value(first)
@@ -151,19 +153,41 @@ def _sum(lowering: Lowering, instruction: Instruction) -> None:
         a, b = lowering.rows(a), lowering.rows(b)
     if a.shape != b.shape:
         raise NotLowered(f"a sum of values of shapes {a.shape} and {b.shape}")
-    _pointwise(lowering, [a, b], *activated(lowering, instruction.outputs[0]))
+    _pointwise(lowering, [a, b], op.factors, *activated(lowering, instruction.outputs[0]))
+
+
+def _product(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    if op.number is None:
+        raise NotLowered(f"{op.call.target} of two tensors")
+    _scaled(lowering, instruction, op.number)
+
+
+def _quotient(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    if op.number is None:
+        raise NotLowered(f"{op.call.target} of two tensors")
+    _scaled(lowering, instruction, 1 / op.number)
+
+
+def _scaled(lowering: Lowering, instruction: Instruction, factor: float) -> None:
+    value = lowering.value(instruction.inputs[0])
+    _pointwise(lowering, [value], (factor,), *activated(lowering, instruction.outputs[0]))
 
 
 def _lone_activation(lowering: Lowering, instruction: Instruction) -> None:
     activation = _activation(instruction)
     if activation is None:
         raise NotLowered(f"activation ({instruction.op.call.target}) has no native kernel")
-    _pointwise(lowering, [lowering.value(instruction.inputs[0])], instruction.outputs[0], activation)
+    _pointwise(lowering, [lowering.value(instruction.inputs[0])], (1,), instruction.outputs[0], activation)
 
 
-def _pointwise(lowering: Lowering, values: list[Value], slot: int, activation: dict[str, Any]) -> None:
+def _pointwise(
+    lowering: Lowering, values: list[Value], factors: Sequence[float], slot: int, activation: dict[str, Any]
+) -> None:
+    """Emit the activation of the sum of ``values``, each times its factor."""
     first = values[0]
-    shape = {"rows": first.samples * first.pixels, "features": first.channels, **activation}
+    shape = {"rows": first.samples * first.pixels, "features": first.channels, "factors": list(factors), **activation}
     index = lowering.emit("pointwise", shape, [(False, value.index) for value in values])
     lowering.held[slot] = dataclasses.replace(first, index=index)
 
@@ -177,6 +201,8 @@ HANDLERS = {
     "linear": _linear,
     "conv2d": _convolution,
     "sum": _sum,
+    "product": _product,
+    "quotient": _quotient,
     "activation": _lone_activation,
     "max_pool": _lone_pool,
     "average_pool": _lone_pool,
