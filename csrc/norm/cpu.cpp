@@ -51,6 +51,12 @@ struct PointDot {
   }
 };
 
+// A cotangent and its tangent.
+template <class R>
+struct Both {
+  Vector<R> value, dot;
+};
+
 template <class R>
 FASTMETA_INLINE Vector<R> load_or_zero(const R* p, std::int64_t i) {
   return p == nullptr ? Vector<R>{} : load(p + i);
@@ -105,12 +111,12 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     R* y = p.y + i * l.size;
     const Saved<R> saved(l, p.saved, i);
     k.template sum_pixels<1>([&](std::int64_t) {
-      return [=](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; };
+      return [&](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; };
     });
     k.by_group(saved.mean(), k.mean, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
     k.template sum_pixels<1>([&](std::int64_t c) {
-      return [=, mean = load(k.mean + c)](std::int64_t at) {
+      return [&, mean = load(k.mean + c)](std::int64_t at) {
         const Vector<R> centred = load(z + at) - mean;
         return Terms<R, 1>{{centred * centred}};
       };
@@ -118,7 +124,7 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     k.by_group(saved.inverse(), k.inverse, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return 1 / square_root(total * l.share + l.s.eps); });
     for_pixels(l, [&](std::int64_t c) {
-      return [=, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
+      return [&, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
         store(y + at, curve.value(point.u(load(z + at)), slope));
       };
     });
@@ -138,11 +144,11 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     const Saved<R> saved(l, p.saved, i);
     k.spread(saved.mean(), k.mean);
     k.spread(saved.inverse(), k.inverse);
-    const auto du_at = [=](const Point<R>& point, std::int64_t at) {
+    const auto du_at = [&](const Point<R>& point, std::int64_t at) {
       return curve.slope(load(y + at), point.u(load(z + at)), slope) * load(dy + at);
     };
     k.template sum_pixels<2>([&](std::int64_t c) {
-      return [=, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
+      return [&, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
         const Vector<R> du = du_at(point, at);
         return Terms<R, 2>{{du, du * (load(z + at) - point.mean)}};
       };
@@ -162,7 +168,7 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
       const Point<R> point(k, l.s, p, c);
       const Vector<R> k0 = point.inverse * load(k.d_mean + c);
       const Vector<R> k1 = point.inverse * point.inverse * load(k.d_spread + c);
-      return [=](std::int64_t at) {
+      return [&, point, k0, k1](std::int64_t at) {
         store(dz + at, du_at(point, at) * point.a - (k0 + (load(z + at) - point.mean) * k1));
       };
     });
@@ -183,7 +189,7 @@ void tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scr
     k.spread(saved.mean(), k.mean);
     k.spread(saved.inverse(), k.inverse);
     k.template sum_pixels<2>([&](std::int64_t c) {
-      return [=, mean = load(k.mean + c)](std::int64_t at) {
+      return [&, mean = load(k.mean + c)](std::int64_t at) {
         const Vector<R> d = load_or_zero(z_dot, at);
         return Terms<R, 2>{{d, d * (load(z + at) - mean)}};
       };
@@ -195,7 +201,7 @@ void tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scr
     for_pixels(l, [&](std::int64_t c) {
       const Point<R> point(k, l.s, p, c);
       const PointDot<R> turn(k, point, t, c);
-      return [=](std::int64_t at) {
+      return [&, point, turn](std::int64_t at) {
         const Vector<R> x = load(z + at);
         store(y_dot + at, curve.slope(load(y + at), point.u(x), slope) * turn.u(point, x, load_or_zero(z_dot, at)));
       };
@@ -221,17 +227,17 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
     k.spread(saved.d_spread(), k.d_spread);
     k.spread(dot.mean(), k.mean_dot);
     k.spread(dot.spread(), k.spread_dot);
-    const auto du_at = [=](const Point<R>& point, const PointDot<R>& turn, std::int64_t at) {
+    const auto du_at = [&](const Point<R>& point, const PointDot<R>& turn, std::int64_t at) {
       const V x = load(z + at), u = point.u(x), f = load(y + at), s = curve.slope(f, u, slope), d = load(dy + at);
-      Terms<R, 2> du{{s * d, s * load(dy_dot + at)}};
-      if constexpr (C::bends) du.of[1] += curve.bend(f, u) * turn.u(point, x, load_or_zero(z_dot, at)) * d;
+      Both<R> du{s * d, s * load(dy_dot + at)};
+      if constexpr (C::bends) du.dot += curve.bend(f, u) * turn.u(point, x, load_or_zero(z_dot, at)) * d;
       return du;
     };
     k.template sum_pixels<4>([&](std::int64_t c) {
       const Point<R> point(k, l.s, p, c);
       const PointDot<R> turn(k, point, t, c);
-      return [=](std::int64_t at) {
-        const auto [du, du_dot] = du_at(point, turn, at).of;
+      return [&, point, turn](std::int64_t at) {
+        const auto [du, du_dot] = du_at(point, turn, at);
         const V centred = load(z + at) - point.mean;
         return Terms<R, 4>{
             {du, du * centred, du_dot, du_dot * centred + du * (load_or_zero(z_dot, at) - turn.mean)}};
@@ -260,8 +266,8 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
       const V r = point.inverse, tr = load(k.spread_dot + c) * r, n = load(k.d_spread + c);
       const V k0 = r * (tr * load(k.d_mean + c) - load(k.d_mean_dot + c));
       const V k1 = r * r * (2 * tr * n - load(k.d_spread_dot + c)), k2 = r * r * n;
-      return [=](std::int64_t at) {
-        const auto [du, du_dot] = du_at(point, turn, at).of;
+      return [&, point, turn, k0, k1, k2](std::int64_t at) {
+        const auto [du, du_dot] = du_at(point, turn, at);
         store(dz_dot + at, du_dot * point.a + du * turn.e + (k0 + (load(z + at) - point.mean) * k1) -
                                (load_or_zero(z_dot, at) - turn.mean) * k2);
       };
