@@ -17,28 +17,65 @@ struct Term {
   std::int64_t depth;
 };
 
-constexpr int tile_rows_limit = 8;
+// c = base (a row for all, or null for zero) + the sum of products; where there is `from`, c = from - rate * the sum.
+template <class R>
+struct Result {
+  R* c;
+  std::int64_t row;  // distance between rows of c and of from
+  const R* base = nullptr;
+  const R* from = nullptr;
+  R rate = 0;
+};
 
-// Rows of a tile of `vectors` vectors: with its accumulators, one row of B and one element of A still in registers.
-constexpr int tile_rows(int vectors) {
-  const int rows = (vector_registers - vectors - 1) / vectors;
-  return rows > tile_rows_limit ? tile_rows_limit : rows;
-}
+// A strip of columns: whole vectors, and perhaps half a vector behind them. Half a vector takes the products of two steps
+// of the depth at once, one in each half, and costs half as much as the whole one that it is padded to.
+template <int whole, bool half>
+struct Columns {
+  static constexpr int vectors = whole + half;
 
-// c [rows, vectors]: base (a row, or null for zero) plus the sum of `terms` products.
-template <class R, int rows, int vectors>
-void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const R* base, R* c, std::int64_t c_row) {
+  // Rows of a tile: with its accumulators, two rows of B and three elements of A still in registers.
+  static constexpr int tile_rows() {
+    const int rows = half ? (vector_registers - 2 * whole - 4) / vectors : (vector_registers - whole - 1) / whole;
+    return rows > 8 ? 8 : rows;
+  }
+};
+
+// Rows from m and columns from n of the sum of `count` products.
+template <class R, int rows, int whole, bool half>
+void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const Result<R>& result) {
+  constexpr int vectors = whole + half;
   Vector<R> sums[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j)
-      sums[i][j] = base != nullptr ? load(base + n + j * width<R>) : Vector<R>{};
+    for (int j = 0; j < vectors; ++j) sums[i][j] = result.base != nullptr ? load(result.base + n + j * width<R>) : Vector<R>{};
   for (int t = 0; t < count; ++t) {
     const std::int64_t row = terms[t].row, column = terms[t].column, b_row = terms[t].b_row;
     const R* a = terms[t].a + m * row;
     const R* b = terms[t].b + n;
-    for (std::int64_t k = terms[t].depth; k > 0; --k, a += column, b += b_row) {
+    std::int64_t k = terms[t].depth;
+    if constexpr (half) {
+      for (; k > 1; k -= 2, a += 2 * column, b += 2 * b_row) {
+        Vector<R> right[2][whole + 1];
+#pragma GCC unroll 4
+        for (int j = 0; j < whole; ++j) {
+          right[0][j] = load(b + j * width<R>);
+          right[1][j] = load(b + b_row + j * width<R>);
+        }
+        const R* end = b + whole * width<R>;
+        const Vector<R> both = halves(load(end), load(end + b_row - width<R> / 2));
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const Vector<R> left[2] = {splat(a[i * row]), splat(a[i * row + column])};
+#pragma GCC unroll 4
+          for (int j = 0; j < whole; ++j) sums[i][j] += left[0] * right[0][j];
+#pragma GCC unroll 4
+          for (int j = 0; j < whole; ++j) sums[i][j] += left[1] * right[1][j];
+          sums[i][whole] += halves(left[0], left[1]) * both;
+        }
+      }
+    }
+    for (; k > 0; --k, a += column, b += b_row) {
       Vector<R> right[vectors];
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) right[j] = load(b + j * width<R>);
@@ -51,47 +88,59 @@ void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
+  for (int i = 0; i < rows; ++i) {
+    if constexpr (half) sums[i][whole] = halves(sums[i][whole] + swapped<width<R> / 2>(sums[i][whole]), Vector<R>{});
+    const std::int64_t at = (m + i) * result.row + n;
+    if (result.from != nullptr) {
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) store(c + (m + i) * c_row + n + j * width<R>, sums[i][j]);
-}
-
-template <class R, int vectors, int rows = tile_rows(vectors)>
-FASTMETA_INLINE void tile_of(int wanted, const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const R* base,
-                             R* c, std::int64_t c_row) {
-  if constexpr (rows > 1) {
-    if (wanted < rows) return tile_of<R, vectors, rows - 1>(wanted, terms, count, m, n, base, c, c_row);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = load(result.from + at + j * width<R>) - result.rate * sums[i][j];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) store(result.c + at + j * width<R>, sums[i][j]);
   }
-  tile<R, rows, vectors>(terms, count, m, n, base, c, c_row);
 }
 
-template <class R, int vectors>
-void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const R* base, R* c, std::int64_t c_row) {
-  constexpr int most = tile_rows(vectors);
+template <class R, int whole, bool half, int rows = Columns<whole, half>::tile_rows()>
+FASTMETA_INLINE void tile_of(int wanted, const Term<R>* terms, int count, std::int64_t m, std::int64_t n,
+                             const Result<R>& result) {
+  if constexpr (rows > 1) {
+    if (wanted < rows) return tile_of<R, whole, half, rows - 1>(wanted, terms, count, m, n, result);
+  }
+  tile<R, rows, whole, half>(terms, count, m, n, result);
+}
+
+template <class R, int whole, bool half>
+void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const Result<R>& result) {
+  constexpr int most = Columns<whole, half>::tile_rows();
   std::int64_t tiles = (rows + most - 1) / most;
   for (std::int64_t m = 0; tiles > 0; --tiles) {  // as even as they can be: a thin last tile wastes the pipeline
     const std::int64_t here = (rows - m + tiles - 1) / tiles;
-    tile_of<R, vectors>(static_cast<int>(here), terms, count, m, n, base, c, c_row);
+    tile_of<R, whole, half>(static_cast<int>(here), terms, count, m, n, result);
     m += here;
   }
 }
 
-// c [rows, columns] = base + sum of products; `columns` is a whole number of vectors, and so is c's row distance.
+// A result of rows and columns. Its rows, and those of every B, are padded with zeros to whole vectors.
 template <class R>
-void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c,
-             std::int64_t c_row) {
+void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result) {
   // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 2 leave 6.
   constexpr int most = vector_registers >= 32 ? 4 : 2;
-  const std::int64_t vectors = columns / width<R>;
+  const std::int64_t vectors = padded<R>(columns) / width<R>, over = columns % width<R>;
+  const bool half = over > 0 && over <= width<R> / 2 && vectors > 1;
   std::int64_t strips = (vectors + most - 1) / most;
   for (std::int64_t j = 0; strips > 0; --strips) {
     const std::int64_t here = (vectors - j + strips - 1) / strips;
     const std::int64_t n = j * width<R>;
-    switch (here) {
-      case 1: strip<R, 1>(terms, count, rows, n, base, c, c_row); break;
-      case 2: strip<R, 2>(terms, count, rows, n, base, c, c_row); break;
-      case 3: strip<R, 3>(terms, count, rows, n, base, c, c_row); break;
-      default: strip<R, 4>(terms, count, rows, n, base, c, c_row); break;
+    const bool ends = half && strips == 1;
+    switch (2 * here + ends) {
+      case 2: strip<R, 1, false>(terms, count, rows, n, result); break;
+      case 3: strip<R, 0, true>(terms, count, rows, n, result); break;
+      case 4: strip<R, 2, false>(terms, count, rows, n, result); break;
+      case 5: strip<R, 1, true>(terms, count, rows, n, result); break;
+      case 6: strip<R, 3, false>(terms, count, rows, n, result); break;
+      case 7: strip<R, 2, true>(terms, count, rows, n, result); break;
+      case 8: strip<R, 4, false>(terms, count, rows, n, result); break;
+      default: strip<R, 3, true>(terms, count, rows, n, result); break;
     }
     j += here;
   }

@@ -107,6 +107,15 @@ FASTMETA_INLINE V swapped(V v) {
 #undef FASTMETA_LANE
 }
 
+// The lower half of a's lanes, and the upper half of b's.
+template <class V>
+FASTMETA_INLINE V halves(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  Numbers<V> lower{};
+  for (int i = 0; i < lanes / 2; ++i) lower[i] = -1;
+  return lower ? a : b;
+}
+
 template <class R>
 FASTMETA_INLINE R sum(Vector<R> v) {  // halves by halves: the error grows with the logarithm of the width
   if constexpr (width<R> >= 16) v += swapped<8>(v);

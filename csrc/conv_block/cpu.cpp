@@ -34,6 +34,7 @@ struct Block {
     const Geometry<R> g(s);
     Sizes sizes = is_data_block(s, g) ? DataBlock<R>::sizes(s, g) : block_sizes(s, g);
     weight_sizes(s, g, sizes.weights);
+    sizes.rereads_y = false;
     return sizes;
   }
   static void pack(const void* shape, int which, const R* tensor, R* packed) {

@@ -247,7 +247,10 @@ void bind_type(py::module_& m, const char* name) {
         return std::make_unique<Self>(program_of(support), program_of(query), isa_in_use());
       }))
       .def_property_readonly("isa", [](const Self& self) { return isa_name(self.isa()); })
-      .def("workspace_bytes", &Self::workspace_bytes)
+      .def("workspace_bytes", [](const Self& self, std::int64_t steps, bool second_order, bool learned,
+                                 bool rate_per_parameter) {
+        return self.workspace_bytes({steps, second_order, learned, rate_per_parameter});
+      })
       .def("kept_bytes", [](const Self& self, bool second_order, bool learned) {
         const auto size = static_cast<std::int64_t>(sizeof(R));
         std::map<std::string, std::int64_t> kept;

@@ -19,11 +19,6 @@ void scale(R* u, R rate, const R* lam, std::int64_t n) {
 }
 
 template <class R>
-void subtract(R* lam, const R* product, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; i += width<R>) store(lam + i, load(lam + i) - load(product + i));
-}
-
-template <class R>
 void add(R* total, const R* lam, std::int64_t n) {
   for (std::int64_t i = 0; i < n; i += width<R>) store(total + i, load(total + i) + load(lam + i));
 }
@@ -44,7 +39,7 @@ double dot(const R* g, const R* lam, std::int64_t n) {
 }
 
 template <class R>
-constexpr Kernels<R> kernels{step<R>, scale<R>, subtract<R>, add<R>, dot<R>};
+constexpr Kernels<R> kernels{step<R>, scale<R>, add<R>, dot<R>};
 
 }  // namespace
 

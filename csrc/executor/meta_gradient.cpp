@@ -38,9 +38,11 @@ const packed::Kernels<R>& kernels_of(Isa isa) {
 // Offsets in a thread's workspace.
 template <class R>
 struct MetaGradient<R>::Layout {
-  std::int64_t theta, theta_step;  // adapted weights after each step; one set, overwritten, in first order
-  std::int64_t g, g_step;          // gradients of each step; one set unless rates are learned
-  std::int64_t lam, u, product;
+  std::int64_t theta_size;
+  std::int64_t theta, thetas;  // adapted weights after each step; in first order two sets in turn
+  std::int64_t g;              // gradients of each step, where rates are learned
+  std::int64_t lam[2];         // in turn
+  std::int64_t u;              // rates times lam, where each parameter has its own; else lam is the direction itself
   std::int64_t tape, tape_step, query_tape;
   std::int64_t tangent, scratch;
   std::int64_t total;
@@ -66,11 +68,17 @@ struct MetaGradient<R>::Workspace : Memory {
   using Memory::Memory;
 
   const R* theta = nullptr;
-  std::int64_t steps = -1;
+  Kind kind{};
   Layout at{};
-  std::vector<Calls<R>> support;  // one a step
+  std::vector<Calls<R>> support;         // one a step
+  std::vector<TangentCalls<R>> tangents;  // one a step
   Calls<R> query;
-  TangentCalls<R> tangents;
+
+  // Adapted weights after so many steps, packed.
+  R* weights(std::int64_t k) const { return this->data + at.theta + (k - 1) % at.thetas * at.theta_size; }
+  R* gradient(std::int64_t k) const { return this->data + at.g + k * at.theta_size; }
+  // lam once the adjoint has passed `count` steps.
+  R* lam(std::int64_t count) const { return this->data + at.lam[count % 2]; }
 };
 
 // What no call uses now lies here for the next one.
@@ -118,8 +126,8 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
       kernels_(kernels_of<R>(isa)),
       support_program_(std::move(support)),
       query_program_(std::move(query)),
-      support_(support_program_, isa, kernels_),
-      query_(query_program_, isa, kernels_),
+      support_(support_program_, isa, kernels_, true),
+      query_(query_program_, isa, kernels_, false),
       thetas_(std::make_unique<Shelf<Memory>>()),
       workspaces_(std::make_unique<Shelf<Workspace>>()) {
   if (support_.packing().sizes != query_.packing().sizes)
@@ -130,7 +138,7 @@ template <class R>
 MetaGradient<R>::~MetaGradient() = default;
 
 template <class R>
-typename MetaGradient<R>::Layout MetaGradient<R>::layout(std::int64_t steps, bool second_order, bool learned) const {
+typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind) const {
   const Packing& packing = support_.packing();
   Layout at{};
   const auto take = [&at](std::int64_t elements, std::int64_t times) {
@@ -138,25 +146,26 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(std::int64_t steps, boo
     at.total += elements * times;
     return offset;
   };
-  const std::int64_t kept = second_order ? steps : std::min<std::int64_t>(steps, 1);
-  at.theta_step = second_order ? packing.adapted : 0;
-  at.theta = take(packing.adapted, kept);
-  at.g_step = learned ? packing.adapted : 0;
-  at.g = take(packing.adapted, learned ? steps : 1);
-  at.lam = take(packing.differentiated, 1);
-  at.u = take(packing.adapted, 1);
-  at.product = take(packing.differentiated, 1);
+  const bool second_order = kind.second_order;
+  at.theta_size = packing.adapted;
+  at.thetas = std::max<std::int64_t>(1, second_order ? kind.steps : std::min<std::int64_t>(kind.steps, 2));
+  at.theta = take(packing.adapted, at.thetas);
+  // The last weights are the query's alone, and done with when the adjoint writes for the first time.
+  at.lam[1] = at.theta + (at.thetas - 1) * packing.adapted;
+  take(packing.differentiated - packing.adapted, 1);
+  at.lam[0] = take(packing.differentiated, 1);
+  at.g = take(packing.adapted, kind.learned ? kind.steps : 0);
+  at.u = take(packing.adapted, kind.rate_per_parameter ? 1 : 0);
   at.tape_step = second_order ? support_.tape() : 0;
-  at.tape = take(support_.tape(), kept);
-  at.query_tape = take(query_.tape(), 1);
-  at.tangent = take(support_.tangent(), 1);
+  at.tape = take(support_.tape(), second_order ? kind.steps : std::min<std::int64_t>(kind.steps, 1));
+  at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
   at.scratch = take(std::max(support_.scratch(), query_.scratch()), 1);
   return at;
 }
 
 template <class R>
-std::int64_t MetaGradient<R>::workspace_bytes(std::int64_t steps, bool second_order, bool learned) const {
-  return static_cast<std::int64_t>(sizeof(R)) * layout(steps, second_order, learned).total;
+std::int64_t MetaGradient<R>::workspace_bytes(const Kind& kind) const {
+  return static_cast<std::int64_t>(sizeof(R)) * layout(kind).total;
 }
 
 template <class R>
@@ -183,13 +192,16 @@ void MetaGradient<R>::run(const Request<R>& request) {
   check(request);
   const Packing& packing = support_.packing();
   const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
-  const Layout at = layout(request.steps, gradient && !request.first_order, learned);
+  const Kind kind{request.steps, gradient && !request.first_order, learned, request.rate_per_parameter};
+  const std::int64_t elements = layout(kind).total;
   const std::int64_t blocks = blocks_of<R>(request.tasks, packing.differentiated);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
-  const typename Shelf<Memory>::Loan weights(*thetas_, packing.total);
+  const std::int64_t row = support_program_.adapted + support_program_.differentiated;
+  const typename Shelf<Memory>::Loan weights(*thetas_, support_.packed_size() + request.steps * row);
   R* theta = (*weights).data;
   support_.pack(request.parameters.data(), theta);
+  write_rates(request, theta + support_.packed_size());
 
   // Not initialised: the first task of a block writes, the others add.
   const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.differentiated] : nullptr);
@@ -198,12 +210,12 @@ void MetaGradient<R>::run(const Request<R>& request) {
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
   parallel_for(blocks, request.threads, [&](std::int64_t first, std::int64_t last) {
     try {
-      const typename Shelf<Workspace>::Loan loan(*workspaces_, at.total);
+      const typename Shelf<Workspace>::Loan loan(*workspaces_, elements);
       Workspace& workspace = *loan;
-      bind(workspace, at, request.steps, theta);
+      bind(workspace, kind, theta);
       for (std::int64_t b = first; b < last; ++b)
         for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
-          run_task(request, at, t, workspace, theta, totals.get() + b * packing.differentiated, t == begin,
+          run_task(request, t, workspace, totals.get() + b * packing.differentiated, t == begin,
                    d_alpha.data() + b * rates);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -221,13 +233,13 @@ void MetaGradient<R>::run(const Request<R>& request) {
   if (!learned) return;
   for (std::int64_t b = 1; b < blocks; ++b)
     for (std::int64_t i = 0; i < rates; ++i) d_alpha[i] += d_alpha[b * rates + i];
-  const std::int64_t row = request.rate_per_parameter ? support_program_.adapted : 1;
+  const std::int64_t entries = request.rate_per_parameter ? support_program_.adapted : 1;
   if (request.rate_per_step) {
     for (std::int64_t i = 0; i < rates; ++i) request.d_alpha[i] = static_cast<R>(d_alpha[i]);
   } else {
-    for (std::int64_t i = 0; i < row; ++i) {
+    for (std::int64_t i = 0; i < entries; ++i) {
       double sum = 0;
-      for (std::int64_t k = 0; k < request.steps; ++k) sum += d_alpha[k * row + i];
+      for (std::int64_t k = 0; k < request.steps; ++k) sum += d_alpha[k * entries + i];
       request.d_alpha[i] = static_cast<R>(sum);
     }
   }
@@ -247,43 +259,74 @@ void for_each_rate(const Request<R>& request, const Packing& packing, std::int64
 
 }  // namespace
 
+// For every step the rates of the steps along the gradients of adapted parameters, and of those along the products of
+// differentiated ones: 1 where the direction has the rates already.
 template <class R>
-void MetaGradient<R>::bind(Workspace& workspace, const Layout& at, std::int64_t steps, const R* theta) const {
-  if (workspace.theta == theta && workspace.steps == steps && std::memcmp(&workspace.at, &at, sizeof at) == 0) return;
-  R* memory = workspace.data;
-  std::memset(memory, 0, sizeof(R) * workspace.size);  // another layout may have left something in the gaps
-  const auto after = [&](std::int64_t k) { return k == 0 ? theta : memory + at.theta + (k - 1) * at.theta_step; };
-  workspace.support.clear();
-  for (std::int64_t k = 0; k < steps; ++k)
-    workspace.support.push_back(
-        support_.bind(memory + at.tape + k * at.tape_step, after(k), theta, memory + at.g + k * at.g_step, false));
-  workspace.query = query_.bind(memory + at.query_tape, after(steps), theta, memory + at.lam, true);
-  workspace.tangents = support_.bind_tangent(memory + at.tangent, memory + at.u, memory + at.product);
-  workspace.theta = theta;
-  workspace.steps = steps;
-  workspace.at = at;
+void MetaGradient<R>::write_rates(const Request<R>& request, R* rates) const {
+  const std::int64_t adapted = support_program_.adapted, differentiated = support_program_.differentiated;
+  const std::int64_t row = request.rate_per_parameter ? adapted : 1;
+  for (std::int64_t k = 0; k < request.steps; ++k, rates += adapted + differentiated) {
+    const R* alpha = request.alpha + (request.rate_per_step ? k * row : 0);
+    for (std::int64_t p = 0; p < adapted; ++p) rates[p] = alpha[request.rate_per_parameter ? p : 0];
+    std::fill_n(rates + adapted, differentiated, request.rate_per_parameter ? R(1) : alpha[0]);
+  }
 }
 
 template <class R>
-void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std::int64_t task, Workspace& workspace,
-                               const R* theta, R* total, bool first, double* d_alpha) const {
+void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, const R* theta) const {
+  const Layout at = layout(kind);
+  if (workspace.theta == theta && workspace.kind.steps == kind.steps &&
+      std::memcmp(&workspace.at, &at, sizeof at) == 0)
+    return;
+  R* memory = workspace.data;
+  std::memset(memory, 0, sizeof(R) * workspace.size);  // another layout may have left something in the gaps
+  workspace.theta = theta;
+  workspace.kind = kind;
+  workspace.at = at;
+  workspace.support.clear();
+  workspace.tangents.clear();
+  const R* rates = theta + support_.packed_size();
+  const R* own = theta;
+  for (std::int64_t k = 0; k < kind.steps; ++k) {
+    Gradients<R> to{kind.learned ? workspace.gradient(k) : workspace.weights(k + 1), false};
+    if (!kind.learned) {
+      to.from = own;
+      to.rates = rates;
+    }
+    workspace.support.push_back(support_.bind(memory + at.tape + k * at.tape_step, own, theta, to));
+    if (kind.second_order) {
+      const std::int64_t passed = kind.steps - 1 - k;
+      const R* lam = workspace.lam(passed);
+      const Gradients<R> next{workspace.lam(passed + 1), true, lam, rates + support_program_.adapted};
+      const R* u = kind.rate_per_parameter ? memory + at.u : lam;
+      workspace.tangents.push_back(support_.bind_tangent(memory + at.tangent, u, next));
+    }
+    rates += support_program_.adapted + support_program_.differentiated;
+    own = workspace.weights(k + 1);
+  }
+  workspace.query = query_.bind(memory + at.query_tape, own, theta, {workspace.lam(0), true});
+}
+
+template <class R>
+void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total,
+                               bool first, double* d_alpha) const {
   const Packing& packing = support_.packing();
+  const Layout& at = workspace.at;
   R* memory = workspace.data;
   R* scratch = memory + at.scratch;
-  const R* own = theta;
   for (std::int64_t k = 0; k < request.steps; ++k) {  // eq. (2)-(3)
     const Calls<R>& calls = workspace.support[k];
     support_.aim(workspace.support[k], request.support, task);
     const R loss = support_.forward(calls, scratch);
     if (request.support_losses != nullptr) request.support_losses[k * request.tasks + task] = loss;
     support_.backward(memory + at.tape + k * at.tape_step, calls, R(1), scratch);
-    const R* g = memory + at.g + k * at.g_step;
-    R* next = memory + at.theta + k * at.theta_step;
+    if (!workspace.kind.learned) continue;
+    const R *g = workspace.gradient(k), *own = k == 0 ? workspace.theta : workspace.weights(k);
+    R* next = workspace.weights(k + 1);
     for_each_rate(request, packing, support_program_.adapted, k,
                   [&](std::int64_t begin, std::int64_t end, R rate, std::int64_t) {
                     kernels_.step(next + begin, own + begin, rate, g + begin, end - begin);
                   });
-    own = next;
   }
   query_.aim(workspace.query, request.query, task);
   request.losses[task] = query_.forward(workspace.query, scratch);
@@ -298,33 +341,37 @@ void MetaGradient<R>::run_task(const Request<R>& request, const Layout& at, std:
   if (!request.gradient) return;
   const R d_loss = request.d_losses != nullptr ? request.d_losses[task] : R(1) / static_cast<R>(request.tasks);
   query_.backward(tape, workspace.query, d_loss, scratch);
-  adjoint(request, at, workspace, d_alpha);
+  const R* lam = adjoint(request, workspace, d_alpha);
   if (first)
-    std::memcpy(total, memory + at.lam, sizeof(R) * packing.differentiated);
+    std::memcpy(total, lam, sizeof(R) * packing.differentiated);
   else
-    kernels_.add(total, memory + at.lam, packing.differentiated);
+    kernels_.add(total, lam, packing.differentiated);
 }
 
+// Returns lam of the shared weights.
 template <class R>
-void MetaGradient<R>::adjoint(const Request<R>& request, const Layout& at, Workspace& workspace,
-                              double* d_alpha) const {
+const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha) const {
   const Packing& packing = support_.packing();
+  const Layout& at = workspace.at;
   const std::int64_t rates = request.rate_per_parameter ? support_program_.adapted : 1;
+  const bool scales = request.rate_per_parameter && !request.first_order;
   R* memory = workspace.data;
-  R* lam = memory + at.lam;
   R* u = memory + at.u;
+  const R* lam = workspace.lam(0);
   for (std::int64_t k = request.steps - 1; k >= 0; --k) {
-    const R* g = memory + at.g + k * at.g_step;
-    for_each_rate(request, packing, support_program_.adapted, k,
-                  [&](std::int64_t begin, std::int64_t end, R rate, std::int64_t index) {
-                    if (request.d_alpha != nullptr)
-                      d_alpha[k * rates + index] -= kernels_.dot(g + begin, lam + begin, end - begin);
-                    kernels_.scale(u + begin, rate, lam + begin, end - begin);
-                  });
+    if (request.d_alpha != nullptr || scales)
+      for_each_rate(request, packing, support_program_.adapted, k,
+                    [&](std::int64_t begin, std::int64_t end, R rate, std::int64_t index) {
+                      const std::int64_t n = end - begin;
+                      if (request.d_alpha != nullptr)
+                        d_alpha[k * rates + index] -= kernels_.dot(workspace.gradient(k) + begin, lam + begin, n);
+                      if (scales) kernels_.scale(u + begin, rate, lam + begin, n);  // eq. (5)
+                    });
     if (request.first_order) continue;
-    support_.hessian_product(memory + at.tangent, workspace.support[k], workspace.tangents, memory + at.scratch);
-    kernels_.subtract(lam, memory + at.product, packing.differentiated);
+    support_.hessian_product(memory + at.tangent, workspace.support[k], workspace.tangents[k], memory + at.scratch);
+    lam = workspace.lam(request.steps - k);
   }
+  return lam;
 }
 
 template class MetaGradient<float>;

@@ -31,6 +31,12 @@ struct Request {
   int threads;
 };
 
+// What a workspace's layout depends on.
+struct Kind {
+  std::int64_t steps;
+  bool second_order, learned, rate_per_parameter;  // learned: gradients to alpha are wanted
+};
+
 template <class R>
 class MetaGradient {
  public:
@@ -41,7 +47,7 @@ class MetaGradient {
   void run(const Request<R>& request);
   const Plan<R>& support() const { return support_; }
   // Bytes that each thread holds.
-  std::int64_t workspace_bytes(std::int64_t steps, bool second_order, bool learned) const;
+  std::int64_t workspace_bytes(const Kind& kind) const;
 
  private:
   struct Layout;
@@ -50,18 +56,19 @@ class MetaGradient {
   template <class T>
   class Shelf;
 
-  Layout layout(std::int64_t steps, bool second_order, bool learned) const;
+  Layout layout(const Kind& kind) const;
   void check(const Request<R>& request) const;
-  void bind(Workspace& workspace, const Layout& at, std::int64_t steps, const R* theta) const;
-  void run_task(const Request<R>& request, const Layout& at, std::int64_t task, Workspace& workspace, const R* theta,
-                R* total, bool first, double* d_alpha) const;
-  void adjoint(const Request<R>& request, const Layout& at, Workspace& workspace, double* d_alpha) const;
+  void write_rates(const Request<R>& request, R* rates) const;
+  void bind(Workspace& workspace, const Kind& kind, const R* theta) const;
+  void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total, bool first,
+                double* d_alpha) const;
+  const R* adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha) const;
 
   const Isa isa_;
   const packed::Kernels<R>& kernels_;
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
-  const std::unique_ptr<Shelf<Memory>> thetas_;          // shared weights, packed
+  const std::unique_ptr<Shelf<Memory>> thetas_;         // shared weights, packed, and the rates behind them
   const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a thread at work
 };
 

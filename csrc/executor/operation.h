@@ -25,6 +25,16 @@ struct Sizes {
   std::int64_t saved_dot;             // what tangent leaves for tangent_backward
   std::int64_t scratch;               // of any one map
   std::int64_t weights[max_weights];  // packed; 0 where there is none
+  std::int64_t turned;                // weights[0] in a second form, for cotangents; 0 where there is none
+  bool rereads_x = true, rereads_y = true;  // whether backward reads x, and y
+};
+
+// A weight's gradient is wanted alone, or as a step along it, eq. (3) and (6): dw = from - rate * gradient. An operation
+// may leave steps to the executor and give gradients always.
+template <class R>
+struct Step {
+  const R* from[max_weights];  // packed, apart from dw; null where the gradient alone is wanted
+  const R* rate[max_weights];
 };
 
 // One operation at one inner step of one task. No buffer overlaps another; all start at multiples of 64 bytes.
@@ -33,11 +43,13 @@ struct Primal {
   const R* x[max_inputs];
   const void* target;  // of a loss: labels [n] of 64 bits or floats, as the caller has them
   const R* w[max_weights];
+  const R* turned;  // w[0] in its second form, where it is at hand: that of the shared weights
   R* y;
   R* saved;
   const R* dy;          // from here on for backward and the tangents
   R* dx[max_inputs];    // overwritten; null where it is not wanted
   R* dw[max_weights];   // overwritten; null where it is not wanted
+  Step<R> step;
 };
 
 // Derivatives of the above along a direction.
@@ -50,6 +62,7 @@ struct Tangent {
   const R* dy_dot;
   R* dx_dot[max_inputs];   // overwritten; null where it is not wanted
   R* dw_dot[max_weights];  // overwritten; null where it is not wanted
+  Step<R> step;
 };
 
 // Where tangent has not run, because nothing varies, saved_dot is zero in tangent_backward.
@@ -65,6 +78,8 @@ struct Maps {
   void (*backward)(const void* shape, const Primal<R>&, R* scratch);
   void (*tangent)(const void* shape, const Primal<R>&, const Tangent<R>&, R* scratch);
   void (*tangent_backward)(const void* shape, const Primal<R>&, const Tangent<R>&, R* scratch);
+  void (*turn)(const void* shape, const R* packed, R* turned) = nullptr;  // null where there is no second form
+  bool takes_steps = false;
 };
 
 }  // namespace fastmeta::executor

@@ -9,9 +9,8 @@ namespace fastmeta::packed {
 
 template <class R>
 struct Kernels {
-  void (*step)(R* next, const R* own, R rate, const R* g, std::int64_t n);  // next = own - rate g, eq. (3)
+  void (*step)(R* next, const R* own, R rate, const R* g, std::int64_t n);  // next = own - rate g, eq. (3) and (6)
   void (*scale)(R* u, R rate, const R* lam, std::int64_t n);                // u = rate lam, eq. (5)
-  void (*subtract)(R* lam, const R* product, std::int64_t n);               // lam -= product, eq. (6)
   void (*add)(R* total, const R* lam, std::int64_t n);                      // total += lam
   double (*dot)(const R* g, const R* lam, std::int64_t n);                  // in double, eq. (7)
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "lifetimes.h"
+
 namespace fastmeta::executor {
 namespace {
 
@@ -23,15 +25,17 @@ std::int64_t take(std::int64_t& total, std::int64_t elements) {
 }  // namespace
 
 template <class R>
-Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels)
+Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels, bool kept)
     : program_(program),
       kernels_(kernels),
       slots_(program.values),
       row_unit_(maps_of<R>(program.operations.front(), isa).width) {
   packing_.sizes.assign(program.parameters, 0);
   for (const Operation& operation : program.operations) {
-    Item item{&operation, operation.shape.get(), maps_of<R>(operation, isa), 0, 0, false, false, {}};
-    const Sizes sizes = item.maps.sizes(operation.shape.get());
+    const Maps<R> maps = maps_of<R>(operation, isa);
+    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, 0, false, false, {}};
+    const Sizes& sizes = item.sizes;
+    const int number = static_cast<int>(items_.size());
     for (int i = 0; i < max_weights; ++i) {
       const int p = operation.w[i];
       if (p == absent) continue;
@@ -42,40 +46,24 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
     }
     for (const Source& x : operation.x) {
       if (x.is_data || x.index == absent) continue;
+      slots_[x.index].readers.push_back(number);
       item.varies = item.varies || slots_[x.index].varies;
       item.active = item.active || slots_[x.index].active;
     }
     Slot& slot = slots_[operation.y];
     slot.varies = item.varies;
     slot.active = item.active;
+    slot.maker = number;
     slot.size = aligned<R>(sizes.y);
-    slot.y = take<R>(tape_, sizes.y);
-    slot.dy = item.active ? take<R>(tape_, sizes.y) : 0;
     slot.y_dot = item.varies ? take<R>(tangent_, sizes.y) : 0;
     slot.dy_dot = item.active ? take<R>(tangent_, sizes.y) : 0;
-    item.saved = take<R>(tape_, sizes.saved);
     item.saved_dot = take<R>(tangent_, sizes.saved_dot);
+    item.turned = take<R>(turned_, sizes.turned);
     scratch_ = std::max(scratch_, aligned<R>(sizes.scratch));
     items_.push_back(item);
   }
-  // A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add.
-  std::vector<bool> written(program.values, false);
-  std::int64_t most[max_inputs] = {};
-  for (std::size_t n = items_.size(); n-- > 0;) {
-    if (n + 1 < items_.size() && items_[n].active && !written[items_[n].operation->y])
-      throw std::invalid_argument("executor: the loss must depend on every value, got one that nothing reads");
-    for (int i = 0; i < max_inputs; ++i) {
-      const Source& x = items_[n].operation->x[i];
-      if (x.is_data || x.index == absent || !slots_[x.index].active) continue;
-      items_[n].adds[i] = written[x.index];
-      if (written[x.index]) most[i] = std::max(most[i], slots_[x.index].size);
-      written[x.index] = true;
-    }
-  }
-  for (int i = 0; i < max_inputs; ++i) {
-    aside_[i] = take<R>(tape_, most[i]);
-    aside_dot_[i] = take<R>(tangent_, most[i]);
-  }
+  share_cotangents();
+  find_places(kept);
   packing_.offsets.resize(program.parameters);
   for (int p = 0; p < program.parameters; ++p) {
     packing_.offsets[p] = take<R>(packing_.total, packing_.sizes[p]);
@@ -84,12 +72,63 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   }
 }
 
+// A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add.
+template <class R>
+void Plan<R>::share_cotangents() {
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    Item& item = items_[n];
+    if (n + 1 < items_.size() && item.active && slots_[item.operation->y].readers.empty())
+      throw std::invalid_argument("executor: the loss must depend on every value, got one that nothing reads");
+    for (int i = 0; i < max_inputs; ++i) {
+      const Source& x = item.operation->x[i];
+      if (x.is_data || x.index == absent || !slots_[x.index].active) continue;
+      const Slot& slot = slots_[x.index];
+      // An operation that reads a value twice writes by its first input.
+      const bool again = i > 0 && !item.operation->x[0].is_data && item.operation->x[0].index == x.index;
+      item.adds[i] = again || slot.readers.back() != static_cast<int>(n);
+      if (item.adds[i]) aside_size_[i] = std::max(aside_size_[i], slot.size);
+    }
+  }
+  for (int i = 0; i < max_inputs; ++i) aside_dot_[i] = take<R>(tangent_, aside_size_[i]);
+}
+
+// Operation i runs forward at time i, and back at time 2 n - i; in between, at n, the output is read.
+template <class R>
+void Plan<R>::find_places(bool kept) {
+  const std::int64_t n = static_cast<std::int64_t>(items_.size());
+  std::vector<Lifetime> buffers;
+  const auto add = [&](std::int64_t size, std::int64_t first, std::int64_t last, std::int64_t* place) {
+    if (kept) {
+      *place = take<R>(tape_, size);
+    } else {
+      buffers.push_back({aligned<R>(size), first, last, place});
+    }
+  };
+  for (Item& item : items_) {
+    const int value = item.operation->y;
+    Slot& slot = slots_[value];
+    const std::int64_t reader = slot.readers.empty() ? n - 1 : slot.readers.back();  // the loss is read at once
+    std::int64_t last = value == program_.output ? n : reader;
+    for (const int r : slot.readers)
+      if (items_[r].active && items_[r].sizes.rereads_x) last = std::max<std::int64_t>(last, 2 * n - r);
+    if (item.active && item.sizes.rereads_y) last = 2 * n - slot.maker;
+    add(item.sizes.y, slot.maker, last, &slot.y);
+    add(item.sizes.saved, slot.maker, item.active ? 2 * n - slot.maker : slot.maker, &item.saved);
+    if (item.active) add(item.sizes.y, 2 * n - reader, 2 * n - slot.maker, &slot.dy);
+  }
+  for (int i = 0; i < max_inputs; ++i) add(aside_size_[i], n, 2 * n, &aside_[i]);
+  if (!kept) tape_ = executor::find_places(buffers);
+}
+
 template <class R>
 void Plan<R>::pack(const R* const* parameters, R* packed) const {
-  for (const Item& item : items_)
+  for (const Item& item : items_) {
+    const int* w = item.operation->w;
     for (int i = 0; i < max_weights; ++i)
-      if (const int p = item.operation->w[i]; p != absent)
-        item.maps.pack(item.operation->shape.get(), i, parameters[p], packed + packing_.offsets[p]);
+      if (w[i] != absent) item.maps.pack(item.shape, i, parameters[w[i]], packed + packing_.offsets[w[i]]);
+    if (item.sizes.turned > 0)
+      item.maps.turn(item.shape, packed + packing_.offsets[w[0]], packed + packing_.total + item.turned);
+  }
 }
 
 template <class R>
@@ -101,8 +140,20 @@ void Plan<R>::unpack(const R* packed, R* const* tensors) const {
 }
 
 template <class R>
-Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) const {
-  const int wanted = all ? program_.differentiated : program_.adapted;
+Step<R> Plan<R>::step_of(const Item& item, const Gradients<R>& to) const {
+  Step<R> step{};
+  for (int i = 0; i < max_weights; ++i) {
+    const int q = item.operation->w[i];
+    if (q == absent || to.from == nullptr) continue;
+    step.from[i] = to.from + packing_.offsets[q];
+    step.rate[i] = to.rates + q;
+  }
+  return step;
+}
+
+template <class R>
+Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R>& to) const {
+  const int wanted = to.all ? program_.differentiated : program_.adapted;
   Calls<R> calls;
   for (const Item& item : items_) {
     const Operation& operation = *item.operation;
@@ -117,8 +168,11 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) 
       const int q = operation.w[i];
       if (q == absent) continue;
       p.w[i] = (q < program_.adapted ? own : shared) + packing_.offsets[q];
-      p.dw[i] = q < wanted ? dw + packing_.offsets[q] : nullptr;
+      p.dw[i] = q < wanted ? to.dw + packing_.offsets[q] : nullptr;
     }
+    const bool is_shared = own == shared || operation.w[0] >= program_.adapted;
+    if (item.sizes.turned > 0 && is_shared) p.turned = shared + packing_.total + item.turned;
+    p.step = step_of(item, to);
     p.y = tape + slots_[operation.y].y;
     p.dy = tape + slots_[operation.y].dy;
     p.saved = tape + item.saved;
@@ -128,7 +182,7 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, R* dw, bool all) 
 }
 
 template <class R>
-TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
+TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, const Gradients<R>& to) const {
   TangentCalls<R> calls;
   for (const Item& item : items_) {
     const Operation& operation = *item.operation;
@@ -143,8 +197,9 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, R* dw_dot) const {
       const int q = operation.w[i];
       if (q == absent) continue;
       t.w_dot[i] = q < program_.adapted ? u + packing_.offsets[q] : nullptr;
-      t.dw_dot[i] = q < program_.differentiated ? dw_dot + packing_.offsets[q] : nullptr;
+      t.dw_dot[i] = q < program_.differentiated ? to.dw + packing_.offsets[q] : nullptr;
     }
+    t.step = step_of(item, to);
     t.y_dot = tangent + slots_[operation.y].y_dot;
     t.saved_dot = tangent + item.saved_dot;
     t.dy_dot = tangent + slots_[operation.y].dy_dot;
@@ -175,6 +230,14 @@ void Plan<R>::add_cotangents(const Item& item, R* memory, const std::int64_t* as
 }
 
 template <class R>
+void Plan<R>::take_steps(const Item& item, const Step<R>& step, R* const* dw) const {
+  if (item.maps.takes_steps) return;
+  for (int i = 0; i < max_weights; ++i)
+    if (dw[i] != nullptr && step.from[i] != nullptr)
+      kernels_.step(dw[i], step.from[i], *step.rate[i], dw[i], item.sizes.weights[i]);
+}
+
+template <class R>
 R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
   for (std::size_t n = 0; n < items_.size(); ++n) items_[n].maps.forward(items_[n].shape, calls[n], scratch);
   return *calls.back().y;
@@ -186,18 +249,24 @@ void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) con
   for (std::size_t n = items_.size(); n-- > 0;) {
     if (!items_[n].active) continue;
     items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+    take_steps(items_[n], calls[n].step, calls[n].dw);
     add_cotangents(items_[n], tape, aside_, &Slot::dy);
   }
 }
 
 template <class R>
 void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch) const {
-  for (std::size_t n = 0; n < items_.size(); ++n)
-    if (items_[n].varies) items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    if (items_[n].varies)
+      items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
+    else
+      std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
+  }
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
   for (std::size_t n = items_.size(); n-- > 0;) {
     if (!items_[n].active) continue;
     items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
+    take_steps(items_[n], tangents[n].step, tangents[n].dw_dot);
     add_cotangents(items_[n], tangent, aside_dot_, &Slot::dy_dot);
   }
 }

@@ -21,6 +21,15 @@ struct Leaf {
   std::int64_t stride;
 };
 
+// Where gradients go: packed like weights, with the steps that are taken along them.
+template <class R>
+struct Gradients {
+  R* dw;
+  bool all;                  // of all differentiated parameters, else of the adapted ones
+  const R* from = nullptr;   // null: no steps
+  const R* rates = nullptr;  // one a parameter
+};
+
 // Every operation's call, with all addresses filled in but those of the task's data.
 template <class R>
 using Calls = std::vector<Primal<R>>;
@@ -30,21 +39,23 @@ using TangentCalls = std::vector<Tangent<R>>;
 template <class R>
 class Plan {
  public:
-  Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels);
+  // What a pass leaves is `kept` as a whole for tangents, or only until its backward has read it for the last time.
+  Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels, bool kept);
 
   const Packing& packing() const { return packing_; }
-  std::int64_t tape() const { return tape_; }        // elements: what one pass leaves
+  std::int64_t tape() const { return tape_; }        // elements of a pass
   std::int64_t tangent() const { return tangent_; }  // elements: what a Hessian-vector product takes beside
   std::int64_t scratch() const { return scratch_; }
 
+  // The second forms of weights lie behind them, at `packed + packing().total`.
+  std::int64_t packed_size() const { return packing_.total + turned_; }
   void pack(const R* const* parameters, R* packed) const;
   void unpack(const R* packed, R* const* tensors) const;  // the differentiated ones
 
-  // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights; gradients go to `dw`:
-  // those of all differentiated parameters if `all`, else those of the adapted ones.
-  Calls<R> bind(R* tape, const R* own, const R* shared, R* dw, bool all) const;
-  // Calls of a Hessian-vector product along u, packed like the adapted parameters, into dw_dot.
-  TangentCalls<R> bind_tangent(R* tangent, const R* u, R* dw_dot) const;
+  // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights as pack leaves them.
+  Calls<R> bind(R* tape, const R* own, const R* shared, const Gradients<R>& to) const;
+  // Calls of a Hessian-vector product along u, packed like the adapted parameters; of all differentiated parameters.
+  TangentCalls<R> bind_tangent(R* tangent, const R* u, const Gradients<R>& to) const;
   // Fills in the addresses of a task's data.
   void aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const;
 
@@ -64,16 +75,23 @@ class Plan {
   struct Slot {
     std::int64_t y, dy, y_dot, dy_dot, size;
     bool varies, active;  // depends on adapted weights; on any weight whose gradient is wanted
+    int maker;            // operation
+    std::vector<int> readers;
   };
   struct Item {
     const Operation* operation;
     const void* shape;
     Maps<R> maps;
-    std::int64_t saved, saved_dot;
+    Sizes sizes;
+    std::int64_t saved, saved_dot, turned;
     bool varies, active;
     bool adds[max_inputs];  // to the cotangent that a later reader of the input has written
   };
 
+  void share_cotangents();
+  void find_places(bool kept);
+  Step<R> step_of(const Item& item, const Gradients<R>& to) const;
+  void take_steps(const Item& item, const Step<R>& step, R* const* dw) const;
   void add_cotangents(const Item& item, R* memory, const std::int64_t* aside, std::int64_t Slot::*cotangent) const;
 
   const Program& program_;
@@ -81,8 +99,9 @@ class Plan {
   Packing packing_;
   std::vector<Slot> slots_;
   std::vector<Item> items_;
-  std::int64_t tape_ = 0, tangent_ = 0, scratch_ = 0;
-  std::int64_t aside_[max_inputs], aside_dot_[max_inputs];  // where what is added waits, on the tape and beside
+  std::int64_t tape_ = 0, tangent_ = 0, scratch_ = 0, turned_ = 0;
+  // Where what is added waits, on the tape and beside, and how long it is.
+  std::int64_t aside_[max_inputs] = {}, aside_dot_[max_inputs] = {}, aside_size_[max_inputs] = {};
   std::int64_t row_unit_;  // elements of a vector, to whole ones of which rows are padded
 };
 

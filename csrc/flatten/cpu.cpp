@@ -48,6 +48,7 @@ Sizes sizes(const void* shape) {
   const Layout<R> l(shape);
   Sizes sizes{};
   sizes.y = l.s.n * l.row;
+  sizes.rereads_x = sizes.rereads_y = false;
   return sizes;
 }
 

@@ -17,6 +17,7 @@ namespace {
 
 using executor::Primal;
 using executor::Sizes;
+using executor::Step;
 using executor::Tangent;
 
 template <class R>
@@ -51,11 +52,13 @@ Sizes sizes(const void* shape) {
   const std::int64_t rows = l.s.n * l.out;
   Sizes sizes{};
   sizes.y = rows;
+  sizes.rereads_y = !l.identity();
   sizes.saved = l.saved();
   sizes.saved_dot = l.bends() ? rows : 0;                                       // z_dot
   sizes.scratch = (l.identity() ? 0 : rows) + (l.turns() ? l.s.out * l.in : 0);  // dz_dot, W_dot turned
   sizes.weights[0] = l.narrow() ? l.s.out * l.in : l.s.in * l.out;
   sizes.weights[1] = l.s.bias ? l.out : 0;
+  sizes.turned = l.turns() ? l.s.out * l.in : 0;
   return sizes;
 }
 
@@ -87,6 +90,12 @@ void unpack(const void* shape, int which, const R* packed, R* tensor) {
       for (std::int64_t i = i0; i < l.s.in && i < i0 + edge; ++i) tensor[o * l.s.in + i] = packed[i * l.out + o];
 }
 
+template <class R>
+void turn(const void* shape, const R* packed, R* turned) {
+  const Layout<R> l(shape);
+  transpose(packed, l.out, l.s.in, l.s.out, turned);
+}
+
 // Runs `f` with the curve of the shape's activation, if there is one.
 template <class R, class F>
 FASTMETA_INLINE void with_curve(Activation activation, F f) {
@@ -97,7 +106,7 @@ FASTMETA_INLINE void with_curve(Activation activation, F f) {
 template <class R>
 void to_outputs(const Layout<R>& l, Term<R>* terms, int count, const R* base, R* out) {
   if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out, l.out);
-  product(terms, count, l.s.n, l.out, base, out, l.out);
+  product(terms, count, l.s.n, l.s.out, Result<R>{out, l.out, base});
 }
 
 // A term of the weight's gradient: the outer products of the rows of dz and x.
@@ -108,9 +117,10 @@ Term<R> outer_products(const Layout<R>& l, const R* x, std::int64_t x_row, const
 }
 
 template <class R>
-void to_weight(const Layout<R>& l, const Term<R>* terms, int count, R* dw) {
-  product(terms, count, l.narrow() ? l.s.out : l.s.in, l.weight_row(), static_cast<const R*>(nullptr), dw,
-          l.weight_row());
+void to_weight(const Layout<R>& l, const Term<R>* terms, int count, const Step<R>& step, R* dw) {
+  const std::int64_t rows = l.narrow() ? l.s.out : l.s.in, columns = l.narrow() ? l.s.in : l.s.out;
+  const R rate = step.from[0] != nullptr ? *step.rate[0] : R(0);
+  product(terms, count, rows, columns, Result<R>{dw, l.weight_row(), nullptr, step.from[0], rate});
 }
 
 // The weight as [out, padded(in)]; where it has to be transposed, it is put at `place`.
@@ -121,12 +131,14 @@ const R* turned(const Layout<R>& l, const R* weight, R* place) {
   return place;
 }
 
+// The bias's gradient: sums over the rows of dz.
 template <class R>
-void column_sums(const R* x, std::int64_t rows, std::int64_t columns, R* sums) {
-  for (std::int64_t j = 0; j < columns; j += width<R>) {
+void to_bias(const Layout<R>& l, const R* dz, const Step<R>& step, R* db) {
+  for (std::int64_t j = 0; j < l.out; j += width<R>) {
     Vector<R> total{};
-    for (std::int64_t i = 0; i < rows; ++i) total += load(x + i * columns + j);
-    store(sums + j, total);
+    for (std::int64_t i = 0; i < l.s.n; ++i) total += load(dz + i * l.out + j);
+    if (step.from[1] != nullptr) total = load(step.from[1] + j) - *step.rate[1] * total;
+    store(db + j, total);
   }
 }
 
@@ -167,12 +179,13 @@ void backward(const void* shape, const Primal<R>& p, R*) {
   const R* dz = l.dz_of(p);
   if (p.dw[0] != nullptr) {
     const Term<R> term = outer_products(l, p.x[0], l.x_row, dz);
-    to_weight(l, &term, 1, p.dw[0]);
+    to_weight(l, &term, 1, p.step, p.dw[0]);
   }
-  if (p.dw[1] != nullptr) column_sums(dz, l.s.n, l.out, p.dw[1]);
+  if (p.dw[1] != nullptr) to_bias(l, dz, p.step, p.dw[1]);
   if (p.dx[0] != nullptr) {
-    const Term<R> term{dz, l.out, 1, turned(l, p.w[0], p.saved + l.turned()), l.in, l.s.out};
-    product(&term, 1, l.s.n, l.in, static_cast<const R*>(nullptr), p.dx[0], l.in);
+    const R* weight = p.turned != nullptr ? p.turned : turned(l, p.w[0], p.saved + l.turned());
+    const Term<R> term{dz, l.out, 1, weight, l.in, l.s.out};
+    product(&term, 1, l.s.n, l.s.in, Result<R>{p.dx[0], l.in});
   }
 }
 
@@ -222,25 +235,25 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     int count = 0;
     terms[count++] = outer_products(l, p.x[0], l.x_row, dz_dot);
     if (t.x_dot[0] != nullptr) terms[count++] = outer_products(l, t.x_dot[0], l.in, dz);
-    to_weight(l, terms, count, t.dw_dot[0]);
+    to_weight(l, terms, count, t.step, t.dw_dot[0]);
   }
-  if (t.dw_dot[1] != nullptr) column_sums(dz_dot, l.s.n, l.out, t.dw_dot[1]);
+  if (t.dw_dot[1] != nullptr) to_bias(l, dz_dot, t.step, t.dw_dot[1]);
   if (t.dx_dot[0] != nullptr) {
     Term<R> terms[2];
     int count = 0;
-    const R* weight = l.narrow() ? p.w[0] : p.saved + l.turned();
+    const R* weight = l.narrow() ? p.w[0] : p.turned != nullptr ? p.turned : p.saved + l.turned();
     terms[count++] = {dz_dot, l.out, 1, weight, l.in, l.s.out};
     if (t.w_dot[0] != nullptr) {
       const R* weight_dot = turned(l, t.w_dot[0], scratch + (l.identity() ? 0 : elements));
       terms[count++] = {dz, l.out, 1, weight_dot, l.in, l.s.out};
     }
-    product(terms, count, l.s.n, l.in, static_cast<const R*>(nullptr), t.dx_dot[0], l.in);
+    product(terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in});
   }
 }
 
 template <class R>
-constexpr executor::Maps<R> maps{width<R>,    sizes<R>,   pack<R>,    unpack<R>,
-                                 forward<R>,  backward<R>, tangent<R>, tangent_backward<R>};
+constexpr executor::Maps<R> maps{width<R>,    sizes<R>,   pack<R>,             unpack<R>, forward<R>,
+                                 backward<R>, tangent<R>, tangent_backward<R>, turn<R>, true};
 
 }  // namespace
 

@@ -33,6 +33,7 @@ Sizes sizes(const void* shape) {
   const Layout<R> l(shape);
   Sizes sizes{};
   sizes.y = 1;
+  sizes.rereads_x = sizes.rereads_y = false;
   sizes.saved = width<R> + (l.s.kind == Kind::squared_error ? 1 : 2) * l.s.n * l.row;
   return sizes;
 }

@@ -53,7 +53,7 @@ class NativeStep:
 
     def workspace_bytes(self, work: Work, *, learned: bool) -> int:
         """Bytes each thread holds for ``work``."""
-        return self._step.workspace_bytes(work.steps, not work.first_order, learned)
+        return self._step.workspace_bytes(work.steps, not work.first_order, learned, work.alpha.shape[1] > 1)
 
     def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
         """Why this work cannot run here; empty where it can."""
