@@ -63,6 +63,7 @@ Sizes sizes(const void* shape) {
   const Images<R> images(shape, nullptr);
   Sizes sizes{};
   sizes.y = images.g.n * images.g.pooled();
+  sizes.rereads_x = sizes.rereads_y = false;
   if (images.s.pool == Pool::max) sizes.saved = ceil_divide(sizes.y, static_cast<std::int64_t>(sizeof(R)));
   return sizes;
 }
