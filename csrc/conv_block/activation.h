@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../common/curves.h"
-#include "kernels.h"
 #include "../common/vectors.h"
+#include "kernels.h"
 
 namespace fastmeta::conv_block {
 namespace {

@@ -1,8 +1,8 @@
 // Sizes that follow from a shape, and the bump allocator that cuts buffers into pieces.
 #pragma once
 
-#include "kernels.h"
 #include "../common/vectors.h"
+#include "kernels.h"
 
 namespace fastmeta::conv_block {
 namespace {

@@ -17,6 +17,7 @@
 #include "../loss/kernels.h"
 #include "../norm/kernels.h"
 #include "../pointwise/kernels.h"
+#include "../pool/kernels.h"
 #include "meta_gradient.h"
 
 namespace py = pybind11;
@@ -99,6 +100,8 @@ void describe_pointwise(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<pointwise::Shape>();
   shape->rows = get<std::int64_t>(d, "rows");
   shape->features = get<std::int64_t>(d, "features");
+  int i = 0;
+  for (const double factor : get<std::vector<double>>(d, "factors")) shape->factors[i++] = factor;
   shape->activation = activation_of(get<std::string>(d, "activation"));
   shape->slope = get<double>(d, "slope");
   operation.shape = shape;
@@ -128,12 +131,36 @@ void pair_of(const py::dict& d, const char* key, std::int64_t (&out)[2]) {
   out[1] = columns;
 }
 
-void describe_conv(const py::dict& d, Operation& operation) {
-  static const std::map<std::string, conv_block::Norm> norms{{"none", conv_block::Norm::none},
-                                                             {"batch", conv_block::Norm::batch}};
+void read_pool(const py::dict& d, conv_block::Shape& shape) {
   static const std::map<std::string, conv_block::Pool> pools{{"none", conv_block::Pool::none},
                                                              {"max", conv_block::Pool::max},
                                                              {"average", conv_block::Pool::average}};
+  shape.pool = pools.at(get<std::string>(d, "pool"));
+  pair_of(d, "pool_kernel", shape.pool_kernel);
+  pair_of(d, "pool_stride", shape.pool_stride);
+  pair_of(d, "pool_padding", shape.pool_padding);
+}
+
+void describe_pool(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<pool::Shape>();
+  *shape = {};
+  shape->n = get<std::int64_t>(d, "n");
+  shape->in = shape->out = get<std::int64_t>(d, "channels");
+  shape->height = get<std::int64_t>(d, "height");
+  shape->width = get<std::int64_t>(d, "width");
+  shape->groups = 1;
+  for (int i = 0; i < 2; ++i) shape->kernel[i] = shape->stride[i] = shape->dilation[i] = 1;
+  read_pool(d, *shape);
+  if (!pool::table_of(isa_in_use()).supported(*shape))
+    throw std::invalid_argument("pool: these windows have no native kernel");
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return pool::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return pool::table_of(isa).f64; };
+}
+
+void describe_conv(const py::dict& d, Operation& operation) {
+  static const std::map<std::string, conv_block::Norm> norms{{"none", conv_block::Norm::none},
+                                                             {"batch", conv_block::Norm::batch}};
   auto shape = std::make_shared<conv_block::Shape>();
   shape->n = get<std::int64_t>(d, "n");
   shape->in = get<std::int64_t>(d, "in");
@@ -145,14 +172,11 @@ void describe_conv(const py::dict& d, Operation& operation) {
   pair_of(d, "padding", shape->padding);
   pair_of(d, "dilation", shape->dilation);
   shape->groups = get<std::int64_t>(d, "groups");
-  pair_of(d, "pool_kernel", shape->pool_kernel);
-  pair_of(d, "pool_stride", shape->pool_stride);
-  pair_of(d, "pool_padding", shape->pool_padding);
+  read_pool(d, *shape);
   shape->eps = get<double>(d, "eps");
   shape->slope = get<double>(d, "slope");
   shape->norm = norms.at(get<std::string>(d, "norm"));
   shape->activation = activation_of(get<std::string>(d, "activation"));
-  shape->pool = pools.at(get<std::string>(d, "pool"));
   shape->bias = operation.w[1] != absent;
   shape->affine = operation.w[2] != absent;
   shape->data = operation.x[0].is_data;
@@ -177,6 +201,7 @@ Operation operation_of(const py::dict& d) {
   else if (name == "flatten") describe_flatten(d, operation);
   else if (name == "data") describe_data(d, operation);
   else if (name == "norm") describe_norm(d, operation);
+  else if (name == "pool") describe_pool(d, operation);
   else if (name == "pointwise") describe_pointwise(d, operation);
   else if (name == "loss") describe_loss(d, operation);
   else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);

@@ -5,8 +5,8 @@
 #define FASTMETA_ISA plain
 #endif
 
-// With x = (z - mean) r the normalised input, r = 1 / s, a = weight r, t = mean(x z_dot), d = weight du the cotangent of x
-// and m = mean(d), n = mean(d x), all maps are affine in what they read:
+// With x = (z - mean) r the normalised input, r = 1 / s, a = weight r, t = mean(x z_dot), d = weight du the cotangent of
+// x and m = mean(d), n = mean(d x), all maps are affine in what they read:
 //   u      = (z - mean) a + bias
 //   u_dot  = (z_dot - mean_dot) a + (z - mean) e + bias_dot                 e = r (weight_dot - a t)
 //   dz     = du a - r m - (z - mean) r r n
@@ -42,12 +42,19 @@ struct PointDot {
 
   PointDot(const Scratch<R>& k, const Point<R>& point, const Tangent<R>& t, std::int64_t c)
       : mean(load(k.mean_dot + c)),
-        e(point.inverse * (load((t.w_dot[0] != nullptr ? t.w_dot[0] : k.zeros) + c) - point.a * load(k.spread_dot + c))),
+        e(point.inverse *
+          (load((t.w_dot[0] != nullptr ? t.w_dot[0] : k.zeros) + c) - point.a * load(k.spread_dot + c))),
         f(load((t.w_dot[1] != nullptr ? t.w_dot[1] : k.zeros) + c)) {}
 
   FASTMETA_INLINE V u(const Point<R>& point, V z, V z_dot) const {
     return (z_dot - mean) * point.a + ((z - point.mean) * e + f);
   }
+};
+
+// A cotangent and its tangent.
+template <class R>
+struct Both {
+  Vector<R> value, dot;
 };
 
 template <class R>
@@ -103,19 +110,21 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     const R* z = p.x[0] + i * l.size;
     R* y = p.y + i * l.size;
     const Saved<R> saved(l, p.saved, i);
-    k.template sum_pixels<1>([&](std::int64_t) { return [=](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; }; });
-    k.by_group(saved.mean(), k.mean, [&](std::int64_t c) { return k.sums[0][c]; },
+    k.template sum_pixels<1>([&](std::int64_t) {
+      return [&](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; };
+    });
+    k.by_group(saved.mean(), k.mean, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
     k.template sum_pixels<1>([&](std::int64_t c) {
-      return [=, mean = load(k.mean + c)](std::int64_t at) {
+      return [&, mean = load(k.mean + c)](std::int64_t at) {
         const Vector<R> centred = load(z + at) - mean;
         return Terms<R, 1>{{centred * centred}};
       };
     });
-    k.by_group(saved.inverse(), k.inverse, [&](std::int64_t c) { return k.sums[0][c]; },
+    k.by_group(saved.inverse(), k.inverse, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return 1 / square_root(total * l.share + l.s.eps); });
     for_pixels(l, [&](std::int64_t c) {
-      return [=, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
+      return [&, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
         store(y + at, curve.value(point.u(load(z + at)), slope));
       };
     });
@@ -135,19 +144,19 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     const Saved<R> saved(l, p.saved, i);
     k.spread(saved.mean(), k.mean);
     k.spread(saved.inverse(), k.inverse);
-    const auto du_at = [=](const Point<R>& point, std::int64_t at) {
+    const auto du_at = [&](const Point<R>& point, std::int64_t at) {
       return curve.slope(load(y + at), point.u(load(z + at)), slope) * load(dy + at);
     };
     k.template sum_pixels<2>([&](std::int64_t c) {
-      return [=, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
+      return [&, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
         const Vector<R> du = du_at(point, at);
         return Terms<R, 2>{{du, du * (load(z + at) - point.mean)}};
       };
     });
     const double *sum = k.sums[0], *product = k.sums[1];
-    k.by_group(saved.d_mean(), k.d_mean, [=](std::int64_t c) { return static_cast<double>(weight[c]) * sum[c]; },
+    k.by_group(saved.d_mean(), k.d_mean, [=](auto at) { return at(weight) * at(sum); },
                [&](double total, std::int64_t) { return total * l.share; });
-    k.by_group(saved.d_spread(), k.d_spread, [=](std::int64_t c) { return static_cast<double>(weight[c]) * product[c]; },
+    k.by_group(saved.d_spread(), k.d_spread, [=](auto at) { return at(weight) * at(product); },
                [&](double total, std::int64_t g) { return total * l.share * static_cast<double>(saved.inverse()[g]); });
     for (std::int64_t c = 0; c < l.co; ++c) {
       k.totals[0][c] += product[c] * static_cast<double>(k.inverse[c]);
@@ -159,7 +168,7 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
       const Point<R> point(k, l.s, p, c);
       const Vector<R> k0 = point.inverse * load(k.d_mean + c);
       const Vector<R> k1 = point.inverse * point.inverse * load(k.d_spread + c);
-      return [=](std::int64_t at) {
+      return [&, point, k0, k1](std::int64_t at) {
         store(dz + at, du_at(point, at) * point.a - (k0 + (load(z + at) - point.mean) * k1));
       };
     });
@@ -180,19 +189,19 @@ void tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scr
     k.spread(saved.mean(), k.mean);
     k.spread(saved.inverse(), k.inverse);
     k.template sum_pixels<2>([&](std::int64_t c) {
-      return [=, mean = load(k.mean + c)](std::int64_t at) {
+      return [&, mean = load(k.mean + c)](std::int64_t at) {
         const Vector<R> d = load_or_zero(z_dot, at);
         return Terms<R, 2>{{d, d * (load(z + at) - mean)}};
       };
     });
-    k.by_group(dot.mean(), k.mean_dot, [&](std::int64_t c) { return k.sums[0][c]; },
+    k.by_group(dot.mean(), k.mean_dot, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
-    k.by_group(dot.spread(), k.spread_dot, [&](std::int64_t c) { return k.sums[1][c]; },
+    k.by_group(dot.spread(), k.spread_dot, [&](auto at) { return at(k.sums[1]); },
                [&](double total, std::int64_t g) { return total * l.share * static_cast<double>(saved.inverse()[g]); });
     for_pixels(l, [&](std::int64_t c) {
       const Point<R> point(k, l.s, p, c);
       const PointDot<R> turn(k, point, t, c);
-      return [=](std::int64_t at) {
+      return [&, point, turn](std::int64_t at) {
         const Vector<R> x = load(z + at);
         store(y_dot + at, curve.slope(load(y + at), point.u(x), slope) * turn.u(point, x, load_or_zero(z_dot, at)));
       };
@@ -218,17 +227,17 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
     k.spread(saved.d_spread(), k.d_spread);
     k.spread(dot.mean(), k.mean_dot);
     k.spread(dot.spread(), k.spread_dot);
-    const auto du_at = [=](const Point<R>& point, const PointDot<R>& turn, std::int64_t at) {
+    const auto du_at = [&](const Point<R>& point, const PointDot<R>& turn, std::int64_t at) {
       const V x = load(z + at), u = point.u(x), f = load(y + at), s = curve.slope(f, u, slope), d = load(dy + at);
-      Terms<R, 2> du{{s * d, s * load(dy_dot + at)}};
-      if constexpr (curve.bends) du.of[1] += curve.bend(f, u) * turn.u(point, x, load_or_zero(z_dot, at)) * d;
+      Both<R> du{s * d, s * load(dy_dot + at)};
+      if constexpr (C::bends) du.dot += curve.bend(f, u) * turn.u(point, x, load_or_zero(z_dot, at)) * d;
       return du;
     };
     k.template sum_pixels<4>([&](std::int64_t c) {
       const Point<R> point(k, l.s, p, c);
       const PointDot<R> turn(k, point, t, c);
-      return [=](std::int64_t at) {
-        const auto [du, du_dot] = du_at(point, turn, at).of;
+      return [&, point, turn](std::int64_t at) {
+        const auto [du, du_dot] = du_at(point, turn, at);
         const V centred = load(z + at) - point.mean;
         return Terms<R, 4>{
             {du, du * centred, du_dot, du_dot * centred + du * (load_or_zero(z_dot, at) - turn.mean)}};
@@ -236,9 +245,7 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
     });
     const double *sum = k.sums[0], *product = k.sums[1], *sum_dot = k.sums[2], *product_dot = k.sums[3];
     const auto with_weights = [=](const double* by_weight_dot, const double* by_weight) {
-      return [=](std::int64_t c) {
-        return static_cast<double>(weight_dot[c]) * by_weight_dot[c] + static_cast<double>(weight[c]) * by_weight[c];
-      };
+      return [=](auto at) { return at(weight_dot) * at(by_weight_dot) + at(weight) * at(by_weight); };
     };
     k.by_group(nullptr, k.d_mean_dot, with_weights(sum, sum_dot),
                [&](double total, std::int64_t) { return total * l.share; });
@@ -259,8 +266,8 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
       const V r = point.inverse, tr = load(k.spread_dot + c) * r, n = load(k.d_spread + c);
       const V k0 = r * (tr * load(k.d_mean + c) - load(k.d_mean_dot + c));
       const V k1 = r * r * (2 * tr * n - load(k.d_spread_dot + c)), k2 = r * r * n;
-      return [=](std::int64_t at) {
-        const auto [du, du_dot] = du_at(point, turn, at).of;
+      return [&, point, turn, k0, k1, k2](std::int64_t at) {
+        const auto [du, du_dot] = du_at(point, turn, at);
         store(dz_dot + at, du_dot * point.a + du * turn.e + (k0 + (load(z + at) - point.mean) * k1) -
                                (load_or_zero(z_dot, at) - turn.mean) * k2);
       };

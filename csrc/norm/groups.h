@@ -55,6 +55,26 @@ struct Terms {
   Vector<R> of[count];
 };
 
+// A channel's number in double, or those of a few neighbours side by side.
+struct One {
+  std::int64_t c;
+  template <class T>
+  FASTMETA_INLINE double operator()(const T* p) const {
+    return static_cast<double>(p[c]);
+  }
+};
+struct Few {
+  static constexpr int count = width<double>;
+  std::int64_t c;
+  template <class T>
+  FASTMETA_INLINE Vector<double> operator()(const T* p) const {
+    typedef T Narrow __attribute__((vector_size(count * sizeof(T))));
+    Narrow narrow;
+    __builtin_memcpy(&narrow, p + c, sizeof narrow);
+    return __builtin_convertvector(narrow, Vector<double>);
+  }
+};
+
 // Scratch of every map, by channel; padding is zero.
 template <class R>
 struct Scratch {
@@ -100,19 +120,16 @@ struct Scratch {
     }
   }
 
-  // out[g] = finish(the sum over the group's channels of value(c), g), and by channel.
+  // out[g] = finish(the sum over the group's channels of value(at), g), and by channel; at(p) is a channel's entry of p.
   template <class Value, class Finish>
   FASTMETA_INLINE void by_group(R* out, R* by_channel, Value value, Finish finish) const {
     for (std::int64_t g = 0; g < l.s.groups; ++g) {
-      constexpr int lanes = 8;  // chains of additions that do not wait for each other
-      double part[lanes] = {};
       const std::int64_t end = (g + 1) * l.per;
       std::int64_t c = g * l.per;
-      for (; c + lanes <= end; c += lanes)
-        for (int i = 0; i < lanes; ++i) part[i] += value(c + i);
-      for (; c < end; ++c) part[0] += value(c);
-      double total = 0;
-      for (const double x : part) total += x;
+      Vector<double> part{};
+      for (; c + Few::count <= end; c += Few::count) part += value(Few{c});
+      double total = sum<double>(part);
+      for (; c < end; ++c) total += value(One{c});
       const R result = static_cast<R>(finish(total, g));
       if (out != nullptr) out[g] = result;
       for (c = g * l.per; c < end; ++c) by_channel[c] = result;

@@ -1,4 +1,4 @@
-// Normalisation by statistics of the input, and the activation that follows: u = weight (z - mean) / s + bias, y = f(u).
+// Normalisation by statistics of the input and the activation that follows: u = weight (z - mean) / s + bias, y = f(u).
 //
 // Statistics are of each sample and group of neighbouring channels, over their pixels. Layer norm of rows has one group
 // and one pixel, instance norm as many groups as channels; batch norm is instance norm of a single sample whose pixels

@@ -18,28 +18,26 @@ template <class R>
 struct Layout {
   const Shape& s;
   std::int64_t row, elements;
-  R slope;
+  R slope, factors[executor::max_inputs];
 
   explicit Layout(const void* shape)
       : s(*static_cast<const Shape*>(shape)),
         row(padded<R>(s.features)),
         elements(s.rows * row),
-        slope(static_cast<R>(s.slope)) {}
+        slope(static_cast<R>(s.slope)),
+        factors{static_cast<R>(s.factors[0]), static_cast<R>(s.factors[1])} {}
+
+  // p a + q b at i; either may be absent.
+  FASTMETA_INLINE Vector<R> sum_at(const R* const* x, std::int64_t i) const {
+    const Vector<R> a = x[0] == nullptr ? Vector<R>{} : factors[0] * load(x[0] + i);
+    return x[1] == nullptr ? a : a + factors[1] * load(x[1] + i);
+  }
+  // Its transpose.
+  FASTMETA_INLINE void share(R* const* dx, std::int64_t i, Vector<R> value) const {
+    for (int j = 0; j < executor::max_inputs; ++j)
+      if (dx[j] != nullptr) store(dx[j] + i, factors[j] * value);
+  }
 };
-
-// a + b at i; either may be absent.
-template <class R>
-FASTMETA_INLINE Vector<R> sum_at(const R* const* x, std::int64_t i) {
-  const Vector<R> a = x[0] == nullptr ? Vector<R>{} : load(x[0] + i);
-  return x[1] == nullptr ? a : a + load(x[1] + i);
-}
-
-// Both inputs get the same cotangent.
-template <class R>
-FASTMETA_INLINE void store_both(R* const* dx, std::int64_t i, Vector<R> value) {
-  for (int j = 0; j < executor::max_inputs; ++j)
-    if (dx[j] != nullptr) store(dx[j] + i, value);
-}
 
 template <class R>
 Sizes sizes(const void* shape) {
@@ -52,7 +50,7 @@ template <class R>
 void forward(const void* shape, const Primal<R>& p, R*) {
   const Layout<R> l(shape);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < l.elements; i += width<R>) store(p.y + i, curve.value(sum_at(p.x, i), l.slope));
+    for (std::int64_t i = 0; i < l.elements; i += width<R>) store(p.y + i, curve.value(l.sum_at(p.x, i), l.slope));
   });
   if (l.s.activation != Activation::sigmoid) return;
   for (std::int64_t i = 0; i < l.s.rows; ++i)  // the one curve whose value at 0, the padding's, is not 0
@@ -64,7 +62,7 @@ void backward(const void* shape, const Primal<R>& p, R*) {
   const Layout<R> l(shape);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>)
-      store_both(p.dx, i, curve.slope(load(p.y + i), sum_at(p.x, i), l.slope) * load(p.dy + i));
+      l.share(p.dx, i, curve.slope(load(p.y + i), l.sum_at(p.x, i), l.slope) * load(p.dy + i));
   });
 }
 
@@ -73,7 +71,7 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
   const Layout<R> l(shape);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>)
-      store(t.y_dot + i, curve.slope(load(p.y + i), sum_at(p.x, i), l.slope) * sum_at(t.x_dot, i));
+      store(t.y_dot + i, curve.slope(load(p.y + i), l.sum_at(p.x, i), l.slope) * l.sum_at(t.x_dot, i));
   });
 }
 
@@ -82,10 +80,10 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
   const Layout<R> l(shape);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>) {
-      const Vector<R> y = load(p.y + i), z = sum_at(p.x, i);
+      const Vector<R> y = load(p.y + i), z = l.sum_at(p.x, i);
       Vector<R> value = curve.slope(y, z, l.slope) * load(t.dy_dot + i);
-      if constexpr (curve.bends) value += curve.bend(y, z) * load(p.dy + i) * sum_at(t.x_dot, i);
-      store_both(t.dx_dot, i, value);
+      if constexpr (curve.bends) value += curve.bend(y, z) * load(p.dy + i) * l.sum_at(t.x_dot, i);
+      l.share(t.dx_dot, i, value);
     }
   });
 }

@@ -1,4 +1,4 @@
-// An activation of a value, or of the sum of two: y = f(a) or y = f(a + b).
+// An activation of a value, or of a sum of two: y = f(p a) or y = f(p a + q b) with numbers p and q.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@ namespace fastmeta::pointwise {
 
 struct Shape {
   std::int64_t rows, features;  // images are rows of one pixel's channels
+  double factors[executor::max_inputs];
   Activation activation;
   double slope;  // of leaky_relu below 0
 };

@@ -9,10 +9,14 @@
 #include <vector>
 
 #include "../../csrc/conv_block/kernels.h"
+#include "../../csrc/data/kernels.h"
 #include "../../csrc/executor/meta_gradient.h"
 #include "../../csrc/flatten/kernels.h"
 #include "../../csrc/linear_block/kernels.h"
 #include "../../csrc/loss/kernels.h"
+#include "../../csrc/norm/kernels.h"
+#include "../../csrc/pointwise/kernels.h"
+#include "../../csrc/pool/kernels.h"
 
 using namespace fastmeta;
 using namespace fastmeta::executor;
@@ -79,6 +83,57 @@ Operation flat(std::int64_t n, std::int64_t channels, std::int64_t pixels, int x
   return operation;
 }
 
+Operation data_of(std::int64_t n, std::int64_t channels, std::int64_t pixels, int y) {
+  Operation operation;
+  auto shape = std::make_shared<data::Shape>();
+  *shape = {n, channels, pixels};
+  operation.shape = shape;
+  FASTMETA_MAPS(operation, data)
+  operation.x[0] = {true, 0};
+  operation.y = y;
+  return operation;
+}
+
+Operation sum(std::int64_t rows, std::int64_t channels, Activation activation, int a, int b, int y) {
+  Operation operation;
+  auto shape = std::make_shared<pointwise::Shape>();
+  *shape = {rows, channels, {1, -0.7}, activation, 0.1};
+  operation.shape = shape;
+  FASTMETA_MAPS(operation, pointwise)
+  operation.x[0] = {false, a};
+  operation.x[1] = {false, b};
+  operation.y = y;
+  return operation;
+}
+
+Operation norm_of(norm::Shape given, int x, int w, int y) {
+  Operation operation;
+  given.eps = 1e-5;
+  given.slope = 0.1;
+  given.weight = given.bias = w != absent;
+  auto shape = std::make_shared<norm::Shape>(given);
+  operation.shape = shape;
+  FASTMETA_MAPS(operation, norm)
+  operation.x[0] = {false, x};
+  if (w != absent) operation.w[0] = w;
+  if (w != absent) operation.w[1] = w + 1;
+  operation.y = y;
+  return operation;
+}
+
+Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, conv_block::Pool kind, std::int64_t window,
+                  int x, int y) {
+  Operation operation;
+  auto shape = std::make_shared<pool::Shape>();
+  *shape = {n, channels, size, size, channels, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, {window, window}, {2, 2}, {0, 0}, 0.0,
+            0.0, conv_block::Norm::none, Activation::identity, kind, false, false, false};
+  operation.shape = shape;
+  FASTMETA_MAPS(operation, pool)
+  operation.x[0] = {false, x};
+  operation.y = y;
+  return operation;
+}
+
 struct Case {
   const char* name;
   Program (*program)(std::int64_t n);
@@ -109,6 +164,50 @@ Program images(std::int64_t n) {
   return p;
 }
 
+// Layer norm before and group norm after, data and values that are read twice, a value added to itself.
+Program residual_rows(std::int64_t n) {
+  Program p;
+  p.operations = {linear(n, features, hidden, Activation::identity, {true, 0}, 0, 0),
+                  norm_of({n, 1, hidden, 1, 0, Activation::gelu, 0, false, false}, 0, 2, 1),
+                  linear(n, hidden, hidden, Activation::silu, {false, 1}, 4, 2),
+                  sum(n, hidden, Activation::sigmoid, 0, 2, 3),
+                  norm_of({1, n, hidden, hidden, 0, Activation::identity, 0, false, false}, 3, absent, 4),
+                  sum(n, hidden, Activation::identity, 4, 4, 5),
+                  linear(n, hidden, features, Activation::tanh, {false, 5}, 6, 6),
+                  data_of(n, features, 1, 7),
+                  sum(n, features, Activation::tanh, 6, 7, 8),
+                  linear(n, features, classes, Activation::identity, {false, 8}, 8, 9),
+                  loss_of(loss::Kind::cross_entropy, n, 9, 10)};
+  p.values = 11;
+  p.output = 9;
+  p.adapted = p.differentiated = p.parameters = 10;
+  return p;
+}
+
+// A block of two channels a group beside a skip from the images, and pools of values.
+Program residual_images(std::int64_t n) {
+  Program p;
+  const std::int64_t half = side / 2, pixels = half * half;
+  p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0),
+                  norm_of({n, pixels, 6, 3, 0, Activation::silu, 0, false, false}, 0, 4, 1),
+                  data_of(n, 2, side * side, 2),
+                  conv(n, 2, side, 6, {false, 2}, 6, 3),
+                  sum(n * pixels, 6, Activation::leaky_relu, 1, 3, 4),
+                  sum(n * pixels, 6, Activation::identity, 4, 1, 5),
+                  pool_of(n, 6, half, conv_block::Pool::max, 2, 5, 6),
+                  pool_of(n, 6, half, conv_block::Pool::average, 3, 4, 7),
+                  norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false}, 7, 10, 8),
+                  flat(n, 6, 4, 6, 9),
+                  linear(n, 24, 6, Activation::identity, {false, 9}, 12, 10),
+                  sum(n, 6, Activation::tanh, 10, 8, 11),
+                  linear(n, 6, classes, Activation::identity, {false, 11}, 14, 12),
+                  loss_of(loss::Kind::cross_entropy, n, 12, 13)};
+  p.values = 14;
+  p.output = 12;
+  p.adapted = p.differentiated = p.parameters = 16;
+  return p;
+}
+
 const std::vector<std::int64_t> row_weights{features * hidden, hidden, hidden * hidden, hidden, hidden * classes, classes};
 
 const Case cases[] = {
@@ -116,6 +215,12 @@ const Case cases[] = {
     {"squared error", [](std::int64_t n) { return rows(n, loss::Kind::squared_error); }, row_weights, features, false},
     {"binary cross entropy", [](std::int64_t n) { return rows(n, loss::Kind::binary_cross_entropy); }, row_weights,
      features, false},
+    {"residual rows", residual_rows,
+     {features * hidden, hidden, hidden, hidden, hidden * hidden, hidden, hidden * features, features,
+      features * classes, classes},
+     features, true},
+    {"residual images", residual_images,
+     {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
 };
 
@@ -199,7 +304,7 @@ int check(const Case& c, double tolerance) {
   }
   for (std::size_t k = 0; k < d_alpha.size(); ++k) slope += static_cast<double>(d_alpha[k]) * (k + 1.0);
   double ends[2];
-  const double h = 1e-5;
+  const double h = 5e-6;
   for (int side_of = 0; side_of < 2; ++side_of) {
     Problem<double> here(c, 1);
     const double move = side_of == 0 ? -h : h;

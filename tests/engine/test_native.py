@@ -221,13 +221,12 @@ def test_values_that_are_not_finite_are_named() -> None:
 @pytest.mark.parametrize(
     ("model", "loss", "reason"),
     [
-        (nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 4)), F.mse_loss, "layer_norm"),
         (nn.Sequential(nn.Linear(3, 8), nn.Softplus(), nn.Linear(8, 4)), F.mse_loss, "softplus"),
         (network(3, 8, 4), lambda x, y: F.mse_loss(x, y) + x.square().mean(), "not the mean or the sum"),
         (network(3, 8, 4), lambda x, y: F.huber_loss(x, y), "native kernel"),
         (nn.Sequential(nn.Linear(3, 4), nn.GELU(approximate="tanh")), F.mse_loss, "activation"),
     ],
-    ids=["layer norm", "softplus", "two losses", "another loss", "approximate gelu"],
+    ids=["softplus", "two losses", "another loss", "approximate gelu"],
 )
 def test_what_it_cannot_run_falls_to_the_reference_and_says_so(model, loss, reason: str) -> None:
     model, tasks = model.double(), batch_of(3, 4, "mse")
@@ -239,7 +238,7 @@ def test_what_it_cannot_run_falls_to_the_reference_and_says_so(model, loss, reas
         fm.MAML(model, loss, lr=0.1, steps=2, executor="native").value_and_grad(tasks)
 
 
-def test_tied_weights_and_a_value_read_twice_fall_to_the_reference() -> None:
+def test_tied_weights_fall_to_the_reference() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -248,20 +247,10 @@ def test_tied_weights_and_a_value_read_twice_fall_to_the_reference() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(torch.tanh(self.layer(x)))
 
-    class Skip(Tied):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.layer(x)
-            return self.other(h) + h
-
-    tasks = batch_of(3, 3, "mse")
-    for model in (Tied().double(), Skip().double()):
-        maml = fm.MAML(model, F.mse_loss, lr=0.1, steps=2)
-        assert relative_error(maml.value_and_grad(tasks)[1], truth(model, F.mse_loss, tasks, 0.1, 2)[3]) <= EXACT
-        assert "reference" in maml.explain(tasks).executor
+    model, tasks = Tied().double(), batch_of(3, 3, "mse")
+    maml = fm.MAML(model, F.mse_loss, lr=0.1, steps=2)
+    assert relative_error(maml.value_and_grad(tasks)[1], truth(model, F.mse_loss, tasks, 0.1, 2)[3]) <= EXACT
+    assert "parameter layer.weight has several readers" in maml.explain(tasks).executor
 
 
 def test_the_number_of_threads_and_of_callers_changes_no_bit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from fastmeta.engine.lower.lowering import ABSENT, Lowering, NotLowered, Value
@@ -38,18 +39,19 @@ def _convolution(lowering: Lowering, instruction: Instruction) -> None:
     shape: dict[str, Any] = {"n": n, "in": channels, "height": height, "width": width, "out": out}
     shape |= {"kernel": tuple(kernel), "stride": geometry.stride, "padding": geometry.padding}
     shape |= {"dilation": geometry.dilation, "groups": geometry.groups}
-    slot, norm, scales = _batch_normalised(lowering, instruction.outputs[0])
+    slot, result = instruction.outputs[0], instruction.op.call.outputs[0].shape
+    slot, norm, scales = _batch_normalised(lowering, slot, result)
     slot, activation = activated(lowering, slot)
-    slot, pool = _pooled(lowering, slot)
+    slot, pool, result = _pooled(lowering, slot, result)
     index = lowering.emit("conv_block", shape | norm | activation | pool, [source], weights + scales)
-    lowering.held[slot] = Value(index, *lowering.graph.values[slot].shape)
+    lowering.held[slot] = Value(index, *result)
 
 
-def _batch_normalised(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any], list[int]]:
-    """The batch norm that a convolution can take along: ``(slot, description, weights)``."""
+def _batch_normalised(lowering: Lowering, slot: int, shape: tuple[int, ...]) -> tuple[int, dict[str, Any], list[int]]:
+    """The batch norm of images of ``shape`` that a convolution can take along: ``(slot, description, weights)``."""
     follower = lowering.follower(slot)
     op: Any = None if follower is None else follower.op
-    if follower is None or op.name != "batch_norm" or op.shape != lowering.graph.values[slot].shape:
+    if follower is None or op.name != "batch_norm" or op.shape != shape:
         return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
     if not op.uses_batch_statistics or (op.scale is None) != (op.shift is None):
         return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
@@ -74,38 +76,72 @@ def _activation(instruction: Instruction) -> dict[str, Any] | None:
     return {"activation": name, "slope": float(call["negative_slope"]) if name == "leaky_relu" else 0.0}
 
 
-def _pooled(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
-    """The pooling that a convolution can take along: ``(slot, description)``."""
+def _pooled(lowering: Lowering, slot: int, shape: tuple[int, ...]) -> tuple[int, dict[str, Any], tuple[int, ...]]:
+    """The pooling of images of ``shape`` that a convolution can take along: ``(slot, description, shape)``."""
     follower = lowering.follower(slot)
-    if follower is None or follower.op.name not in ("max_pool", "average_pool"):
-        return slot, NO_POOL
-    pool = _pool(follower)
-    if pool is None or follower.op.call["self"].shape != lowering.graph.values[slot].shape:
-        return slot, NO_POOL
-    return lowering.take(slot, follower), pool
+    pool = None if follower is None else _windows(follower)
+    if follower is None or pool is None or follower.op.call.inputs[0].shape != shape:
+        return slot, NO_POOL, shape
+    return lowering.take(slot, follower), pool, follower.op.call.outputs[0].shape
 
 
-def _pool(instruction: Instruction) -> dict[str, Any] | None:
-    """A pooling by equal windows that lie in the image or count what lies outside."""
+def _windows(instruction: Instruction) -> dict[str, Any] | None:
+    """The pooling of an instruction, if its windows are equal and lie in the image or count what lies outside."""
     op: Any = instruction.op
+    kind = {"max_pool": "max", "average_pool": "average"}.get(op.name)
+    if kind is None:
+        return None
     window, get = op.window, op.call.arguments.get
     counts_inside_alone = any(window.padding) and not get("count_include_pad", True)
-    if (
-        window.ceil_mode
-        or tuple(window.dilation) != (1, 1)
-        or counts_inside_alone
-        or get("divisor_override") is not None
-    ):
+    if window.ceil_mode or set(window.dilation) != {1} or counts_inside_alone or get("divisor_override") is not None:
         return None
-    described: dict[str, Any] = {"pool": {"max_pool": "max", "average_pool": "average"}[op.name]}
-    return described | {f"pool_{name}": tuple(getattr(window, name)) for name in ("kernel", "stride", "padding")}
+    return _description(kind, window.kernel, window.stride, window.padding)
+
+
+def _description(kind: str, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict[str, Any]:
+    return {"pool": kind, "pool_kernel": tuple(kernel), "pool_stride": tuple(stride), "pool_padding": tuple(padding)}
+
+
+def _lone_pool(lowering: Lowering, instruction: Instruction) -> None:
+    windows = _windows(instruction)
+    if windows is None:
+        raise NotLowered(f"{instruction.op.name} with windows that differ or divisors of their own")
+    _pool(lowering, instruction, windows)
+
+
+def _adaptive_pool(lowering: Lowering, instruction: Instruction) -> None:
+    size, wanted = instruction.op.call.inputs[0].shape[-2:], instruction.op.call.outputs[0].shape[-2:]
+    if any(whole % part for whole, part in zip(size, wanted, strict=True)):
+        raise NotLowered("adaptive pooling by windows that differ")
+    window = [whole // part for whole, part in zip(size, wanted, strict=True)]
+    _pool(lowering, instruction, _description("average", window, window, (0, 0)))
+
+
+def _mean(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    if not op.mean or op.axes != (3, 4) or len(op.shape) != 4:  # counted behind the task axis
+        raise NotLowered(f"{op.call.target} that is not the mean of images over their pixels")
+    size = op.shape[2:]
+    _pool(lowering, instruction, _description("average", size, size, (0, 0)))
+
+
+def _pool(lowering: Lowering, instruction: Instruction, windows: dict[str, Any]) -> None:
+    shape, result = instruction.op.call.inputs[0].shape, instruction.op.call.outputs[0].shape
+    value = lowering.value(instruction.inputs[0])
+    if value.shape != shape:
+        raise NotLowered(f"a value of shape {value.shape} read as {shape}")
+    described = {"n": value.samples, "channels": value.channels, "height": value.height, "width": value.width}
+    index = lowering.emit("pool", described | windows, [(False, value.index)])
+    lowering.held[instruction.outputs[0]] = Value(index, *(*result, 1, 1)[:4])
 
 
 def _sum(lowering: Lowering, instruction: Instruction) -> None:
     op: Any = instruction.op
-    call = op.call
-    if op.factors != (1, 1) or len({i.shape for i in call.inputs} | {call.outputs[0].shape}) > 1:
-        raise NotLowered(f"{call.target} that is not the plain sum of two values of one shape")
+    if op.offset or len({i.shape for i in op.call.inputs} | {op.call.outputs[0].shape}) > 1:
+        raise NotLowered(f"{op.call.target} that is not a sum of values of one shape")
+    if len(op.factors) == 1:
+        _scaled(lowering, instruction, op.factors[0])
+        return
     first, second = instruction.inputs
     if isinstance(lowering.held.get(first), Value):
         a = lowering.value(first)
@@ -117,19 +153,41 @@ def _sum(lowering: Lowering, instruction: Instruction) -> None:
         a, b = lowering.rows(a), lowering.rows(b)
     if a.shape != b.shape:
         raise NotLowered(f"a sum of values of shapes {a.shape} and {b.shape}")
-    _pointwise(lowering, [a, b], *activated(lowering, instruction.outputs[0]))
+    _pointwise(lowering, [a, b], op.factors, *activated(lowering, instruction.outputs[0]))
+
+
+def _product(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    if op.number is None:
+        raise NotLowered(f"{op.call.target} of two tensors")
+    _scaled(lowering, instruction, op.number)
+
+
+def _quotient(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    if op.number is None:
+        raise NotLowered(f"{op.call.target} of two tensors")
+    _scaled(lowering, instruction, 1 / op.number)
+
+
+def _scaled(lowering: Lowering, instruction: Instruction, factor: float) -> None:
+    value = lowering.value(instruction.inputs[0])
+    _pointwise(lowering, [value], (factor,), *activated(lowering, instruction.outputs[0]))
 
 
 def _lone_activation(lowering: Lowering, instruction: Instruction) -> None:
     activation = _activation(instruction)
     if activation is None:
         raise NotLowered(f"activation ({instruction.op.call.target}) has no native kernel")
-    _pointwise(lowering, [lowering.value(instruction.inputs[0])], instruction.outputs[0], activation)
+    _pointwise(lowering, [lowering.value(instruction.inputs[0])], (1,), instruction.outputs[0], activation)
 
 
-def _pointwise(lowering: Lowering, values: list[Value], slot: int, activation: dict[str, Any]) -> None:
+def _pointwise(
+    lowering: Lowering, values: list[Value], factors: Sequence[float], slot: int, activation: dict[str, Any]
+) -> None:
+    """Emit the activation of the sum of ``values``, each times its factor."""
     first = values[0]
-    shape = {"rows": first.samples * first.pixels, "features": first.channels, **activation}
+    shape = {"rows": first.samples * first.pixels, "features": first.channels, "factors": list(factors), **activation}
     index = lowering.emit("pointwise", shape, [(False, value.index) for value in values])
     lowering.held[slot] = dataclasses.replace(first, index=index)
 
@@ -143,5 +201,11 @@ HANDLERS = {
     "linear": _linear,
     "conv2d": _convolution,
     "sum": _sum,
+    "product": _product,
+    "quotient": _quotient,
     "activation": _lone_activation,
+    "max_pool": _lone_pool,
+    "average_pool": _lone_pool,
+    "adaptive_average_pool": _adaptive_pool,
+    "reduction": _mean,
 }

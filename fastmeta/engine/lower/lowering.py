@@ -152,6 +152,8 @@ class Lowering:
         if isinstance(held, Value):
             return held
         shape = self.graph.values[slot].shape
+        if len(shape) != 4:  # views of a norm's groups say nothing about the layout
+            shape = self.graph.values[self.graph.data[held.index]].shape
         if like is not None:
             samples, channels, *size = like.shape
         elif len(shape) == 4:
@@ -207,7 +209,7 @@ class Lowering:
     def _held(self, slot: int) -> Data | Value:
         held = self.held.get(slot)
         if held is None:
-            raise NotLowered("an operation on parameters or buffers alone")
+            raise NotLowered("a parameter or buffer read as a value")
         if isinstance(held, Data) and self.graph.values[slot].dtype != self.dtype:
             raise NotLowered(f"an input of {self.graph.values[slot].dtype}")
         return held
