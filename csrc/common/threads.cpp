@@ -44,10 +44,10 @@ thread_local bool is_worker = false;
 
 class Pool {
  public:
-  void run(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context) {
+  void run(std::int64_t n, int threads, Work work, void* context) {
     std::unique_lock<std::mutex> only(one_job_, std::try_to_lock);
     if (!only.owns_lock()) {
-      work(context, 0, n);
+      work(context, 0, n, 0);
       return;
     }
     {
@@ -62,7 +62,7 @@ class Pool {
       ++job_;
     }
     wake_.notify_all();
-    take_ranges();
+    take_ranges(0);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       seats_ = 0;  // who has not come yet need not
@@ -82,20 +82,20 @@ class Pool {
       wake_.wait(lock, [&] { return job_ != seen; });
       seen = job_;
       if (seats_ == 0) continue;
-      --seats_;
+      const int seat = seats_--;
       ++busy_;
       lock.unlock();
-      take_ranges();
+      take_ranges(seat);
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
   }
 
-  void take_ranges() {
+  void take_ranges(int seat) {
     for (;;) {
       const std::int64_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
       if (first >= n_) return;
-      work_(context_, first, std::min(first + grain_, n_));
+      work_(context_, first, std::min(first + grain_, n_), seat);
     }
   }
 
@@ -105,7 +105,7 @@ class Pool {
   int workers_ = 0, seats_ = 0;
   std::atomic<int> busy_{0};
   std::atomic<std::uint64_t> job_{0};
-  void (*work_)(void*, std::int64_t, std::int64_t) = nullptr;
+  Work work_ = nullptr;
   void* context_ = nullptr;
   std::int64_t n_ = 0, grain_ = 1;
   std::atomic<std::int64_t> next_{0};
@@ -129,11 +129,11 @@ Pool& the_pool() {
 
 }  // namespace
 
-void parallel_ranges(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context) {
+void parallel_ranges(std::int64_t n, int threads, Work work, void* context) {
   if (n <= 0) return;
   threads = static_cast<int>(std::min<std::int64_t>(threads, n));
   if (threads <= 1 || is_worker) {
-    work(context, 0, n);
+    work(context, 0, n, 0);
     return;
   }
   the_pool().run(n, threads, work, context);

@@ -179,6 +179,11 @@ void bind_type(py::module_& m, const char* name) {
         return std::make_unique<Self>(program_of(support), program_of(query), isa_in_use());
       }))
       .def_property_readonly("isa", [](const Self& self) { return isa_name(self.isa()); })
+      .def("sharing",
+           [](const Self& self, std::int64_t tasks, std::int64_t steps, bool second_order, bool learned, int threads) {
+             const Sharing share = self.sharing(tasks, steps, second_order, learned, threads);
+             return std::pair<int, int>{share.at_once, share.within};
+           })
       .def("workspace_bytes", &Self::workspace_bytes)
       .def("kept_bytes", [](const Self& self, bool second_order, bool learned) {
         const auto size = static_cast<std::int64_t>(sizeof(R));

@@ -25,6 +25,11 @@ std::int64_t blocks_of(std::int64_t tasks, std::int64_t weights) {
   return std::min(tasks, std::max(2 * processors, std::min(most, fitting)));
 }
 
+// Tasks that work side by side each fill a workspace. One after another they fill one, and their threads wait for each other
+// many times, which is worth it where memory would grow by so much.
+constexpr std::int64_t large_bytes = std::int64_t{16} << 20;
+constexpr double mostly = 0.9;  // of a pass in operations that can use several threads
+
 template <class R>
 const packed::Kernels<R>& kernels_of(Isa isa) {
   if constexpr (std::is_same_v<R, float>)
@@ -35,7 +40,7 @@ const packed::Kernels<R>& kernels_of(Isa isa) {
 
 }  // namespace
 
-// Offsets in a thread's workspace.
+// Offsets in the workspace of a task at work.
 template <class R>
 struct MetaGradient<R>::Layout {
   std::int64_t theta, theta_step;  // adapted weights after each step; one set, overwritten, in first order
@@ -44,6 +49,7 @@ struct MetaGradient<R>::Layout {
   std::int64_t tape, tape_step, query_tape;
   std::int64_t tangent, scratch;
   std::int64_t total;
+  std::int64_t threads;
 };
 
 template <class R>
@@ -60,7 +66,7 @@ struct MetaGradient<R>::Memory {
   R* const data;
 };
 
-// A thread's memory, and the calls that work on it: for as long as weights and layout stay in their places.
+// The memory of a task at work, and the calls that work on it: for as long as weights and layout stay in their places.
 template <class R>
 struct MetaGradient<R>::Workspace : Memory {
   using Memory::Memory;
@@ -130,7 +136,8 @@ template <class R>
 MetaGradient<R>::~MetaGradient() = default;
 
 template <class R>
-typename MetaGradient<R>::Layout MetaGradient<R>::layout(std::int64_t steps, bool second_order, bool learned) const {
+typename MetaGradient<R>::Layout MetaGradient<R>::layout(std::int64_t steps, bool second_order, bool learned,
+                                                         int within) const {
   const Packing& packing = support_.packing();
   Layout at{};
   const auto take = [&at](std::int64_t elements, std::int64_t times) {
@@ -151,13 +158,22 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(std::int64_t steps, boo
   at.tape_step = second_order ? support_.tape() : 0;
   at.tape = take(support_.tape(), kept);
   at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
-  at.scratch = take(std::max(support_.scratch(), query_.scratch()), 1);
+  at.scratch = take(std::max(support_.scratch(within), query_.scratch(within)), 1);
+  at.threads = within;
   return at;
 }
 
 template <class R>
-std::int64_t MetaGradient<R>::workspace_bytes(std::int64_t steps, bool second_order, bool learned) const {
-  return static_cast<std::int64_t>(sizeof(R)) * layout(steps, second_order, learned).total;
+std::int64_t MetaGradient<R>::workspace_bytes(std::int64_t steps, bool second_order, bool learned, int within) const {
+  return static_cast<std::int64_t>(sizeof(R)) * layout(steps, second_order, learned, within).total;
+}
+
+template <class R>
+Sharing MetaGradient<R>::sharing(std::int64_t tasks, std::int64_t steps, bool second_order, bool learned,
+                                 int threads) const {
+  const bool large = workspace_bytes(steps, second_order, learned, 1) > large_bytes;
+  if ((tasks < threads || large) && query_.shared() > mostly) return {1, threads};
+  return {static_cast<int>(std::min<std::int64_t>(tasks, threads)), 1};
 }
 
 template <class R>
@@ -184,7 +200,9 @@ void MetaGradient<R>::run(const Request<R>& request) {
   check(request);
   const Packing& packing = support_.packing();
   const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
-  const Layout at = layout(request.steps, gradient && !request.first_order, learned);
+  const bool second_order = gradient && !request.first_order;
+  const Sharing share = sharing(request.tasks, request.steps, second_order, learned, request.threads);
+  const Layout at = layout(request.steps, second_order, learned, share.within);
   const std::int64_t blocks = blocks_of<R>(request.tasks, packing.differentiated);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
@@ -197,7 +215,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   std::vector<double> d_alpha(learned ? blocks * rates : 0);
   std::mutex mutex;
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
-  parallel_for(blocks, request.threads, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(blocks, share.at_once, [&](std::int64_t first, std::int64_t last, int) {
     try {
       const typename Shelf<Workspace>::Loan loan(*workspaces_, at.total);
       Workspace& workspace = *loan;
@@ -254,11 +272,12 @@ void MetaGradient<R>::bind(Workspace& workspace, const Layout& at, std::int64_t 
   R* memory = workspace.data;
   std::memset(memory, 0, sizeof(R) * workspace.size);  // another layout may have left something in the gaps
   const auto after = [&](std::int64_t k) { return k == 0 ? theta : memory + at.theta + (k - 1) * at.theta_step; };
+  const int threads = static_cast<int>(at.threads);
   workspace.support.clear();
   for (std::int64_t k = 0; k < steps; ++k)
     workspace.support.push_back(
-        support_.bind(memory + at.tape + k * at.tape_step, after(k), theta, memory + at.g + k * at.g_step, false));
-  workspace.query = query_.bind(memory + at.query_tape, after(steps), theta, memory + at.lam, true);
+        support_.bind(memory + at.tape + k * at.tape_step, after(k), theta, memory + at.g + k * at.g_step, false, threads));
+  workspace.query = query_.bind(memory + at.query_tape, after(steps), theta, memory + at.lam, true, threads);
   workspace.tangents = support_.bind_tangent(memory + at.tangent, memory + at.u, memory + at.product);
   workspace.theta = theta;
   workspace.steps = steps;

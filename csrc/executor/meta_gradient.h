@@ -1,4 +1,5 @@
-// The meta-gradient of a batch of tasks: each task's inner loop, query set and adjoint in one go, tasks over threads.
+// The meta-gradient of a batch of tasks: each task's inner loop, query set and adjoint in one go, tasks over threads or
+// threads within tasks.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,11 @@ struct Request {
   int threads;
 };
 
+// How the threads are shared out.
+struct Sharing {
+  int at_once, within;  // tasks, and threads that work on each
+};
+
 template <class R>
 class MetaGradient {
  public:
@@ -40,8 +46,9 @@ class MetaGradient {
   Isa isa() const { return isa_; }
   void run(const Request<R>& request);
   const Plan<R>& support() const { return support_; }
-  // Bytes that each thread holds.
-  std::int64_t workspace_bytes(std::int64_t steps, bool second_order, bool learned) const;
+  Sharing sharing(std::int64_t tasks, std::int64_t steps, bool second_order, bool learned, int threads) const;
+  // Bytes that each of the tasks at work holds.
+  std::int64_t workspace_bytes(std::int64_t steps, bool second_order, bool learned, int within) const;
 
  private:
   struct Layout;
@@ -50,7 +57,7 @@ class MetaGradient {
   template <class T>
   class Shelf;
 
-  Layout layout(std::int64_t steps, bool second_order, bool learned) const;
+  Layout layout(std::int64_t steps, bool second_order, bool learned, int within) const;
   void check(const Request<R>& request) const;
   void bind(Workspace& workspace, const Layout& at, std::int64_t steps, const R* theta) const;
   void run_task(const Request<R>& request, const Layout& at, std::int64_t task, Workspace& workspace, const R* theta,
@@ -62,7 +69,7 @@ class MetaGradient {
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
   const std::unique_ptr<Shelf<Memory>> thetas_;          // shared weights, packed
-  const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a thread at work
+  const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a task at work
 };
 
 }  // namespace fastmeta::executor

@@ -35,14 +35,15 @@ class Plan {
   const Packing& packing() const { return packing_; }
   std::int64_t tape() const { return tape_; }        // elements of a pass
   std::int64_t tangent() const { return tangent_; }  // elements: what a Hessian-vector product takes beside
-  std::int64_t scratch() const { return scratch_; }
+  std::int64_t scratch(int threads) const;           // elements, where so many work on a task
+  double shared() const;                             // the part of a pass in operations that can use several threads
 
   void pack(const R* const* parameters, R* packed) const;
   void unpack(const R* packed, R* const* tensors) const;  // the differentiated ones
 
   // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights; gradients go to `dw`:
-  // those of all differentiated parameters if `all`, else those of the adapted ones.
-  Calls<R> bind(R* tape, const R* own, const R* shared, R* dw, bool all) const;
+  // those of all differentiated parameters if `all`, else those of the adapted ones. So many threads may work on a call.
+  Calls<R> bind(R* tape, const R* own, const R* shared, R* dw, bool all, int threads) const;
   // Calls of a Hessian-vector product along u, packed like the adapted parameters, into dw_dot.
   TangentCalls<R> bind_tangent(R* tangent, const R* u, R* dw_dot) const;
   // Fills in the addresses of a task's data.
@@ -81,7 +82,7 @@ class Plan {
   Packing packing_;
   std::vector<Slot> slots_;
   std::vector<Item> items_;
-  std::int64_t tape_ = 0, tangent_ = 0, scratch_ = 0;
+  std::int64_t tape_ = 0, tangent_ = 0;
   std::int64_t row_unit_;  // elements of a vector, to whole ones of which rows are padded
 };
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -156,19 +157,43 @@ class Check {
     t.saved_dot = saved_dot.p;
     t.dy_dot = dy_dot.p;
 
-    maps_.forward(&s_, p, Buffer<R>(z.scratch).p);
+    // All four maps; everything they wrote.
+    const auto run_maps = [&](int threads) {
+      const int64_t scratch = z.scratch + threads * z.thread_scratch;
+      p.threads = threads;
+      maps_.forward(&s_, p, Buffer<R>(scratch).p);
+      maps_.backward(&s_, p, Buffer<R>(scratch).p);
+      if (wanted_.tangent) {
+        maps_.tangent(&s_, p, t, Buffer<R>(scratch).p);
+      } else {
+        std::fill(saved_dot.p, saved_dot.p + saved_dot.n, R(0));
+      }
+      maps_.tangent_backward(&s_, p, t, Buffer<R>(scratch).p);
+      std::vector<R> all(y.p, y.p + y.n);
+      const auto add = [&](const R* from, int64_t n) { all.insert(all.end(), from, from + n); };
+      if (wanted_.tangent) add(y_dot.p, y_dot.n);
+      if (p.dx[0] != nullptr) {
+        add(dx.p, dx.n);
+        add(dx_dot.p, dx_dot.n);
+      }
+      for (int i = 0; i < 4; ++i)
+        if (p.dw[i] != nullptr) {
+          add(p.dw[i], z.weights[i]);
+          add(t.dw_dot[i], z.weights[i]);
+        }
+      return all;
+    };
+    const auto alone = run_maps(1);
+    for (const int threads : {2, 5})
+      if (const auto together = run_maps(threads);
+          std::memcmp(alone.data(), together.data(), alone.size() * sizeof(R)) != 0)
+        fail("other bits from other threads", 1);
+
     compare_image("y", out, y.p, parts(e_.y, false));
-    maps_.backward(&s_, p, Buffer<R>(z.scratch).p);
     if (p.dx[0] != nullptr) compare_image("dx", in, dx.p, parts(e_.dx, false));
     for (int i = 0; i < 4; ++i)
       if (p.dw[i] != nullptr) compare_weight("dw", i, z.weights[i], p.dw[i], parts(e_.dw[i], false));
-    if (wanted_.tangent) {
-      maps_.tangent(&s_, p, t, Buffer<R>(z.scratch).p);
-      compare_image("y_dot", out, y_dot.p, parts(e_.y, true));
-    } else {
-      std::fill(saved_dot.p, saved_dot.p + saved_dot.n, R(0));
-    }
-    maps_.tangent_backward(&s_, p, t, Buffer<R>(z.scratch).p);
+    if (wanted_.tangent) compare_image("y_dot", out, y_dot.p, parts(e_.y, true));
     if (p.dx[0] != nullptr) compare_image("dx_dot", in, dx_dot.p, parts(e_.dx, true));
     for (int i = 0; i < 4; ++i)
       if (p.dw[i] != nullptr) compare_weight("dw_dot", i, z.weights[i], t.dw_dot[i], parts(e_.dw[i], true));
