@@ -252,15 +252,18 @@ class Random {
     return t;
   }
 
-  // Half of them the usual block, half anything.
+  // Half of them the usual block, half anything; a few so large that one image has work for several threads.
   Shape shape() {
     Shape s{};
     s.n = among(1, 5);
     s.out = chance(.3) ? among(1, 5) : among(1, 40);
     s.data = chance(.4);
     s.in = s.data ? (chance(.7) ? (chance(.5) ? 1 : 3) : among(1, 6)) : among(1, 40);
-    s.height = among(1, 15);
-    s.width = chance(.5) ? s.height : among(1, 15);
+    const bool large = chance(.05);
+    if (large) s.in = among(1, 3);
+    if (large) s.out = among(1, 3);
+    s.height = large ? among(40, 60) : among(1, 15);
+    s.width = large ? 60 : chance(.5) ? s.height : among(1, 15);
     s.groups = 1;
     s.eps = 1e-5;
     s.slope = 0.1;
