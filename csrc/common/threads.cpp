@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -22,6 +23,12 @@ namespace fastmeta {
 namespace {
 
 constexpr std::int64_t ranges_per_thread = 8;  // lets a thread that was late leave its share to the others
+
+// What is left of a thread's share of a job, on a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<std::int64_t> next{0};
+  std::int64_t end = 0;
+};
 
 // To wake a sleeping thread takes longer than a small network's whole meta-gradient. So a thread watches for the next
 // job a little while before it sleeps, long enough for a loop that calls again and again, too short to be in the way.
@@ -42,73 +49,99 @@ bool watched(F ready) {
 
 thread_local bool is_worker = false;
 
+// A job is open for as many threads as it has seats. Who takes one does so before it looks at the job, and the caller waits
+// for those alone; a thread that comes late, or not at all, costs nothing. Locks are for going to sleep.
 class Pool {
  public:
-  void run(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context) {
+  void run(std::int64_t n, int threads, Work work, void* context) {
     std::unique_lock<std::mutex> only(one_job_, std::try_to_lock);
     if (!only.owns_lock()) {
-      work(context, 0, n);
+      work(context, 0, n, 0);
       return;
     }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
-      work_ = work;
-      context_ = context;
-      n_ = n;
-      grain_ = std::max<std::int64_t>(1, n / (ranges_per_thread * threads));
-      next_.store(0, std::memory_order_relaxed);
-      seats_ = threads - 1;
-      ++job_;
+    if (workers_ < threads - 1) share_.reset(new Share[threads]);
+    for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
+    work_ = work;
+    context_ = context;
+    shares_ = threads;
+    grain_ = std::max<std::int64_t>(1, n / (ranges_per_thread * threads));
+    for (int i = 0; i < threads; ++i) {
+      share_[i].next.store(n * i / threads, std::memory_order_relaxed);
+      share_[i].end = n * (i + 1) / threads;
     }
-    wake_.notify_all();
-    take_ranges();
-    {
+    finished_.store(0, std::memory_order_relaxed);
+    const std::uint64_t job = (open_.load(std::memory_order_relaxed) / seats_limit + 1) * seats_limit;
+    const std::uint64_t seats = static_cast<std::uint64_t>(threads - 1);
+    open_.store(job + seats);
+    if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
-      seats_ = 0;  // who has not come yet need not
+      wake_.notify_all();
     }
-    if (watched([this] { return busy_.load(std::memory_order_acquire) == 0; })) return;
+    take_ranges(0);
+    const int taken = static_cast<int>(seats - open_.exchange(job) % seats_limit);
+    const auto done = [&] { return finished_.load() == taken; };
+    if (watched(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    waits_.store(true);
+    done_.wait(lock, done);
+    waits_.store(false);
   }
 
  private:
+  static constexpr std::uint64_t seats_limit = std::uint64_t{1} << 16;
+
   void serve() {
     is_worker = true;
     std::uint64_t seen = 0;
     for (;;) {
-      watched([&] { return job_.load(std::memory_order_acquire) != seen; });
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return job_ != seen; });
-      seen = job_;
-      if (seats_ == 0) continue;
-      --seats_;
-      ++busy_;
-      lock.unlock();
-      take_ranges();
-      lock.lock();
-      if (--busy_ == 0) done_.notify_one();
+      const auto another = [&] {
+        const std::uint64_t open = open_.load();
+        return open / seats_limit != seen && open % seats_limit > 0;
+      };
+      if (!watched(another)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleepers_;
+        wake_.wait(lock, another);
+        --sleepers_;
+      }
+      std::uint64_t open = open_.load();
+      while (open % seats_limit > 0 && !open_.compare_exchange_weak(open, open - 1)) {
+      }
+      if (open % seats_limit == 0) continue;
+      seen = open / seats_limit;
+      take_ranges(static_cast<int>(open % seats_limit));
+      ++finished_;
+      if (waits_.load()) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
     }
   }
 
-  void take_ranges() {
-    for (;;) {
-      const std::int64_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
-      if (first >= n_) return;
-      work_(context_, first, std::min(first + grain_, n_));
+  // Its own share first: jobs of equal size that follow each other then find what they need in the thread's own cache.
+  void take_ranges(int seat) {
+    for (int i = 0; i < shares_; ++i) {
+      Share& share = share_[(seat + i) % shares_];
+      for (;;) {
+        const std::int64_t first = share.next.fetch_add(grain_, std::memory_order_relaxed);
+        if (first >= share.end) break;
+        work_(context_, first, std::min(first + grain_, share.end), seat);
+      }
     }
   }
 
   std::mutex one_job_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  int workers_ = 0, seats_ = 0;
-  std::atomic<int> busy_{0};
-  std::atomic<std::uint64_t> job_{0};
-  void (*work_)(void*, std::int64_t, std::int64_t) = nullptr;
+  int workers_ = 0;
+  std::atomic<std::uint64_t> open_{0};  // number of the job, and seats that nobody has taken
+  std::atomic<int> finished_{0}, sleepers_{0};
+  std::atomic<bool> waits_{false};  // the caller sleeps
+  Work work_ = nullptr;
   void* context_ = nullptr;
-  std::int64_t n_ = 0, grain_ = 1;
-  std::atomic<std::int64_t> next_{0};
+  std::int64_t grain_ = 1;
+  int shares_ = 0;
+  std::unique_ptr<Share[]> share_;
 };
 
 // Never destroyed: its threads end with the process. A forked child has none of them and makes a pool of its own.
@@ -129,11 +162,11 @@ Pool& the_pool() {
 
 }  // namespace
 
-void parallel_ranges(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context) {
+void parallel_ranges(std::int64_t n, int threads, Work work, void* context) {
   if (n <= 0) return;
   threads = static_cast<int>(std::min<std::int64_t>(threads, n));
   if (threads <= 1 || is_worker) {
-    work(context, 0, n);
+    work(context, 0, n, 0);
     return;
   }
   the_pool().run(n, threads, work, context);

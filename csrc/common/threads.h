@@ -8,15 +8,18 @@
 
 namespace fastmeta {
 
-// Calls work(context, first, last) for ranges that cover [0, n) once each, on at most `threads` threads, the caller's
-// among them, and returns when all are done. `work` must not throw. Where the pool is in use by another thread, or the
-// caller is itself one of the pool's, everything runs on the caller.
-void parallel_ranges(std::int64_t n, int threads, void (*work)(void*, std::int64_t, std::int64_t), void* context);
+// Calls work(context, first, last, seat) for ranges that cover [0, n) once each, on at most `threads` threads, the
+// caller's among them, and returns when all are done. `seat` is less than `threads` and no other thread's at the same
+// time; the caller's is 0. `work` must not throw. Where the pool is in use by another thread, or the caller is itself
+// one of the pool's, everything runs on the caller.
+using Work = void (*)(void* context, std::int64_t first, std::int64_t last, int seat);
+void parallel_ranges(std::int64_t n, int threads, Work work, void* context);
 
 template <class F>
-void parallel_for(std::int64_t n, int threads, F&& f) {
+void parallel_for(std::int64_t n, int threads, F f) {
   parallel_ranges(
-      n, threads, [](void* g, std::int64_t first, std::int64_t last) { (*static_cast<F*>(g))(first, last); }, &f);
+      n, threads,
+      [](void* g, std::int64_t first, std::int64_t last, int seat) { (*static_cast<F*>(g))(first, last, seat); }, &f);
 }
 
 }  // namespace fastmeta

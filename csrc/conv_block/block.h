@@ -18,9 +18,7 @@ struct Saved {
     if (s.pool == Pool::max) codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
     z = arena.take(g.n * g.result());
   }
-  std::uint8_t* codes_of(const Geometry<R>& g, std::int64_t image) const {
-    return codes == nullptr ? nullptr : codes + image * g.pooled();
-  }
+  std::uint8_t* codes_at(std::int64_t y) const { return codes == nullptr ? nullptr : codes + y; }
 };
 
 template <class R>
@@ -38,99 +36,169 @@ struct Coefficients {
   Cotangent<R> cotangent;
   CotangentDot<R> cotangent_dot;
   R *db_dot, *dg_dot;
-  double *sum, *product;
 
-  Coefficients(const Geometry<R>& g, Arena<R>& arena) {
+  Coefficients(const Geometry<R>& g, Arena<R>& common) {
     R** const all[] = {&affine.mean,       &affine.a,         &affine.b,         &tangent.mean_dot, &tangent.e,
                        &tangent.f,         &cotangent.k0,     &cotangent.k1,     &cotangent_dot.a_dot,
                        &cotangent_dot.k0,  &cotangent_dot.k1, &cotangent_dot.k2, &db_dot,           &dg_dot};
-    for (R** p : all) *p = arena.take(g.co);
-    sum = arena.template take_as<double>(g.co);
-    product = arena.template take_as<double>(g.co);
-    if (arena.base == nullptr) return;
-    fill_zero(sum, g.co);
-    fill_zero(product, g.co);
+    for (R** p : all) *p = common.take(g.co);
   }
 };
 
-// Scratch of each map.
+// Two sums per channel over all bands, made of those of parts.
+template <class R>
+struct ChannelSums {
+  double *sum, *product;  // [parts, co]
+
+  ChannelSums(const Shape& s, const Geometry<R>& g, Arena<R>& common)
+      : sum(common.template take_as<double>(Bands<R>(s, g).parts() * g.co)),
+        product(common.template take_as<double>(Bands<R>(s, g).parts() * g.co)) {}
+
+  // visit(band, seat, sum, product) adds what the band has to sums.
+  template <class Visit>
+  void find(const Geometry<R>& g, const Bands<R>& bands, int threads, Visit visit) const {
+    const std::int64_t parts = bands.parts(), count = bands.count();
+    parallel_for(parts, threads, [&](std::int64_t first, std::int64_t last, int seat) {
+      for (std::int64_t k = first; k < last; ++k) {
+        fill_zero(sum + k * g.co, g.co);
+        fill_zero(product + k * g.co, g.co);
+        for (std::int64_t b = count * k / parts; b < count * (k + 1) / parts; ++b)
+          visit(bands[b], seat, sum + k * g.co, product + k * g.co);
+      }
+    });
+    for (std::int64_t k = 1; k < parts; ++k)
+      for (std::int64_t c = 0; c < g.co; ++c) {
+        sum[c] += sum[k * g.co + c];
+        product[c] += product[k * g.co + c];
+      }
+  }
+};
+
+// use(band) for the bands from `first` to `last`.
+template <class R, class Use>
+void for_each_band(const Bands<R>& bands, std::int64_t first, std::int64_t last, int threads, Use use) {
+  parallel_for(last - first, threads, [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t b = begin; b < end; ++b) use(bands[first + b]);
+  });
+}
+
+// Scratch of each map, as one thread sees it.
 template <class R>
 struct ForwardScratch {
   Coefficients<R> k;
   ForwardProduct<R> product;
-  ForwardScratch(const Shape& s, const Geometry<R>& g, Arena<R>& arena) : k(g, arena), product(s, g, arena) {}
+  R* moments;  // [pieces, 2, co]
+  ForwardScratch(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own)
+      : k(g, common), product(s, g, common, own), moments(common.take(product.pieces() * 2 * g.co)) {}
+
+  Moments<R> moments_of(const Geometry<R>& g, std::int64_t piece) const {
+    return {moments + 2 * piece * g.co, moments + (2 * piece + 1) * g.co};
+  }
 };
 template <class R>
 struct TangentScratch {
   Coefficients<R> k;
+  ChannelSums<R> sums;
   TangentProduct<R> product;
-  TangentScratch(const Shape& s, const Geometry<R>& g, Arena<R>& arena) : k(g, arena), product(s, g, arena) {}
+  TangentScratch(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own)
+      : k(g, common), sums(s, g, common), product(s, g, common, own) {}
 };
-template <class R>
+template <class R, int terms>
 struct GradientScratch {
   Coefficients<R> k;
+  ChannelSums<R> sums;
   GradientProduct<R> product;
   R *dz, *dz_dot;
-  GradientScratch(const Shape& s, const Geometry<R>& g, bool tangent, Arena<R>& arena)
-      : k(g, arena), product(s, g, tangent ? 2 : 1, arena), dz(arena.take(product.group() * g.result())),
-        dz_dot(tangent ? arena.take(product.group() * g.result()) : nullptr) {}
+  GradientScratch(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own)
+      : k(g, common), sums(s, g, common), product(s, g, terms, common, own), dz(own.take(product.group() * g.result())),
+        dz_dot(terms > 1 ? own.take(product.group() * g.result()) : nullptr) {}
 };
+
+// Calls make(what a thread sees) once for each of them.
+template <class Scratch, class R, class Make>
+void for_each_seat(const Shape& s, const Geometry<R>& g, const Room<R>& room, Make make) {
+  for (int seat = 0; seat < room.threads; ++seat) make(room.template at<Scratch>(seat, s, g));
+}
 
 template <class R>
 executor::Sizes block_sizes(const Shape& s, const Geometry<R>& g) {
   executor::Sizes sizes{};
   sizes.y = g.n * g.pooled();
-  Arena<R> saved(nullptr), saved_dot(nullptr), forward(nullptr), tangent(nullptr), gradient(nullptr);
+  Arena<R> saved(nullptr), saved_dot(nullptr);
   Saved<R>(s, g, saved);
   SavedDot<R>(g, saved_dot);
-  ForwardScratch<R>(s, g, forward);
-  TangentScratch<R>(s, g, tangent);
-  GradientScratch<R>(s, g, true, gradient);
   sizes.saved = saved.used;
   sizes.saved_dot = saved_dot.used;
-  sizes.scratch = maximum(forward.used, maximum(tangent.used, gradient.used));
+  const Room<R> rooms[] = {Room<R>::template of<ForwardScratch<R>>(nullptr, 1, s, g),
+                           Room<R>::template of<TangentScratch<R>>(nullptr, 1, s, g),
+                           Room<R>::template of<GradientScratch<R, 1>>(nullptr, 1, s, g),
+                           Room<R>::template of<GradientScratch<R, 2>>(nullptr, 1, s, g)};
+  for (const Room<R>& room : rooms) {
+    sizes.scratch = maximum(sizes.scratch, room.common);
+    sizes.thread_scratch = maximum(sizes.thread_scratch, room.own);
+  }
   return sizes;
 }
 
 template <class R, class A>
 void block_forward(const Shape& s, const Geometry<R>& g, const executor::Primal<R>& p, R* memory) {
-  Arena<R> arena(memory), kept(p.saved);
-  ForwardScratch<R> scratch(s, g, arena);
+  typedef ForwardScratch<R> Scratch;
+  const auto room = Room<R>::template of<Scratch>(memory, p.threads, s, g);
+  Arena<R> kept(p.saved);
   const Saved<R> saved(s, g, kept);
-  scratch.product.prepare(p.w[0]);
-  Moments<R> moments{saved.statistics.mean, saved.statistics.inverse};
-  for (std::int64_t first = 0; first < g.n; first += scratch.product.group()) {
-    const std::int64_t images = minimum(scratch.product.group(), g.n - first);
-    R* z = saved.z + first * g.result();
-    scratch.product.apply(p.x[0], first, images, z);
-    if (s.norm == Norm::batch) moments.include(z, images * g.h * g.w, g.co);
+  Scratch scratch = room.template at<Scratch>(0, s, g);
+  scratch.product.prepare(p.w[0], room.threads);
+  for_each_seat<Scratch>(s, g, room, [](Scratch own) { own.product.prepare_own(); });
+  parallel_for(scratch.product.pieces(), room.threads, [&](std::int64_t first, std::int64_t last, int seat) {
+    Scratch own = room.template at<Scratch>(seat, s, g);
+    for (std::int64_t i = first; i < last; ++i) {
+      const Piece piece = own.product.piece(i);
+      own.product.apply(p.x[0], p.w[0], piece, saved.z);
+      if (s.norm == Norm::batch)
+        own.moments_of(g, i).find(saved.z + piece.first * g.w * g.co, piece.rows * g.w, g.co);
+    }
+  });
+  if (s.norm == Norm::batch) {
+    const Moments<R> all{saved.statistics.mean, saved.statistics.inverse};
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < scratch.product.pieces(); ++i) {
+      const std::int64_t more = scratch.product.piece(i).rows * g.w;
+      all.include(scratch.moments_of(g, i), count, more, g.co);
+      count += more;
+    }
+    finish_statistics(s, g, saved.statistics);
   }
-  if (s.norm == Norm::batch) finish_statistics(s, g, saved.statistics);
-  Passes<R, A> passes(s, g);
-  passes.k = scratch.k.affine;
-  coefficients(s, g, saved.statistics, p.w, passes.k);
-  for (std::int64_t i = 0; i < g.n; ++i)
-    passes.forward(saved.z + i * g.result(), p.y + i * g.pooled(), saved.codes_of(g, i));
+  coefficients(s, g, saved.statistics, p.w, scratch.k.affine);
+  const Bands<R> bands(s, g);
+  for_each_band(bands, 0, bands.count(), room.threads, [&](const Band<R>& b) {
+    const Passes<R, A> passes(s, b.g, scratch.k.affine, scratch.k.tangent);
+    passes.forward(saved.z + b.z, p.y + b.y, saved.codes_at(b.y));
+  });
 }
 
 template <class R, class A>
 void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal<R>& p, R* memory) {
-  Arena<R> arena(memory), kept(p.saved);
-  GradientScratch<R> scratch(s, g, false, arena);
+  typedef GradientScratch<R, 1> Scratch;
+  const auto room = Room<R>::template of<Scratch>(memory, p.threads, s, g);
+  Arena<R> kept(p.saved);
   const Saved<R> saved(s, g, kept);
+  Scratch scratch = room.template at<Scratch>(0, s, g);
   const Statistics<R>& st = saved.statistics;
   const Coefficients<R>& k = scratch.k;
   const bool batch = s.norm == Norm::batch;
-  Passes<R, A> passes(s, g);
-  passes.k = k.affine;
-  coefficients(s, g, st, p.w, passes.k);
+  coefficients(s, g, st, p.w, k.affine);
+  const auto cotangents = [&](const Band<R>& b, R* dz) {
+    return Cotangents<R>{p.dy + b.y, nullptr, saved.codes_at(b.y), dz, nullptr};
+  };
 
-  for (std::int64_t i = 0; i < g.n; ++i)
-    passes.sums({p.dy + i * g.pooled(), nullptr, saved.codes_of(g, i), scratch.dz, nullptr}, saved.z + i * g.result(), k.sum,
-                k.product);
+  const Bands<R> bands(s, g);
+  scratch.sums.find(g, bands, room.threads, [&](const Band<R>& b, int seat, double* sum, double* product) {
+    const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
+    passes.sums(cotangents(b, room.template at<Scratch>(seat, s, g).dz), saved.z + b.z, sum, product);
+  });
   for (std::int64_t c = 0; c < g.co; ++c) {
-    st.db[c] = static_cast<R>(k.sum[c]);
-    st.dg[c] = batch ? static_cast<R>(k.product[c] * static_cast<double>(st.inverse[c])) : R(0);
+    st.db[c] = static_cast<R>(scratch.sums.sum[c]);
+    st.dg[c] = batch ? static_cast<R>(scratch.sums.product[c] * static_cast<double>(st.inverse[c])) : R(0);
     if (p.dw[1] != nullptr) p.dw[1][c] = batch ? R(0) : st.db[c];
     if (p.dw[2] != nullptr) p.dw[2][c] = st.dg[c];
     if (p.dw[3] != nullptr) p.dw[3][c] = st.db[c];
@@ -138,79 +206,100 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
   if (p.dx[0] == nullptr && p.dw[0] == nullptr) return;
 
   coefficients_cotangent(s, g, st, k.affine, k.cotangent);
-  if (p.dx[0] != nullptr) scratch.product.prepare(p.w[0], 0);
-  for (std::int64_t first = 0; first < g.n; first += scratch.product.group()) {
-    const std::int64_t images = minimum(scratch.product.group(), g.n - first);
-    for (std::int64_t i = first; i < first + images; ++i) {
-      R* dz = scratch.dz + (i - first) * g.result();
-      passes.backward({p.dy + i * g.pooled(), nullptr, saved.codes_of(g, i), dz, nullptr}, k.cotangent,
-                      saved.z + i * g.result(), dz);
+  scratch.product.prepare(p.w, p.dx[0] == nullptr ? 0 : 1, room.threads);
+  for_each_seat<Scratch>(s, g, room, [&](Scratch own) { own.product.prepare_own(p.dx[0] != nullptr); });
+  scratch.product.for_each_chunk(room.threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end, int seat,
+                                                   int threads) {
+    Scratch own = room.template at<Scratch>(seat, s, g);
+    for (std::int64_t first = begin; first < end; first += own.product.group()) {
+      const std::int64_t images = minimum(own.product.group(), end - first);
+      for_each_band(bands, first * bands.each, (first + images) * bands.each, threads, [&](const Band<R>& b) {
+        const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
+        R* dz = own.dz + (b.z - first * g.result());
+        passes.backward(cotangents(b, dz), k.cotangent, saved.z + b.z, dz);
+      });
+      const typename GradientProduct<R>::Term term{own.dz, 0, p.x[0]};
+      own.product.apply(&term, 1, chunk, first, images, p.dx[0], p.dw[0], threads);
     }
-    const typename GradientProduct<R>::Term term{scratch.dz, 0, p.x[0]};
-    scratch.product.apply(&term, 1, first, images, p.dx[0], p.dw[0]);
-  }
-  scratch.product.finish(p.dw[0]);
+  });
+  scratch.product.finish(p.dw[0], room.threads);
   clear_between_groups(g, p.dw[0]);
 }
 
 template <class R, class A>
 void block_tangent(const Shape& s, const Geometry<R>& g, const executor::Primal<R>& p, const executor::Tangent<R>& d,
                    R* memory) {
-  Arena<R> arena(memory), kept(p.saved), kept_dot(d.saved_dot);
-  TangentScratch<R> scratch(s, g, arena);
+  typedef TangentScratch<R> Scratch;
+  const auto room = Room<R>::template of<Scratch>(memory, p.threads, s, g);
+  Arena<R> kept(p.saved), kept_dot(d.saved_dot);
   const Saved<R> saved(s, g, kept);
   const SavedDot<R> dot(g, kept_dot);
+  Scratch scratch = room.template at<Scratch>(0, s, g);
   const Coefficients<R>& k = scratch.k;
 
   typename TangentProduct<R>::Term terms[2];
   int count = 0;
   if (d.x_dot[0] != nullptr) terms[count++] = {d.x_dot[0], p.w[0]};
   if (d.w_dot[0] != nullptr) terms[count++] = {p.x[0], d.w_dot[0]};
-  scratch.product.apply(terms, count, dot.z_dot);
+  if (count == 0) {
+    fill_zero(dot.z_dot, g.n * g.result());
+  } else {
+    scratch.product.prepare(terms, count, room.threads);
+    for_each_seat<Scratch>(s, g, room, [](Scratch own) { own.product.prepare_own(); });
+    parallel_for(scratch.product.pieces(), room.threads, [&](std::int64_t first, std::int64_t last, int seat) {
+      Scratch own = room.template at<Scratch>(seat, s, g);
+      for (std::int64_t i = first; i < last; ++i) own.product.apply(terms, count, i, dot.z_dot);
+    });
+  }
 
-  Passes<R, A> passes(s, g);
-  passes.k = k.affine;
-  passes.t = k.tangent;
   coefficients(s, g, saved.statistics, p.w, k.affine);
+  const Bands<R> bands(s, g);
   if (s.norm == Norm::batch) {
-    for (std::int64_t i = 0; i < g.n; ++i)
-      passes.sums_dot(saved.z + i * g.result(), dot.z_dot + i * g.result(), k.sum, k.product);
+    scratch.sums.find(g, bands, room.threads, [&](const Band<R>& b, int, double* sum, double* product) {
+      const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
+      passes.sums_dot(saved.z + b.z, dot.z_dot + b.z, sum, product);
+    });
     const double share = 1 / static_cast<double>(g.count());
     for (std::int64_t c = 0; c < g.co; ++c) {
-      dot.statistics.mean[c] = static_cast<R>(k.sum[c] * share);
-      dot.statistics.spread[c] = static_cast<R>(k.product[c] * share) * saved.statistics.inverse[c];
+      dot.statistics.mean[c] = static_cast<R>(scratch.sums.sum[c] * share);
+      dot.statistics.spread[c] = static_cast<R>(scratch.sums.product[c] * share) * saved.statistics.inverse[c];
     }
   }
   coefficients_tangent(s, g, saved.statistics, dot.statistics, k.affine, d.w_dot, k.tangent);
-  for (std::int64_t i = 0; i < g.n; ++i)
-    passes.tangent(saved.z + i * g.result(), dot.z_dot + i * g.result(), saved.codes_of(g, i), d.y_dot + i * g.pooled());
+  for_each_band(bands, 0, bands.count(), room.threads, [&](const Band<R>& b) {
+    const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
+    passes.tangent(saved.z + b.z, dot.z_dot + b.z, saved.codes_at(b.y), d.y_dot + b.y);
+  });
 }
 
 template <class R, class A>
 void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor::Primal<R>& p,
                             const executor::Tangent<R>& d, R* memory) {
-  Arena<R> arena(memory), kept(p.saved), kept_dot(d.saved_dot);
-  GradientScratch<R> scratch(s, g, true, arena);
+  typedef GradientScratch<R, 2> Scratch;
+  const auto room = Room<R>::template of<Scratch>(memory, p.threads, s, g);
+  Arena<R> kept(p.saved), kept_dot(d.saved_dot);
   const Saved<R> saved(s, g, kept);
   const SavedDot<R> dot(g, kept_dot);
+  Scratch scratch = room.template at<Scratch>(0, s, g);
   const Statistics<R>& st = saved.statistics;
   const Coefficients<R>& k = scratch.k;
   const bool batch = s.norm == Norm::batch;
-  Passes<R, A> passes(s, g);
-  passes.k = k.affine;
-  passes.t = k.tangent;
   coefficients(s, g, st, p.w, k.affine);
   coefficients_tangent(s, g, st, dot.statistics, k.affine, d.w_dot, k.tangent);
-  const auto cotangents = [&](std::int64_t i, R* memory, R* memory_dot) {
-    return Cotangents<R>{p.dy + i * g.pooled(), d.dy_dot + i * g.pooled(), saved.codes_of(g, i), memory, memory_dot};
+  const auto cotangents = [&](const Band<R>& b, R* dz, R* dz_dot) {
+    return Cotangents<R>{p.dy + b.y, d.dy_dot + b.y, saved.codes_at(b.y), dz, dz_dot};
   };
 
-  for (std::int64_t i = 0; i < g.n; ++i)
-    passes.sums_tangent_backward(cotangents(i, scratch.dz, scratch.dz_dot), saved.z + i * g.result(),
-                                 dot.z_dot + i * g.result(), k.sum, k.product);
+  const Bands<R> bands(s, g);
+  scratch.sums.find(g, bands, room.threads, [&](const Band<R>& b, int seat, double* sum, double* product) {
+    const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
+    const Scratch own = room.template at<Scratch>(seat, s, g);
+    passes.sums_tangent_backward(cotangents(b, own.dz, own.dz_dot), saved.z + b.z, dot.z_dot + b.z, sum, product);
+  });
   for (std::int64_t c = 0; c < g.co; ++c) {
-    k.db_dot[c] = static_cast<R>(k.sum[c]);
-    k.dg_dot[c] = batch ? st.inverse[c] * (static_cast<R>(k.product[c]) - dot.statistics.spread[c] * st.dg[c]) : R(0);
+    const R product = static_cast<R>(scratch.sums.product[c]);
+    k.db_dot[c] = static_cast<R>(scratch.sums.sum[c]);
+    k.dg_dot[c] = batch ? st.inverse[c] * (product - dot.statistics.spread[c] * st.dg[c]) : R(0);
     if (d.dw_dot[1] != nullptr) d.dw_dot[1][c] = batch ? R(0) : k.db_dot[c];
     if (d.dw_dot[2] != nullptr) d.dw_dot[2][c] = k.dg_dot[c];
     if (d.dw_dot[3] != nullptr) d.dw_dot[3][c] = k.db_dot[c];
@@ -222,22 +311,26 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
   coefficients_cotangent_dot(s, g, st, dot.statistics, k.affine, k.tangent, k.db_dot, k.dg_dot,
                              k.cotangent_dot);
   const bool weight_varies = d.w_dot[0] != nullptr;
-  if (dx_dot != nullptr) {
-    scratch.product.prepare(p.w[0], 0);
-    if (weight_varies) scratch.product.prepare(d.w_dot[0], 1);
-  }
-  for (std::int64_t first = 0; first < g.n; first += scratch.product.group()) {
-    const std::int64_t images = minimum(scratch.product.group(), g.n - first);
-    for (std::int64_t i = first; i < first + images; ++i) {
-      R *dz = scratch.dz + (i - first) * g.result(), *dz_dot = scratch.dz_dot + (i - first) * g.result();
-      passes.tangent_backward(cotangents(i, dz, dz_dot), k.cotangent, k.cotangent_dot, saved.z + i * g.result(),
-                              dot.z_dot + i * g.result(), dz, dz_dot);
+  const R* const weights[] = {p.w[0], d.w_dot[0]};
+  scratch.product.prepare(weights, dx_dot == nullptr ? 0 : weight_varies ? 2 : 1, room.threads);
+  for_each_seat<Scratch>(s, g, room, [&](Scratch own) { own.product.prepare_own(dx_dot != nullptr); });
+  scratch.product.for_each_chunk(room.threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end, int seat,
+                                                   int threads) {
+    Scratch own = room.template at<Scratch>(seat, s, g);
+    for (std::int64_t first = begin; first < end; first += own.product.group()) {
+      const std::int64_t images = minimum(own.product.group(), end - first);
+      for_each_band(bands, first * bands.each, (first + images) * bands.each, threads, [&](const Band<R>& b) {
+        const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
+        R *dz = own.dz + (b.z - first * g.result()), *dz_dot = own.dz_dot + (b.z - first * g.result());
+        passes.tangent_backward(cotangents(b, dz, dz_dot), k.cotangent, k.cotangent_dot, saved.z + b.z,
+                                dot.z_dot + b.z, dz, dz_dot);
+      });
+      const typename GradientProduct<R>::Term terms[] = {{own.dz_dot, 0, p.x[0]},
+                                                         {own.dz, weight_varies ? 1 : -1, d.x_dot[0]}};
+      own.product.apply(terms, 2, chunk, first, images, dx_dot, dw_dot, threads);
     }
-    const typename GradientProduct<R>::Term terms[] = {{scratch.dz_dot, 0, p.x[0]},
-                                                       {scratch.dz, weight_varies ? 1 : -1, d.x_dot[0]}};
-    scratch.product.apply(terms, 2, first, images, dx_dot, dw_dot);
-  }
-  scratch.product.finish(dw_dot);
+  });
+  scratch.product.finish(dw_dot, room.threads);
   clear_between_groups(g, dw_dot);
 }
 

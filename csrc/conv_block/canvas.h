@@ -67,14 +67,14 @@ void paint(const Canvas& c, const R* image, std::int64_t height, std::int64_t wi
   }
 }
 
-// The same for a task's image [channels, height, width].
+// The same for a task's image [channels, height, width], onto the canvas's rows from `begin` to `end`.
 template <class R>
-void paint_data(const Canvas& c, const R* image, std::int64_t height, std::int64_t width_, R* canvas) {
+void paint_data(const Canvas& c, const R* image, std::int64_t height, std::int64_t width_, std::int64_t begin,
+                std::int64_t end, R* canvas) {
   const std::int64_t limit = c.columns * c.phases;
   for (std::int64_t b = 0; b < c.blocks; ++b)
-    for (std::int64_t y = 0; y < height; ++y) {
+    for (std::int64_t y = maximum(0, begin - c.offset[0]); y < minimum(height, end - c.offset[0]); ++y) {
       const std::int64_t row = y + c.offset[0];
-      if (row < 0 || row >= c.rows) continue;
       const R* from = image + (b * height + y) * width_;
       R* to = canvas + b * c.plane();
       const std::int64_t first = maximum(0, -c.offset[1]), last = minimum(width_, limit - c.offset[1]);

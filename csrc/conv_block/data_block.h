@@ -51,24 +51,36 @@ struct DataSavedDot {
   DataSavedDot(const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena), x_dot(arena.take(g.n * g.pooled())) {}
 };
 
+constexpr std::int64_t part_pixels = 1960;  // of a part of all rows, about
+
+template <class R>
+std::int64_t data_parts(const Geometry<R>& g) {
+  return maximum(1, minimum(minimum(most_parts, g.n * g.ph), g.count() / part_pixels));
+}
+
 template <class R>
 struct DataScratch {
-  Direct<R> product;
+  const Canvas canvas;
+  std::int64_t* offset;
   Patches<R> patches;
   Affine<R> k;
-  double* wide;           // [rows of the weight, co]
-  double *sum, *spread;
-  R *rows, *db, *dg, *s;  // two rows of z; tangents of db, dg and S
-  DataScratch(const Shape& shape, const Geometry<R>& g, Arena<R>& arena)
-      : product(shape, g, arena), patches(product.canvas(), g, arena) {
-    k = {arena.take(g.co), arena.take(g.co), arena.take(g.co)};
-    wide = arena.template take_as<double>(g.weight());
-    sum = arena.template take_as<double>(g.co);
-    spread = arena.template take_as<double>(g.co);
-    rows = arena.take(4 * g.pw * g.co);
-    db = arena.take(g.co);
-    dg = arena.take(g.co);
-    s = arena.take(g.weight());
+  double* wide;          // [rows of the weight, co]
+  double *sum, *spread;  // [parts, co]
+  R *db, *dg, *s;        // tangents of db, dg and S; of S [parts, rows of the weight, co]
+  R *painted, *rows;     // a thread's own: an image, two rows of z
+  DataScratch(const Shape& shape, const Geometry<R>& g, Arena<R>& common, Arena<R>& own)
+      : canvas(canvas_of_input(shape, g)), offset(common.template take_as<std::int64_t>(g.panels())),
+        patches(canvas, g, data_parts(g), common, own) {
+    const std::int64_t parts = data_parts(g);
+    k = {common.take(g.co), common.take(g.co), common.take(g.co)};
+    wide = common.template take_as<double>(g.weight());
+    sum = common.template take_as<double>(parts * g.co);
+    spread = common.template take_as<double>(parts * g.co);
+    db = common.take(g.co);
+    dg = common.take(g.co);
+    s = common.take(parts * g.weight());
+    painted = own.take(canvas.size());
+    rows = own.take(4 * g.pw * g.co);
   }
 };
 
@@ -76,40 +88,52 @@ template <class R>
 class DataBlock {
  public:
   typedef Vector<R> V;
+  typedef DataScratch<R> Scratch;
 
   static executor::Sizes sizes(const Shape& s, const Geometry<R>& g) {
     executor::Sizes sizes{};
-    Arena<R> saved(nullptr), saved_dot(nullptr), scratch(nullptr);
+    Arena<R> saved(nullptr), saved_dot(nullptr);
     DataSaved<R>(g, saved);
     DataSavedDot<R>(g, saved_dot);
-    DataScratch<R>(s, g, scratch);
+    const auto room = Room<R>::template of<DataScratch<R>>(nullptr, 1, s, g);
     sizes.y = g.n * g.pooled();
     sizes.saved = saved.used;
     sizes.saved_dot = saved_dot.used;
-    sizes.scratch = scratch.used;
+    sizes.scratch = room.common;
+    sizes.thread_scratch = room.own;
     return sizes;
   }
 
   DataBlock(const Shape& s, const Geometry<R>& g, const executor::Primal<R>& p, R* memory)
-      : s_(s), g_(g), p_(p), act_(s), kept_(p.saved), arena_(memory), saved_(g, kept_), scratch_(s, g, arena_) {}
+      : s_(s), g_(g), p_(p), act_(s), room_(Room<R>::template of<Scratch>(memory, p.threads, s, g)), kept_(p.saved),
+        saved_(g, kept_), scratch_(room_.template at<Scratch>(0, s, g)) {
+    panel_offsets(scratch_.canvas, s, false, scratch_.offset);
+    for (int seat = 0; seat < room_.threads; ++seat) {
+      Scratch own = room_.template at<Scratch>(seat, s, g);
+      fill_zero(own.painted, own.canvas.size());
+      own.patches.prepare_own();
+    }
+  }
 
   void forward() {
     scratch_.patches.centre_on(p_.x[0]);
-    for (std::int64_t i = 0; i < g_.n; ++i) {
-      scratch_.product.paint_group(p_.x[0], i, 1);
-      scratch_.patches.include(scratch_.product.painted(), scratch_.product.offset());
-    }
+    for_each_stretch(g_.h, [&](Scratch& own, std::int64_t part, bool starts, std::int64_t, std::int64_t first,
+                               std::int64_t last) {
+      if (starts) own.patches.start(part);
+      own.patches.include(part, own.painted, own.offset, first, last);
+    });
     scratch_.patches.finish(saved_.patch_mean, saved_.covariance);
     find_statistics();
     coefficients(s_, g_, saved_.statistics, p_.w, scratch_.k);
-    for_each_row(p_.w[0], [&](std::int64_t at) {
-      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { forward_row<decltype(many)::value>(at, c); });
+    for_each_row(p_.w[0], [&](const R* rows, std::int64_t at) {
+      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { forward_row<decltype(many)::value>(rows, at, c); });
     });
   }
 
   void backward() {
     const Statistics<R>& st = saved_.statistics;
-    sum_over_maxima(p_.dy, nullptr, nullptr, st.db, st.dg, saved_.s);
+    sum_over_maxima(p_.dy, nullptr, nullptr, st.db, st.dg);
+    for (std::int64_t i = 0; i < g_.weight(); ++i) saved_.s[i] = scratch_.s[i];
     for (std::int64_t c = 0; c < g_.co; ++c) {
       if (p_.dw[1] != nullptr) p_.dw[1][c] = 0;
       if (p_.dw[2] != nullptr) p_.dw[2][c] = st.dg[c];
@@ -130,16 +154,15 @@ class DataBlock {
         dot.statistics.mean[c] += w_dot[r * g_.co + c] * static_cast<R>(saved_.patch_mean[r]);
         dot.statistics.spread[c] += w_dot[r * g_.co + c] * saved_.q[r * g_.co + c];
       }
-    if (w_dot == nullptr) fill_zero(scratch_.rows, 4 * g_.pw * g_.co);
-    for_each_row(w_dot, [&](std::int64_t at) {
-      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { tangent_row<decltype(many)::value>(t, dot, at, c); });
+    for_each_row(w_dot, [&](const R* rows, std::int64_t at) {
+      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { tangent_row<decltype(many)::value>(t, dot, rows, at, c); });
     });
   }
 
   void tangent_backward(const executor::Tangent<R>& t) {
     const Statistics<R>& st = saved_.statistics;
     const DataSavedDot<R> dot = saved_dot(t);
-    sum_over_maxima(t.dy_dot, p_.dy, dot.x_dot, scratch_.db, scratch_.dg, scratch_.s);
+    sum_over_maxima(t.dy_dot, p_.dy, dot.x_dot, scratch_.db, scratch_.dg);
     for (std::int64_t c = 0; c < g_.co; ++c) {
       if (t.dw_dot[1] != nullptr) t.dw_dot[1][c] = 0;
       if (t.dw_dot[2] != nullptr) t.dw_dot[2][c] = scratch_.dg[c];
@@ -202,26 +225,45 @@ class DataBlock {
     }
   }
 
-  // visit(place of the row in a pooled tensor), with two rows of the convolution with w in scratch.
+  // All rows of the images, `height` each, in parts that threads share out: use(what the thread sees, part, whether this is
+  // the part's first image, image, its first row, the one behind its last), with what these need of the image painted.
+  template <class Use>
+  void for_each_stretch(std::int64_t height, Use use) {
+    const std::int64_t parts = data_parts(g_), all = g_.n * height, rows = height == g_.h ? 1 : 2;
+    parallel_for(parts, room_.threads, [&](std::int64_t first, std::int64_t last, int seat) {
+      Scratch own = room_.template at<Scratch>(seat, s_, g_);
+      for (std::int64_t part = first; part < last; ++part) {
+        const std::int64_t begin = all * part / parts, end = all * (part + 1) / parts;
+        for (std::int64_t at = begin; at < end;) {
+          const std::int64_t image = at / height, upper = at % height, lower = minimum(height, upper + end - at);
+          paint_data(own.canvas, p_.x[0] + image * g_.image(), g_.height, g_.width, rows * upper,
+                     own.canvas.rows - g_.h + rows * lower, own.painted);
+          use(own, part, at == begin, image, upper, lower);
+          at += lower - upper;
+        }
+      }
+    });
+  }
+
+  // visit(two rows of the convolution with w, place of their maxima in a pooled tensor); zeros where w is null.
   template <class Visit>
   void for_each_row(const R* w, Visit visit) {
-    const Canvas& canvas = scratch_.product.canvas();
-    for (std::int64_t i = 0; i < g_.n; ++i) {
-      scratch_.product.paint_group(p_.x[0], i, 1);
-      for (std::int64_t py = 0; py < g_.ph; ++py) {
+    for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t, bool, std::int64_t image, std::int64_t first, std::int64_t last) {
+      if (w == nullptr) fill_zero(own.rows, 4 * g_.pw * g_.co);
+      for (std::int64_t py = first; py < last; ++py) {
         if (w != nullptr) {
-          const R* painted = scratch_.product.painted() + 2 * py * canvas.row();
-          multiply(Product<R>{painted, 0, canvas.row(), scratch_.product.offset(), g_.panels(), w, g_.co, scratch_.rows, 0,
+          const R* painted = own.painted + 2 * py * own.canvas.row();
+          multiply(Product<R>{painted, 0, own.canvas.row(), own.offset, g_.panels(), w, g_.co, own.rows, 0,
                               2 * g_.pw * g_.co, g_.co, 1, 2, 2 * g_.pw, g_.co, false},
                    1);
         }
-        visit((i * g_.ph + py) * g_.pw * g_.co);
+        visit(own.rows, (image * g_.ph + py) * g_.pw * g_.co);
       }
-    }
+    });
   }
 
   template <int many>
-  void forward_row(std::int64_t at, std::int64_t c) {
+  void forward_row(const R* rows, std::int64_t at, std::int64_t c) {
     V mean[many], a[many], b[many], inverse[many];
     for (int j = 0; j < many; ++j) {
       mean[j] = load(scratch_.k.mean + c + j * width<R>);
@@ -229,7 +271,7 @@ class DataBlock {
       b[j] = load(scratch_.k.b + c + j * width<R>);
       inverse[j] = load(saved_.statistics.inverse + c + j * width<R>);
     }
-    const R *upper = scratch_.rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    const R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
@@ -254,7 +296,8 @@ class DataBlock {
   }
 
   template <int many>
-  void tangent_row(const executor::Tangent<R>& t, const DataSavedDot<R>& dot, std::int64_t at, std::int64_t c) {
+  void tangent_row(const executor::Tangent<R>& t, const DataSavedDot<R>& dot, const R* rows, std::int64_t at,
+                   std::int64_t c) {
     V mean[many], spread[many], inverse[many], gamma[many], gamma_dot[many], beta_dot[many];
     const auto pick = [&](const R* w, int j, R otherwise) {
       return w == nullptr ? splat<R>(otherwise) : load(w + c + j * width<R>);
@@ -267,7 +310,7 @@ class DataBlock {
       gamma_dot[j] = pick(s_.affine ? t.w_dot[2] : nullptr, j, 0);
       beta_dot[j] = pick(s_.affine ? t.w_dot[3] : nullptr, j, 0);
     }
-    const R *upper = scratch_.rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    const R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
@@ -287,24 +330,34 @@ class DataBlock {
     return select<R>(code < splat_mask<R>(below_zero), splat<R>(1), act_.slope_below);
   }
 
-  // With dv = slope d: db = sum dv, dg = sum of dv x (and of slope e x_dot, if there are e and x_dot), s = sum of dv P.
-  void sum_over_maxima(const R* d, const R* e, const R* x_dot, R* db, R* dg, R* s) {
-    const Canvas& canvas = scratch_.product.canvas();
+  // With dv = slope d: db = sum dv, dg = sum of dv x (and of slope e x_dot, if there are e and x_dot), and in scratch
+  // s = sum of dv P.
+  void sum_over_maxima(const R* d, const R* e, const R* x_dot, R* db, R* dg) {
     const std::int64_t row = 2 * g_.pw * g_.co;
-    fill_zero(scratch_.sum, g_.co);
-    fill_zero(scratch_.spread, g_.co);
-    for (std::int64_t i = 0; i < g_.n; ++i) {
-      scratch_.product.paint_group(p_.x[0], i, 1);
-      for (std::int64_t py = 0; py < g_.ph; ++py) {
-        const std::int64_t at = (i * g_.ph + py) * g_.pw * g_.co;
+    for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t part, bool starts, std::int64_t image, std::int64_t first,
+                                std::int64_t last) {
+      double *sum = own.sum + part * g_.co, *spread = own.spread + part * g_.co;
+      if (starts) {
+        fill_zero(sum, g_.co);
+        fill_zero(spread, g_.co);
+      }
+      for (std::int64_t py = first; py < last; ++py) {
+        const std::int64_t at = (image * g_.ph + py) * g_.pw * g_.co;
         in_blocks<R>(g_.co, [&](auto many, std::int64_t c) {
-          spread_row<decltype(many)::value>(d, e, x_dot, at, c);
+          spread_row<decltype(many)::value>(d, e, x_dot, own.rows, sum, spread, at, c);
         });
-        const Outer<R> o{{}, 0, canvas.row(), 1, scratch_.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr, g_.co,
-                         i + py > 0};
-        outer_scattered(o, scratch_.product.painted() + 2 * py * canvas.row(), scratch_.product.offset(), g_.panels(), s,
+        const Outer<R> o{{}, 0, own.canvas.row(), 1, own.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr, g_.co,
+                         !starts || py > first};
+        outer_scattered(o, own.painted + 2 * py * own.canvas.row(), own.offset, g_.panels(), own.s + part * g_.weight(),
                         g_.co);
       }
+    });
+    for (std::int64_t part = 1; part < data_parts(g_); ++part) {
+      for (std::int64_t c = 0; c < g_.co; ++c) {
+        scratch_.sum[c] += scratch_.sum[part * g_.co + c];
+        scratch_.spread[c] += scratch_.spread[part * g_.co + c];
+      }
+      for (std::int64_t i = 0; i < g_.weight(); ++i) scratch_.s[i] += scratch_.s[part * g_.weight() + i];
     }
     for (std::int64_t c = 0; c < g_.co; ++c) {
       db[c] = static_cast<R>(scratch_.sum[c]);
@@ -313,9 +366,10 @@ class DataBlock {
   }
 
   template <int many>
-  void spread_row(const R* d, const R* e, const R* x_dot, std::int64_t at, std::int64_t c) {
+  void spread_row(const R* d, const R* e, const R* x_dot, R* rows, double* sum, double* spread, std::int64_t at,
+                  std::int64_t c) const {
     V total[many] = {}, product[many] = {};
-    R *upper = scratch_.rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
@@ -331,8 +385,8 @@ class DataBlock {
         if (e != nullptr) product[j] += f * load(e + here) * load(x_dot + here);
       }
     for (int j = 0; j < many; ++j) {
-      accumulate<R>(scratch_.sum + c + j * width<R>, total[j]);
-      accumulate<R>(scratch_.spread + c + j * width<R>, product[j]);
+      accumulate<R>(sum + c + j * width<R>, total[j]);
+      accumulate<R>(spread + c + j * width<R>, product[j]);
     }
   }
 
@@ -340,9 +394,10 @@ class DataBlock {
   const Geometry<R>& g_;
   const executor::Primal<R>& p_;
   Piecewise<R> act_;
-  Arena<R> kept_, arena_;
+  Room<R> room_;
+  Arena<R> kept_;
   DataSaved<R> saved_;
-  DataScratch<R> scratch_;
+  Scratch scratch_;  // as the caller's thread sees it
 };
 
 }  // namespace

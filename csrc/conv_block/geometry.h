@@ -74,5 +74,29 @@ struct Arena {
   }
 };
 
+// Scratch of a map: what its threads share, and behind that what each has to itself. A `Scratch` is made of two arenas and
+// only finds places, so that every thread may make its own as often as it likes.
+template <class R>
+struct Room {
+  R* memory;
+  std::int64_t common, own;
+  int threads;
+
+  template <class Scratch, class... Arguments>
+  static Room of(R* memory, int threads, const Arguments&... arguments) {
+    Arena<R> common(nullptr), own(nullptr);
+    Scratch(arguments..., common, own);
+    return {memory, common.used, own.used, static_cast<int>(maximum(1, threads))};
+  }
+  template <class Scratch, class... Arguments>
+  Scratch at(int seat, const Arguments&... arguments) const {
+    Arena<R> shared(memory), mine(memory + common + seat * own);
+    return Scratch(arguments..., shared, mine);
+  }
+};
+
+// A sum over all images is made of so many sums of parts, whoever computes them: its bits do not depend on the threads.
+constexpr std::int64_t most_parts = 16;
+
 }  // namespace
 }  // namespace fastmeta::conv_block

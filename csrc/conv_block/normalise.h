@@ -9,15 +9,14 @@
 namespace fastmeta::conv_block {
 namespace {
 
-// Mean and sum of squares about it, merged group by group: nothing is lost where the mean is large.
+// Mean and sum of squares about it, merged piece by piece: nothing is lost where the mean is large.
 template <class R>
 struct Moments {
+  typedef Vector<R> V;
   R *mean, *squares;
-  std::int64_t count = 0;
 
-  void include(const R* z, std::int64_t rows, std::int64_t channels) {
-    typedef Vector<R> V;
-    const R share = static_cast<R>(rows) / static_cast<R>(count + rows);
+  // Those of one piece.
+  void find(const R* z, std::int64_t rows, std::int64_t channels) const {
     in_blocks<R>(channels, [&](auto many, std::int64_t c) {
       constexpr int n = decltype(many)::value;
       V m[n], s[n];
@@ -25,19 +24,25 @@ struct Moments {
       for (V& x : m) x *= splat<R>(R(1) / static_cast<R>(rows));
       sum_rows<n>(z + c, rows, channels, s, [&](int j, V v) { return (v - m[j]) * (v - m[j]); });
       for (int j = 0; j < n; ++j) {
-        R *mean_ = mean + c + j * width<R>, *squares_ = squares + c + j * width<R>;
-        const V before = count == 0 ? V{} : load(mean_), d = m[j] - before;
-        store(mean_, count == 0 ? m[j] : before + d * splat<R>(share));
-        store(squares_, count == 0 ? s[j] : load(squares_) + s[j] + d * d * splat<R>(share * static_cast<R>(count)));
+        store(mean + c + j * width<R>, m[j]);
+        store(squares + c + j * width<R>, s[j]);
       }
     });
-    count += rows;
+  }
+
+  // Takes in those of `rows` more beside `count`.
+  void include(const Moments& piece, std::int64_t count, std::int64_t rows, std::int64_t channels) const {
+    const R share = static_cast<R>(rows) / static_cast<R>(count + rows);
+    for (std::int64_t c = 0; c < channels; c += width<R>) {
+      const V before = count == 0 ? V{} : load(mean + c), d = load(piece.mean + c) - before, s = load(piece.squares + c);
+      store(mean + c, count == 0 ? load(piece.mean + c) : before + d * splat<R>(share));
+      store(squares + c, count == 0 ? s : load(squares + c) + s + d * d * splat<R>(share * static_cast<R>(count)));
+    }
   }
 
   // A few rows at a time: rounding grows with neither the rows nor their square root.
   template <int n, class Term>
-  static FASTMETA_INLINE void sum_rows(const R* z, std::int64_t rows, std::int64_t stride, Vector<R>* total, Term term) {
-    typedef Vector<R> V;
+  static FASTMETA_INLINE void sum_rows(const R* z, std::int64_t rows, std::int64_t stride, V* total, Term term) {
     for (int j = 0; j < n; ++j) total[j] = V{};
     for (std::int64_t first = 0; first < rows; first += 32) {
       const std::int64_t last = minimum(rows, first + 32);

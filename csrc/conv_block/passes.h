@@ -1,4 +1,4 @@
-// The loops over one image between the convolution's result z and the block's result y, forward and back, once each.
+// The loops over a band of an image between the convolution's result z and the block's result y, forward and back, once each.
 //
 // A few vectors of channels go side by side, pixel after pixel: memory is read in order, coefficients stay in registers.
 #pragma once
@@ -25,17 +25,52 @@ struct Referred<const T&> {
   typedef T type;
 };
 
+// A stretch of rows of one image and of what is pooled from them, as an image of its own.
+template <class R>
+struct Band {
+  Geometry<R> g;
+  std::int64_t image, z, y;  // where it starts, in z and in y
+};
+
+constexpr std::int64_t band_bytes = 64 * 1024;  // of z
+
+// All images cut into bands, which threads share out. Windows that overlap keep an image in one band.
+template <class R>
+struct Bands {
+  const Geometry<R>& g;
+  std::int64_t each, step;  // bands of an image; rows of z to one of y
+
+  Bands(const Shape& s, const Geometry<R>& geometry) : g(geometry), each(1), step(s.pool == Pool::none ? 1 : 2) {
+    if (s.pool != Pool::none && !is_2x2(s)) return;
+    each = maximum(1, minimum(g.ph, g.result() * static_cast<std::int64_t>(sizeof(R)) / band_bytes));
+  }
+
+  std::int64_t count() const { return g.n * each; }
+  std::int64_t parts() const { return minimum(count(), most_parts); }
+  Band<R> operator[](std::int64_t i) const {
+    const std::int64_t image = i / each, first = g.ph * (i % each) / each, last = g.ph * (i % each + 1) / each;
+    Band<R> band{g, image, image * g.result(), image * g.pooled()};
+    if (each == 1) return band;
+    band.z += first * step * g.w * g.co;
+    band.y += first * g.pw * g.co;
+    band.g.ph = last - first;
+    band.g.h = (last == g.ph ? g.h : last * step) - first * step;
+    return band;
+  }
+};
+
 template <class R, class A>
 struct Passes {
   typedef Vector<R> V;
   static constexpr int limit = A::bends ? 1 : side_by_side<R>;  // long activations gain nothing from vectors side by side
   const Shape& s;
-  const Geometry<R>& g;
+  const Geometry<R>& g;  // of a band
   A act;
   Affine<R> k;
   AffineTangent<R> t;
 
-  Passes(const Shape& shape, const Geometry<R>& geometry) : s(shape), g(geometry), act(shape), k{}, t{} {}
+  Passes(const Shape& shape, const Geometry<R>& geometry, const Affine<R>& affine, const AffineTangent<R>& tangent)
+      : s(shape), g(geometry), act(shape), k(affine), t(tangent) {}
 
   // One channel vector, with its coefficients.
   struct Point {

@@ -16,15 +16,12 @@ constexpr std::int64_t patch_terms = 48;  // single-precision terms of a running
 template <class R>
 class Patches {
  public:
-  Patches(const Canvas& c, const Geometry<R>& g, Arena<R>& arena) : canvas_(c), g_(g), rows_(g.panels()) {
-    blocks_ = ceil_divide(rows_, patch_tile);
-    sums_ = arena.template take_as<double>(blocks_ * (blocks_ + 1) / 2 * patch_sums * width<R>);
-    centred_ = arena.take(c.size() + width<R>);
-    shift_ = arena.template take_as<double>(g.in);
-    if (arena.base == nullptr) return;
-    fill_zero(sums_, blocks_ * (blocks_ + 1) / 2 * patch_sums * width<R>);
-    fill_zero(centred_ + c.size(), width<R>);
-  }
+  Patches(const Canvas& c, const Geometry<R>& g, std::int64_t parts, Arena<R>& common, Arena<R>& own)
+      : canvas_(c), g_(g), rows_(g.panels()), blocks_(ceil_divide(rows_, patch_tile)), parts_(parts),
+        size_(blocks_ * (blocks_ + 1) / 2 * patch_sums * width<R>), sums_(common.template take_as<double>(parts * size_)),
+        centred_(own.take(c.size() + width<R>)), shift_(common.template take_as<double>(g.in)) {}
+
+  void prepare_own() { fill_zero(centred_ + canvas_.size(), width<R>); }
 
   // Patches are shifted by the mean of a typical image, so that little cancels when the mean is taken off.
   void centre_on(const R* image) {
@@ -36,33 +33,37 @@ class Patches {
     }
   }
 
-  // An image on the canvas, whose planes are no smaller than a vector.
-  void include(const R* painted, const std::int64_t* offset) {
+  void start(std::int64_t part) { fill_zero(sums_ + part * size_, size_); }
+
+  // The result's rows from `begin` to `end` of an image on the canvas, whose planes are no smaller than a vector.
+  void include(std::int64_t part, const R* painted, const std::int64_t* offset, std::int64_t begin, std::int64_t end) {
+    const std::int64_t first = begin * canvas_.row(), last = canvas_.plane() - (g_.h - end) * canvas_.row();
     for (std::int64_t c = 0; c < g_.in; ++c) {
       const Vector<R> shift = splat<R>(static_cast<R>(shift_[c]));
-      for (std::int64_t i = 0; i < canvas_.plane(); i += width<R>) {
+      for (std::int64_t i = first; i < last; i += width<R>) {
         const std::int64_t at = c * canvas_.plane() + minimum(i, canvas_.plane() - width<R>);
         store(centred_ + at, load(painted + at) - shift);
       }
     }
     const std::int64_t chunk = maximum(1, patch_terms / ceil_divide(g_.w, width<R>));
-    for (std::int64_t y = 0; y < g_.h; y += chunk) {
-      double* sums = sums_;
+    for (std::int64_t y = begin; y < end; y += chunk) {
+      double* sums = sums_ + part * size_;
       for (std::int64_t i = 0; i < blocks_; ++i)
         for (std::int64_t j = i; j < blocks_; ++j, sums += patch_sums * width<R>) {
           if (i == j) {
-            include_rows<true>(offset, i * patch_tile, j * patch_tile, y, minimum(g_.h, y + chunk), sums);
+            include_rows<true>(offset, i * patch_tile, j * patch_tile, y, minimum(end, y + chunk), sums);
           } else {
-            include_rows<false>(offset, i * patch_tile, j * patch_tile, y, minimum(g_.h, y + chunk), sums);
+            include_rows<false>(offset, i * patch_tile, j * patch_tile, y, minimum(end, y + chunk), sums);
           }
         }
     }
-    ++images_;
   }
 
   // mean [rows], covariance [rows, rows]
   void finish(double* mean, double* covariance) const {
-    const double share = 1 / static_cast<double>(images_ * g_.h * g_.w);
+    for (std::int64_t part = 1; part < parts_; ++part)
+      for (std::int64_t i = 0; i < size_; ++i) sums_[i] += sums_[part * size_ + i];
+    const double share = 1 / static_cast<double>(g_.count());
     const double* sums = sums_;
     for (std::int64_t i = 0; i < blocks_; ++i)  // blocks (i, i), which come first, hold the means
       for (std::int64_t j = i; j < blocks_; ++j, sums += patch_sums * width<R>)
@@ -125,9 +126,9 @@ class Patches {
     }
   }
 
-  const Canvas& canvas_;
+  const Canvas canvas_;
   const Geometry<R>& g_;
-  std::int64_t rows_, blocks_, images_ = 0;
+  std::int64_t rows_, blocks_, parts_, size_;
   double* sums_;
   R* centred_;
   double* shift_;

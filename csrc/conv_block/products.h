@@ -1,5 +1,5 @@
 // The products of the four maps, by Winograd's transform where that wins and directly where it does not; those of the
-// tangents are sums of up to two terms.
+// tangents are sums of up to two terms. Each thread makes its own of these objects, on what they share and its own scratch.
 #pragma once
 
 #include "convolve.h"
@@ -32,35 +32,60 @@ struct Blocks {
   std::int64_t* offset;
   Ahead<R> ahead;
 
-  Blocks(const Geometry<R>& g, std::int64_t tiles_, bool gradient, Arena<R>& arena) : room(minimum(tiles_, size)) {
+  Blocks(const Geometry<R>& g, std::int64_t tiles_, bool gradient, Arena<R>& own) : room(minimum(tiles_, size)) {
     const std::int64_t channels = maximum(g.ci, g.co);
-    tiles[0] = arena.take(T::all * point_size<R>(room * channels));
-    tiles[1] = gradient ? arena.take(T::all * point_size<R>(room * channels)) : nullptr;
-    products = arena.take(T::all * point_size<R>(room * channels));
-    offset = arena.template take_as<std::int64_t>(channels / width<R>);
-    if (arena.base == nullptr) return;
-    for (std::int64_t i = 0; i < channels / width<R>; ++i) offset[i] = i * room * width<R>;
+    tiles[0] = own.take(T::all * point_size<R>(room * channels));
+    tiles[1] = gradient ? own.take(T::all * point_size<R>(room * channels)) : nullptr;
+    products = own.take(T::all * point_size<R>(room * channels));
+    offset = own.template take_as<std::int64_t>(channels / width<R>);
   }
 
-  // products (+)= tiles * points, for matrices [in, out].
-  void multiply_points(const R* from, const R* points, std::int64_t in, std::int64_t out, std::int64_t count, bool add) const {
-    for (int i = 0; i < T::all; ++i) {
-      ahead.ask(i, T::all);
-      multiply(Product<R>{from + i * point_size<R>(room * in), 0, 0, offset, in / width<R>,
-                          points + i * point_size<R>(in * out), out, products + i * point_size<R>(room * out), 0, 0, out, 1, 1,
-                          count, out, add, sum_terms},
-               width<R>);
+  void prepare_own(const Geometry<R>& g) const {
+    for (std::int64_t i = 0; i < maximum(g.ci, g.co) / width<R>; ++i) offset[i] = i * room * width<R>;
+  }
+
+  // use(the first of some tiles, how many) for blocks of `count` tiles from `first`.
+  template <class Use>
+  static void for_each(std::int64_t first, std::int64_t count, Use use) {
+    for (std::int64_t left = ceil_divide(count, size); left > 0; --left) {
+      const std::int64_t tiles = ceil_divide(count, left);
+      use(first, tiles);
+      first += tiles;
+      count -= tiles;
     }
   }
 
-  // points (+)= x^T d, where both are tiles.
-  void outer_points(const R* x, const R* d, std::int64_t in, std::int64_t out, std::int64_t count, R* points, bool add) const {
-    for (int i = 0; i < T::all; ++i)
-      for (std::int64_t c = 0; c < in; c += width<R>)
-        outer_panel(Outer<R>{{}, 0, 0, width<R>, d + i * point_size<R>(room * out), 0, 0, width<R>, room * width<R>, 1, 1,
-                             count, nullptr, out, add},
-                    x + i * point_size<R>(room * in) + c * room, points + i * point_size<R>(in * out) + c * out, out);
+  // products (+)= tiles * points, for matrices [in, out].
+  void multiply_points(const R* from, const R* points, std::int64_t in, std::int64_t out, std::int64_t count, bool add,
+                       int threads) const {
+    parallel_for(T::all, threads, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        ahead.ask(i, T::all);
+        multiply(Product<R>{from + i * point_size<R>(room * in), 0, 0, offset, in / width<R>,
+                            points + i * point_size<R>(in * out), out, products + i * point_size<R>(room * out), 0, 0, out, 1,
+                            1, count, out, add, sum_terms},
+                 width<R>);
+      }
+    });
   }
+
+  // points (+)= x^T d, where both are tiles.
+  void outer_points(const R* x, const R* d, std::int64_t in, std::int64_t out, std::int64_t count, R* points, bool add,
+                    int threads) const {
+    parallel_for(T::all, threads, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t i = begin; i < end; ++i)
+        for (std::int64_t c = 0; c < in; c += width<R>)
+          outer_panel(Outer<R>{{}, 0, 0, width<R>, d + i * point_size<R>(room * out), 0, 0, width<R>, room * width<R>, 1, 1,
+                               count, nullptr, out, add},
+                      x + i * point_size<R>(room * in) + c * room, points + i * point_size<R>(in * out) + c * out, out);
+    });
+  }
+};
+
+// Rows of z that one thread makes, whole images or of one image.
+struct Piece {
+  std::int64_t tile, tiles;  // Winograd's
+  std::int64_t first, rows;  // rows of z of all images
 };
 
 // z = x * w, which decides branches: by the small tiles, whose rounding is that of the direct product.
@@ -69,36 +94,52 @@ class ForwardProduct {
   typedef Tile2x2<R> T;
 
  public:
-  ForwardProduct(const Shape& s, const Geometry<R>& g, Arena<R>& arena, Arena<R> none = Arena<R>(nullptr))
-      : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : arena),
-        grid_(grid_of(s, g, direct_.group(), T::side)), blocks_(g, grid_.tiles(), false, tiled_ ? arena : none) {
-    points_ = (tiled_ ? arena : none).take(T::all * point_size<R>(g.ci * g.co));
+  ForwardProduct(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own, Arena<R> none = Arena<R>(nullptr))
+      : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : common, tiled_ ? none : own),
+        grid_(grid_of(s, g, g.n, T::side)), blocks_(g, grid_.tiles(), false, tiled_ ? own : none),
+        points_((tiled_ ? common : none).take(T::all * point_size<R>(g.ci * g.co))) {
+    const std::int64_t fitting = Blocks<T, R>::size / (grid_.down * grid_.across);
+    bands_ = tiled_ && fitting == 0 ? ceil_divide(grid_.down, maximum(1, Blocks<T, R>::size / grid_.across)) : 1;
+    pieces_ = ceil_divide(g.n, tiled_ ? maximum(1, fitting) : direct_.group()) * bands_;
   }
 
-  std::int64_t group() const { return direct_.group(); }
-
-  void prepare(const R* w) {
-    w_ = w;
-    if (tiled_) transform_weight<T>(g_, w, points_);
+  void prepare(const R* w, int threads) {
+    if (!tiled_) return direct_.prepare();
+    parallel_for(g_.ci, threads, [&](std::int64_t first, std::int64_t last, int) {
+      for (std::int64_t i = first; i < last; ++i) transform_weight<T>(g_, w, i, points_);
+    });
+  }
+  void prepare_own() {
+    if (tiled_)
+      blocks_.prepare_own(g_);
+    else
+      direct_.prepare_own();
   }
 
-  // Images from `first`, at most a group of them; z is theirs.
-  void apply(const R* x, std::int64_t first, std::int64_t images, R* z) {
+  std::int64_t pieces() const { return pieces_; }
+  Piece piece(std::int64_t i) const {
+    const std::int64_t all = pieces_ / bands_, part = i / bands_, band = i % bands_;
+    const std::int64_t first = g_.n * part / all, images = g_.n * (part + 1) / all - first;
+    const std::int64_t upper = grid_.down * band / bands_, lower = grid_.down * (band + 1) / bands_;
+    const std::int64_t last = bands_ == 1 ? images * g_.h : minimum(g_.h, lower * T::side);
+    return {(first * grid_.down + upper) * grid_.across, ((images - 1) * grid_.down + lower - upper) * grid_.across,
+            first * g_.h + upper * T::side, last - upper * T::side};
+  }
+
+  // z is that of all images.
+  void apply(const R* x, const R* w, const Piece& piece, R* z) {
     if (!tiled_) {
-      direct_.paint_group(x, first, images);
-      direct_.apply(w_, images, z, false);
+      direct_.paint_group(x, piece.first / g_.h, piece.rows / g_.h, 1);
+      direct_.apply(w, piece.rows / g_.h, z + piece.first * g_.w * g_.co, false);
       return;
     }
-    grid_.images = images;
-    std::int64_t tile = 0;
-    for (std::int64_t left = ceil_divide(grid_.tiles(), blocks_.size); left > 0; --left) {
-      const std::int64_t tiles = ceil_divide(grid_.tiles() - tile, left);
-      transform_input<T>(grid_, x + first * g_.image(), g_.ci, tile, tiles, blocks_.tiles[0], blocks_.room);
-      blocks_.ahead = Ahead<R>(grid_, x + first * g_.image(), g_.ci, tile + tiles, tiles, g_.n - first);
-      blocks_.multiply_points(blocks_.tiles[0], points_, g_.ci, g_.co, tiles, false);
-      finish_output<T>(grid_, blocks_.products, g_.co, tile, tiles, z, blocks_.room);
-      tile += tiles;
-    }
+    blocks_.for_each(piece.tile, piece.tiles, [&](std::int64_t tile, std::int64_t tiles) {
+      const Some some{tile, 0, tiles};
+      transform_input<T>(grid_, x, g_.ci, some, blocks_.tiles[0], blocks_.room);
+      blocks_.ahead = Ahead<R>(grid_, x, g_.ci, tile + tiles, tiles, g_.n);
+      blocks_.multiply_points(blocks_.tiles[0], points_, g_.ci, g_.co, tiles, false, 1);
+      finish_output<T>(grid_, blocks_.products, g_.co, some, z, blocks_.room);
+    });
   }
 
  private:
@@ -108,7 +149,7 @@ class ForwardProduct {
   Grid grid_;
   Blocks<T, R> blocks_;
   R* points_;
-  const R* w_ = nullptr;
+  std::int64_t bands_, pieces_;  // bands of an image; pieces of all
 };
 
 // z_dot = sum over terms of x * w.
@@ -121,44 +162,46 @@ class TangentProduct {
     const R *x, *w;
   };
 
-  TangentProduct(const Shape& s, const Geometry<R>& g, Arena<R>& arena, Arena<R> none = Arena<R>(nullptr))
-      : g_(g), tiled_(prefers_tiles<T>(s, g)), grid_(grid_of(s, g, g.n, T::side)), direct_(s, g, tiled_ ? none : arena),
-        blocks_(g, grid_.tiles(), false, tiled_ ? arena : none) {
-    for (R*& p : points_) p = (tiled_ ? arena : none).take(T::all * point_size<R>(g.ci * g.co));
+  TangentProduct(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own, Arena<R> none = Arena<R>(nullptr))
+      : g_(g), tiled_(prefers_tiles<T>(s, g)), grid_(grid_of(s, g, g.n, T::side)),
+        direct_(s, g, tiled_ ? none : common, tiled_ ? none : own), blocks_(g, grid_.tiles(), false, tiled_ ? own : none) {
+    for (R*& p : points_) p = (tiled_ ? common : none).take(T::all * point_size<R>(g.ci * g.co));
   }
 
-  void apply(const Term* terms, int count, R* z_dot) {
-    if (count == 0) fill_zero(z_dot, g_.n * g_.result());
-    if (tiled_) {
-      apply_tiled(terms, count, z_dot);
-      return;
-    }
-    for (std::int64_t first = 0; first < g_.n; first += direct_.group()) {
-      const std::int64_t images = minimum(direct_.group(), g_.n - first);
-      for (int i = 0; i < count; ++i) {
-        direct_.paint_group(terms[i].x, first, images);
-        direct_.apply(terms[i].w, images, z_dot + first * g_.result(), i > 0);
+  void prepare(const Term* terms, int count, int threads) {
+    if (!tiled_) return direct_.prepare();
+    parallel_for(count * g_.ci, threads, [&](std::int64_t first, std::int64_t last, int) {
+      for (std::int64_t i = first; i < last; ++i)
+        transform_weight<T>(g_, terms[i / g_.ci].w, i % g_.ci, points_[i / g_.ci]);
+    });
+  }
+  void prepare_own() {
+    if (tiled_)
+      blocks_.prepare_own(g_);
+    else
+      direct_.prepare_own();
+  }
+
+  std::int64_t pieces() const { return tiled_ ? ceil_divide(grid_.tiles(), blocks_.size) : ceil_divide(g_.n, direct_.group()); }
+
+  void apply(const Term* terms, int count, std::int64_t piece, R* z_dot) {
+    const std::int64_t all = tiled_ ? grid_.tiles() : g_.n, first = all * piece / pieces();
+    const std::int64_t size = all * (piece + 1) / pieces() - first;
+    for (int i = 0; i < count; ++i) {
+      if (!tiled_) {
+        direct_.paint_group(terms[i].x, first, size, 1);
+        direct_.apply(terms[i].w, size, z_dot + first * g_.result(), i > 0);
+        continue;
       }
+      transform_input<T>(grid_, terms[i].x, g_.ci, Some{first, 0, size}, blocks_.tiles[0], blocks_.room);
+      const bool last = i + 1 == count;
+      blocks_.ahead = Ahead<R>(grid_, terms[last ? 0 : i + 1].x, g_.ci, last ? first + size : first, size, g_.n);
+      blocks_.multiply_points(blocks_.tiles[0], points_[i], g_.ci, g_.co, size, i > 0, 1);
     }
+    if (tiled_) finish_output<T>(grid_, blocks_.products, g_.co, Some{first, 0, size}, z_dot, blocks_.room);
   }
 
  private:
-  void apply_tiled(const Term* terms, int count, R* z_dot) {
-    for (int i = 0; i < count; ++i) transform_weight<T>(g_, terms[i].w, points_[i]);
-    std::int64_t first = 0;
-    for (std::int64_t left = ceil_divide(grid_.tiles(), blocks_.size); left > 0 && count > 0; --left) {
-      const std::int64_t tiles = ceil_divide(grid_.tiles() - first, left);
-      for (int i = 0; i < count; ++i) {
-        transform_input<T>(grid_, terms[i].x, g_.ci, first, tiles, blocks_.tiles[0], blocks_.room);
-        const bool last = i + 1 == count;
-        blocks_.ahead = Ahead<R>(grid_, terms[last ? 0 : i + 1].x, g_.ci, last ? first + tiles : first, tiles, g_.n);
-        blocks_.multiply_points(blocks_.tiles[0], points_[i], g_.ci, g_.co, tiles, i > 0);
-      }
-      finish_output<T>(grid_, blocks_.products, g_.co, first, tiles, z_dot, blocks_.room);
-      first += tiles;
-    }
-  }
-
   const Geometry<R>& g_;
   bool tiled_;
   Grid grid_;
@@ -167,7 +210,11 @@ class TangentProduct {
   R* points_[2];
 };
 
-// d_x = sum over terms of dz * w^T, d_w = sum over terms of x^T dz. Cotangents come a group of images at a time.
+// Pixels over which one sum of the weight's gradient runs, about: what it costs to add two such sums must be small beside.
+constexpr std::int64_t sum_pixels = 980;
+
+// d_x = sum over terms of dz * w^T, d_w = sum over terms of x^T dz. Cotangents come a group of images at a time. The sum of
+// d_w is made of those of chunks of images, each computed by one thread, or by all.
 template <class R>
 class GradientProduct {
   typedef Tile4x4<R> T;
@@ -179,92 +226,156 @@ class GradientProduct {
     const R* x;   // of all images, null for none
   };
 
-  GradientProduct(const Shape& s, const Geometry<R>& g, int weights, Arena<R>& arena, Arena<R> none = Arena<R>(nullptr))
-      : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : arena),
-        transposed_(s, g, weights, tiled_ || s.data ? none : arena),
-        group_(minimum(g.n, maximum(1, gradient_group_bytes / (g.result() * static_cast<std::int64_t>(sizeof(R)))))),
-        grid_(grid_of(s, g, group_, T::side)), blocks_(g, grid_.tiles(), true, tiled_ ? arena : none) {
-    Arena<R>& tiled_arena = tiled_ ? arena : none;
+  GradientProduct(const Shape& s, const Geometry<R>& g, int weights, Arena<R>& common, Arena<R>& own,
+                  Arena<R> none = Arena<R>(nullptr))
+      : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : common, tiled_ ? none : own),
+        transposed_(s, g, weights, tiled_ || s.data ? none : common, tiled_ || s.data ? none : own),
+        chunk_(maximum(1, g.n / maximum(1, minimum(most_parts / 2, g.count() / sum_pixels)))),
+        group_(minimum(chunk_, maximum(1, gradient_group_bytes / (g.result() * static_cast<std::int64_t>(sizeof(R)))))),
+        grid_(grid_of(s, g, group_, T::side)), blocks_(g, grid_.tiles(), true, tiled_ ? own : none) {
+    Arena<R>& tiled_arena = tiled_ ? common : none;
     for (int i = 0; i < weights; ++i) points_[i] = tiled_arena.take(T::all * point_size<R>(g.ci * g.co));
-    gradient_ = tiled_arena.take(T::all * point_size<R>(g.ci * g.co));
+    sum_size_ = tiled_ ? T::all * point_size<R>(g.ci * g.co) : g.weight();
+    sums_ = common.take((tiled_ ? chunks() : chunks() - 1) * sum_size_);
   }
 
   std::int64_t group() const { return group_; }
 
-  void prepare(const R* w, int which) {
-    if (tiled_) {
-      transform_weight_transposed<T>(g_, w, points_[which]);
-    } else {
-      transposed_.turn(w, which);
-    }
+  void prepare(const R* const* w, int weights, int threads) {
+    if (!tiled_) direct_.prepare();
+    if (!tiled_ && weights > 0) transposed_.prepare();
+    const std::int64_t across = g_.co / width<R>, all = g_.ci / width<R> * across;
+    parallel_for(weights * all, threads, [&](std::int64_t first, std::int64_t last, int) {
+      for (std::int64_t k = first; k < last; ++k) {
+        const std::int64_t which = k / all, i = k % all / across * width<R>, o = k % across * width<R>;
+        if (tiled_)
+          transform_weight_transposed<T>(g_, w[which], i, o, points_[which]);
+        else
+          transposed_.turn(w[which], static_cast<int>(which), i, o);
+      }
+    });
+  }
+  void prepare_own(bool transposed) {
+    if (tiled_) return blocks_.prepare_own(g_);
+    direct_.prepare_own();
+    if (transposed) transposed_.prepare_own();
   }
 
-  // Images from `first`; d_x and d_w where they are not null. The first group starts d_w.
-  void apply(const Term* terms, int count, std::int64_t first, std::int64_t images, R* dx, R* dw) {
+  // use(chunk, its first image, the one behind its last, seat, threads that it may use). What is left over when every thread
+  // has had as many chunks as the others is for all threads together.
+  template <class Use>
+  void for_each_chunk(int threads, Use use) const {
+    const std::int64_t alone = threads > 1 ? g_.n / chunk_ / threads * threads : chunks();
+    const auto call = [&](std::int64_t k, int seat, int inner) {
+      use(k, k * chunk_, minimum(g_.n, (k + 1) * chunk_), seat, inner);
+    };
+    parallel_for(alone, threads, [&](std::int64_t first, std::int64_t last, int seat) {
+      for (std::int64_t k = first; k < last; ++k) call(k, seat, 1);
+    });
+    for (std::int64_t k = alone; k < chunks(); ++k) call(k, 0, threads);
+  }
+
+  // Images from `first`; d_x and d_w where they are not null. The first group starts the chunk's sum.
+  void apply(const Term* terms, int count, std::int64_t chunk, std::int64_t first, std::int64_t images, R* dx, R* dw,
+             int threads) {
     if (dx != nullptr) dx += first * g_.image();
+    R* const sum = dw == nullptr ? nullptr : sum_of(chunk, dw);
+    const bool add = first > chunk * chunk_;
     if (tiled_) {
-      apply_tiled(terms, count, first, images, dx, dw);
+      apply_tiled(terms, count, first, images, dx, sum, add, threads);
       return;
     }
     bool more = false;
     for (int i = 0; i < count && dx != nullptr; ++i) {
       if (terms[i].weight < 0) continue;
-      transposed_.apply(terms[i].dz, terms[i].weight, images, dx, more);
+      transposed_.apply(terms[i].dz, terms[i].weight, images, dx, more, threads);
       more = true;
     }
     for (std::int64_t part = 0; part < images && dw != nullptr; part += direct_.group()) {
       const std::int64_t part_images = minimum(direct_.group(), images - part);
-      more = first + part > 0;
+      more = add || part > 0;
       for (int i = 0; i < count; ++i) {
         if (terms[i].x == nullptr) continue;
-        direct_.paint_group(terms[i].x, first + part, part_images);
-        direct_.weight_gradient(terms[i].dz + part * g_.result(), part_images, dw, more);
+        direct_.paint_group(terms[i].x, first + part, part_images, threads);
+        direct_.weight_gradient(terms[i].dz + part * g_.result(), part_images, sum, more, threads);
         more = true;
       }
     }
   }
 
-  void finish(R* dw) {
-    if (tiled_ && dw != nullptr) finish_weight<T>(g_, gradient_, dw);
+  void finish(R* dw, int threads) const {
+    if (dw == nullptr) return;
+    R* const total = sum_of(0, dw);
+    parallel_for(sum_size_ / width<R>, chunks() > 1 ? threads : 1, [&](std::int64_t first, std::int64_t last, int) {
+      for (std::int64_t k = 1; k < chunks(); ++k) {
+        const R* const sum = sum_of(k, dw);
+        for (std::int64_t i = first * width<R>; i < last * width<R>; i += width<R>)
+          store(total + i, load(total + i) + load(sum + i));
+      }
+    });
+    if (!tiled_) return;
+    parallel_for(g_.ci, threads, [&](std::int64_t first, std::int64_t last, int) {
+      finish_weight<T>(g_, total, first, last, dw);
+    });
   }
 
  private:
-  void apply_tiled(const Term* terms, int count, std::int64_t first, std::int64_t images, R* dx, const R* dw) {
+  std::int64_t chunks() const { return ceil_divide(g_.n, chunk_); }
+
+  R* sum_of(std::int64_t chunk, R* dw) const {
+    if (tiled_) return sums_ + chunk * sum_size_;
+    return chunk == 0 ? dw : sums_ + (chunk - 1) * sum_size_;
+  }
+
+  void apply_tiled(const Term* terms, int count, std::int64_t first, std::int64_t images, R* dx, R* sum, bool add,
+                   int threads) {
     grid_.images = images;
-    if (dx != nullptr) fill_zero(dx, images * g_.image());
-    std::int64_t tile = 0;
-    for (std::int64_t left = ceil_divide(grid_.tiles(), blocks_.size); left > 0; --left) {
-      const std::int64_t tiles = ceil_divide(grid_.tiles() - tile, left);
-      bool more_dx = false, more_dw = first + tile > 0;
+    if (dx != nullptr) {
+      const std::int64_t row = g_.width * g_.ci;
+      parallel_for(images * g_.height, threads,
+                   [&](std::int64_t begin, std::int64_t end, int) { fill_zero(dx + begin * row, (end - begin) * row); });
+    }
+    blocks_.for_each(0, grid_.tiles(), [&](std::int64_t tile, std::int64_t tiles) {
+      bool more_dx = false, more_sum = add || tile > 0;
       for (int i = 0; i < count; ++i) {
-        const bool to_dx = dx != nullptr && terms[i].weight >= 0, to_dw = dw != nullptr && terms[i].x != nullptr;
-        if (!to_dx && !to_dw) continue;
-        transform_gradient<T>(grid_, terms[i].dz, g_.co, tile, tiles, blocks_.tiles[0], blocks_.room);
+        const bool to_dx = dx != nullptr && terms[i].weight >= 0, to_sum = sum != nullptr && terms[i].x != nullptr;
+        if (!to_dx && !to_sum) continue;
+        parallel_for(tiles, threads, [&](std::int64_t begin, std::int64_t end, int) {
+          transform_gradient<T>(grid_, terms[i].dz, g_.co, Some{tile, begin, end}, blocks_.tiles[0], blocks_.room);
+        });
         if (to_dx) {
-          blocks_.ahead = to_dw ? Ahead<R>(grid_, terms[i].x + first * g_.image(), g_.ci, tile, tiles, images)
-                                : Ahead<R>();
-          blocks_.multiply_points(blocks_.tiles[0], points_[terms[i].weight], g_.co, g_.ci, tiles, more_dx);
+          blocks_.ahead = to_sum ? Ahead<R>(grid_, terms[i].x + first * g_.image(), g_.ci, tile, tiles, images)
+                                 : Ahead<R>();
+          blocks_.multiply_points(blocks_.tiles[0], points_[terms[i].weight], g_.co, g_.ci, tiles, more_dx, threads);
           more_dx = true;
         }
-        if (to_dw) {
-          transform_input<T>(grid_, terms[i].x + first * g_.image(), g_.ci, tile, tiles, blocks_.tiles[1], blocks_.room);
-          blocks_.outer_points(blocks_.tiles[1], blocks_.tiles[0], g_.ci, g_.co, tiles, gradient_, more_dw);
-          more_dw = true;
+        if (to_sum) {
+          parallel_for(tiles, threads, [&](std::int64_t begin, std::int64_t end, int) {
+            transform_input<T>(grid_, terms[i].x + first * g_.image(), g_.ci, Some{tile, begin, end}, blocks_.tiles[1],
+                               blocks_.room);
+          });
+          blocks_.outer_points(blocks_.tiles[1], blocks_.tiles[0], g_.ci, g_.co, tiles, sum, more_sum, threads);
+          more_sum = true;
         }
       }
-      if (more_dx) finish_gradient<T>(grid_, blocks_.products, g_.ci, tile, tiles, dx, blocks_.room);
-      tile += tiles;
-    }
+      if (!more_dx) return;
+      parallel_for(g_.ci / width<R>, threads, [&](std::int64_t begin, std::int64_t end, int) {
+        finish_gradient<T>(grid_, blocks_.products, g_.ci, begin * width<R>, end * width<R>, Some{tile, 0, tiles}, dx,
+                           blocks_.room);
+      });
+    });
   }
 
   const Geometry<R>& g_;
   bool tiled_;
   Direct<R> direct_;
   DirectTransposed<R> transposed_;
-  std::int64_t group_;
+  std::int64_t chunk_, group_;  // images
   Grid grid_;
   Blocks<T, R> blocks_;
-  R *points_[2], *gradient_;
+  R* points_[2];
+  R* sums_;
+  std::int64_t sum_size_;
 };
 
 }  // namespace

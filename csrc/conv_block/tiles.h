@@ -106,13 +106,17 @@ struct Ahead {
   }
 };
 
-// tiles[point] = B^T x B, of `count` tiles from `first`.
+// Of a block of tiles that begins at `first`, those from `begin` to `end`.
+struct Some {
+  std::int64_t first, begin, end;
+};
+
+// tiles[point] = B^T x B.
 template <class T, class R>
-void transform_input(const Grid& g, const R* x, std::int64_t channels, std::int64_t first, std::int64_t count, R* tiles,
-                     std::int64_t room) {
+void transform_input(const Grid& g, const R* x, std::int64_t channels, Some some, R* tiles, std::int64_t room) {
   const std::int64_t point = point_size<R>(room * channels);
-  for (std::int64_t t = 0; t < count; ++t) {
-    const Corner at = corner(g, first + t);
+  for (std::int64_t t = some.begin; t < some.end; ++t) {
+    const Corner at = corner(g, some.first + t);
     const Square<T::points, const R> square(x + at.image * g.height * g.width * channels, g.height, g.width, channels,
                                             at.y - g.pad[0], at.x - g.pad[1]);
     square.apply([&](auto pixel) {
@@ -127,11 +131,10 @@ void transform_input(const Grid& g, const R* x, std::int64_t channels, std::int6
 
 // tiles[point] = A d A^T, of cotangents d of the result.
 template <class T, class R>
-void transform_gradient(const Grid& g, const R* d, std::int64_t channels, std::int64_t first, std::int64_t count, R* tiles,
-                        std::int64_t room) {
+void transform_gradient(const Grid& g, const R* d, std::int64_t channels, Some some, R* tiles, std::int64_t room) {
   const std::int64_t point = point_size<R>(room * channels);
-  for (std::int64_t t = 0; t < count; ++t) {
-    const Corner at = corner(g, first + t);
+  for (std::int64_t t = some.begin; t < some.end; ++t) {
+    const Corner at = corner(g, some.first + t);
     const Square<T::side, const R> square(d + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x);
     square.apply([&](auto pixel) {
       for (std::int64_t c = 0; c < channels; c += width<R>) {
@@ -145,11 +148,10 @@ void transform_gradient(const Grid& g, const R* d, std::int64_t channels, std::i
 
 // y = A^T products A.
 template <class T, class R>
-void finish_output(const Grid& g, const R* products, std::int64_t channels, std::int64_t first, std::int64_t count, R* y,
-                   std::int64_t room) {
+void finish_output(const Grid& g, const R* products, std::int64_t channels, Some some, R* y, std::int64_t room) {
   const std::int64_t point = point_size<R>(room * channels);
-  for (std::int64_t t = 0; t < count; ++t) {
-    const Corner at = corner(g, first + t);
+  for (std::int64_t t = some.begin; t < some.end; ++t) {
+    const Corner at = corner(g, some.first + t);
     const Square<T::side, R> square(y + at.image * g.h * g.w * channels, g.h, g.w, channels, at.y, at.x);
     square.apply([&](auto pixel) {
       for (std::int64_t c = 0; c < channels; c += width<R>) {
@@ -167,17 +169,17 @@ void finish_output(const Grid& g, const R* products, std::int64_t channels, std:
   }
 }
 
-// d_x += B products B^T: tiles of the input overlap.
+// d_x += B products B^T of the channels from `begin` to `end`: tiles of the input overlap.
 template <class T, class R>
-void finish_gradient(const Grid& g, const R* products, std::int64_t channels, std::int64_t first, std::int64_t count, R* dx,
-                     std::int64_t room) {
+void finish_gradient(const Grid& g, const R* products, std::int64_t channels, std::int64_t begin, std::int64_t end, Some some,
+                     R* dx, std::int64_t room) {
   const std::int64_t point = point_size<R>(room * channels);
-  for (std::int64_t t = 0; t < count; ++t) {
-    const Corner at = corner(g, first + t);
+  for (std::int64_t t = some.begin; t < some.end; ++t) {
+    const Corner at = corner(g, some.first + t);
     const Square<T::points, R> square(dx + at.image * g.height * g.width * channels, g.height, g.width, channels,
                                       at.y - g.pad[0], at.x - g.pad[1]);
     square.apply([&](auto pixel) {
-      for (std::int64_t c = 0; c < channels; c += width<R>) {
+      for (std::int64_t c = begin; c < end; c += width<R>) {
         const R* from = products + t * channels + c;
         both_axes<T::points, T::points, Vector<R>>([&](int k) { return load(from + k * point); }, T::input_transposed,
                                                    [&](int k, Vector<R> v) {
@@ -191,42 +193,37 @@ void finish_gradient(const Grid& g, const R* products, std::int64_t channels, st
 
 constexpr int taps3x3 = 9;
 
-// points[point][channel of the input][channel of the result] = G w G^T.
+// points[point][channel of the input][channel of the result] = G w G^T, of input channel i.
 template <class T, class R>
-void transform_weight(const Geometry<R>& g, const R* w, R* points) {
+void transform_weight(const Geometry<R>& g, const R* w, std::int64_t i, R* points) {
   const std::int64_t point = point_size<R>(g.ci * g.co);
-  for (std::int64_t i = 0; i < g.ci; ++i) {
-    const R* from = w + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
-    for (std::int64_t o = 0; o < g.co; o += width<R>) {
-      R* to = points + i * g.co + o;
-      both_axes<3, T::points, Vector<R>>([&](int t) { return load(from + t * width<R> * g.co + o); }, T::weight,
-                                         [&](int k, Vector<R> v) { store(to + k * point, v); });
-    }
+  const R* from = w + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
+  for (std::int64_t o = 0; o < g.co; o += width<R>) {
+    R* to = points + i * g.co + o;
+    both_axes<3, T::points, Vector<R>>([&](int t) { return load(from + t * width<R> * g.co + o); }, T::weight,
+                                       [&](int k, Vector<R> v) { store(to + k * point, v); });
   }
 }
 
-// points[point][channel of the result][channel of the input].
+// points[point][channel of the result][channel of the input], of the vectors from input channel i and result o.
 template <class T, class R>
-void transform_weight_transposed(const Geometry<R>& g, const R* w, R* points) {
+void transform_weight_transposed(const Geometry<R>& g, const R* w, std::int64_t i, std::int64_t o, R* points) {
   const std::int64_t point = point_size<R>(g.ci * g.co);
   alignas(64) R turned[taps3x3 * width<R> * width<R>];
-  for (std::int64_t i = 0; i < g.ci; i += width<R>)
-    for (std::int64_t o = 0; o < g.co; o += width<R>) {
-      for (int t = 0; t < taps3x3; ++t)
-        transpose_square(w + (i * taps3x3 + t * width<R>) * g.co + o, g.co, turned + t * width<R> * width<R>, width<R>);
-      for (int k = 0; k < width<R>; ++k) {
-        R* to = points + (o + k) * g.ci + i;
-        both_axes<3, T::points, Vector<R>>([&](int t) { return load(turned + (t * width<R> + k) * width<R>); }, T::weight,
-                                           [&](int p, Vector<R> v) { store(to + p * point, v); });
-      }
-    }
+  for (int t = 0; t < taps3x3; ++t)
+    transpose_square(w + (i * taps3x3 + t * width<R>) * g.co + o, g.co, turned + t * width<R> * width<R>, width<R>);
+  for (int k = 0; k < width<R>; ++k) {
+    R* to = points + (o + k) * g.ci + i;
+    both_axes<3, T::points, Vector<R>>([&](int t) { return load(turned + (t * width<R> + k) * width<R>); }, T::weight,
+                                       [&](int p, Vector<R> v) { store(to + p * point, v); });
+  }
 }
 
-// d_w = G^T points G.
+// d_w = G^T points G, of the input channels from `first` to `last`.
 template <class T, class R>
-void finish_weight(const Geometry<R>& g, const R* points, R* dw) {
+void finish_weight(const Geometry<R>& g, const R* points, std::int64_t first, std::int64_t last, R* dw) {
   const std::int64_t point = point_size<R>(g.ci * g.co);
-  for (std::int64_t i = 0; i < g.ci; ++i) {
+  for (std::int64_t i = first; i < last; ++i) {
     R* to = dw + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
     for (std::int64_t o = 0; o < g.co; o += width<R>) {
       const R* from = points + i * g.co + o;

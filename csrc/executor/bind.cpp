@@ -247,10 +247,17 @@ void bind_type(py::module_& m, const char* name) {
         return std::make_unique<Self>(program_of(support), program_of(query), isa_in_use());
       }))
       .def_property_readonly("isa", [](const Self& self) { return isa_name(self.isa()); })
-      .def("workspace_bytes", [](const Self& self, std::int64_t steps, bool second_order, bool learned,
-                                 bool rate_per_parameter) {
-        return self.workspace_bytes({steps, second_order, learned, rate_per_parameter});
-      })
+      .def("sharing",
+           [](const Self& self, std::int64_t tasks, std::int64_t steps, bool second_order, bool learned,
+              bool rate_per_parameter, int threads) {
+             const Sharing share = self.sharing(tasks, {steps, second_order, learned, rate_per_parameter}, threads);
+             return std::pair<int, int>{share.at_once, share.within};
+           })
+      .def("workspace_bytes",
+           [](const Self& self, std::int64_t steps, bool second_order, bool learned, bool rate_per_parameter,
+              int within) {
+             return self.workspace_bytes({steps, second_order, learned, rate_per_parameter}, within);
+           })
       .def("kept_bytes", [](const Self& self, bool second_order, bool learned) {
         const auto size = static_cast<std::int64_t>(sizeof(R));
         std::map<std::string, std::int64_t> kept;

@@ -25,6 +25,11 @@ std::int64_t blocks_of(std::int64_t tasks, std::int64_t weights) {
   return std::min(tasks, std::max(2 * processors, std::min(most, fitting)));
 }
 
+// Tasks that work side by side each fill a workspace. One after another they fill one, and their threads wait for each other
+// many times, which is worth it where memory would grow by so much.
+constexpr std::int64_t large_bytes = std::int64_t{32} << 20;
+constexpr double mostly = 0.9;  // of a pass in operations that can use several threads
+
 template <class R>
 const packed::Kernels<R>& kernels_of(Isa isa) {
   if constexpr (std::is_same_v<R, float>)
@@ -35,7 +40,7 @@ const packed::Kernels<R>& kernels_of(Isa isa) {
 
 }  // namespace
 
-// Offsets in a thread's workspace.
+// Offsets in the workspace of a task at work.
 template <class R>
 struct MetaGradient<R>::Layout {
   std::int64_t theta_size;
@@ -46,6 +51,7 @@ struct MetaGradient<R>::Layout {
   std::int64_t tape, tape_step, query_tape;
   std::int64_t tangent, scratch;
   std::int64_t total;
+  std::int64_t threads;
 };
 
 template <class R>
@@ -62,7 +68,7 @@ struct MetaGradient<R>::Memory {
   R* const data;
 };
 
-// A thread's memory, and the calls that work on it: for as long as weights and layout stay in their places.
+// The memory of a task at work, and the calls that work on it: for as long as weights and layout stay in their places.
 template <class R>
 struct MetaGradient<R>::Workspace : Memory {
   using Memory::Memory;
@@ -138,7 +144,7 @@ template <class R>
 MetaGradient<R>::~MetaGradient() = default;
 
 template <class R>
-typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind) const {
+typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind, int within) const {
   const Packing& packing = support_.packing();
   Layout at{};
   const auto take = [&at](std::int64_t elements, std::int64_t times) {
@@ -159,13 +165,21 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind) const
   at.tape_step = second_order ? support_.tape() : 0;
   at.tape = take(support_.tape(), second_order ? kind.steps : std::min<std::int64_t>(kind.steps, 1));
   at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
-  at.scratch = take(std::max(support_.scratch(), query_.scratch()), 1);
+  at.scratch = take(std::max(support_.scratch(within), query_.scratch(within)), 1);
+  at.threads = within;
   return at;
 }
 
 template <class R>
-std::int64_t MetaGradient<R>::workspace_bytes(const Kind& kind) const {
-  return static_cast<std::int64_t>(sizeof(R)) * layout(kind).total;
+std::int64_t MetaGradient<R>::workspace_bytes(const Kind& kind, int within) const {
+  return static_cast<std::int64_t>(sizeof(R)) * layout(kind, within).total;
+}
+
+template <class R>
+Sharing MetaGradient<R>::sharing(std::int64_t tasks, const Kind& kind, int threads) const {
+  const bool large = workspace_bytes(kind, 1) > large_bytes;
+  if ((tasks < threads || large) && query_.shared() > mostly) return {1, threads};
+  return {static_cast<int>(std::min<std::int64_t>(tasks, threads)), 1};
 }
 
 template <class R>
@@ -193,7 +207,8 @@ void MetaGradient<R>::run(const Request<R>& request) {
   const Packing& packing = support_.packing();
   const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
   const Kind kind{request.steps, gradient && !request.first_order, learned, request.rate_per_parameter};
-  const std::int64_t elements = layout(kind).total;
+  const Sharing share = sharing(request.tasks, kind, request.threads);
+  const std::int64_t elements = layout(kind, share.within).total;
   const std::int64_t blocks = blocks_of<R>(request.tasks, packing.differentiated);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
@@ -208,11 +223,11 @@ void MetaGradient<R>::run(const Request<R>& request) {
   std::vector<double> d_alpha(learned ? blocks * rates : 0);
   std::mutex mutex;
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
-  parallel_for(blocks, request.threads, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(blocks, share.at_once, [&](std::int64_t first, std::int64_t last, int) {
     try {
       const typename Shelf<Workspace>::Loan loan(*workspaces_, elements);
       Workspace& workspace = *loan;
-      bind(workspace, kind, theta);
+      bind(workspace, kind, share.within, theta);
       for (std::int64_t b = first; b < last; ++b)
         for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
           run_task(request, t, workspace, totals.get() + b * packing.differentiated, t == begin,
@@ -273,8 +288,8 @@ void MetaGradient<R>::write_rates(const Request<R>& request, R* rates) const {
 }
 
 template <class R>
-void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, const R* theta) const {
-  const Layout at = layout(kind);
+void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const {
+  const Layout at = layout(kind, within);
   if (workspace.theta == theta && workspace.kind.steps == kind.steps &&
       std::memcmp(&workspace.at, &at, sizeof at) == 0)
     return;
@@ -293,7 +308,7 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, const R* thet
       to.from = own;
       to.rates = rates;
     }
-    workspace.support.push_back(support_.bind(memory + at.tape + k * at.tape_step, own, theta, to));
+    workspace.support.push_back(support_.bind(memory + at.tape + k * at.tape_step, own, theta, to, within));
     if (kind.second_order) {
       const std::int64_t passed = kind.steps - 1 - k;
       const R* lam = workspace.lam(passed);
@@ -304,7 +319,7 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, const R* thet
     rates += support_program_.adapted + support_program_.differentiated;
     own = workspace.weights(k + 1);
   }
-  workspace.query = query_.bind(memory + at.query_tape, own, theta, {workspace.lam(0), true});
+  workspace.query = query_.bind(memory + at.query_tape, own, theta, {workspace.lam(0), true}, within);
 }
 
 template <class R>

@@ -1,4 +1,5 @@
-// The meta-gradient of a batch of tasks: each task's inner loop, query set and adjoint in one go, tasks over threads.
+// The meta-gradient of a batch of tasks: each task's inner loop, query set and adjoint in one go, tasks over threads or
+// threads within tasks.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +38,11 @@ struct Kind {
   bool second_order, learned, rate_per_parameter;  // learned: gradients to alpha are wanted
 };
 
+// How the threads are shared out.
+struct Sharing {
+  int at_once, within;  // tasks, and threads that work on each
+};
+
 template <class R>
 class MetaGradient {
  public:
@@ -46,8 +52,9 @@ class MetaGradient {
   Isa isa() const { return isa_; }
   void run(const Request<R>& request);
   const Plan<R>& support() const { return support_; }
-  // Bytes that each thread holds.
-  std::int64_t workspace_bytes(const Kind& kind) const;
+  Sharing sharing(std::int64_t tasks, const Kind& kind, int threads) const;
+  // Bytes that each of the tasks at work holds.
+  std::int64_t workspace_bytes(const Kind& kind, int within) const;
 
  private:
   struct Layout;
@@ -56,10 +63,10 @@ class MetaGradient {
   template <class T>
   class Shelf;
 
-  Layout layout(const Kind& kind) const;
+  Layout layout(const Kind& kind, int within) const;
   void check(const Request<R>& request) const;
   void write_rates(const Request<R>& request, R* rates) const;
-  void bind(Workspace& workspace, const Kind& kind, const R* theta) const;
+  void bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const;
   void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total, bool first,
                 double* d_alpha) const;
   const R* adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha) const;
@@ -69,7 +76,7 @@ class MetaGradient {
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
   const std::unique_ptr<Shelf<Memory>> thetas_;         // shared weights, packed, and the rates behind them
-  const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a thread at work
+  const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a task at work
 };
 
 }  // namespace fastmeta::executor

@@ -1,4 +1,5 @@
-// What a native operation gives the executor: its four maps for one task, on one thread, over memory it is given.
+// What a native operation gives the executor: its four maps for one task over memory it is given. An operation may spread
+// its work over the threads it is granted (common/threads.h), as long as the results have the same bits for any number.
 //
 // Values between operations lie in one of two layouts, their last axis padded with zeros to whole vectors:
 //   rows   [n, padded(features)]
@@ -24,6 +25,7 @@ struct Sizes {
   std::int64_t saved;                 // what forward and backward leave for each other and for the tangents, kept a step
   std::int64_t saved_dot;             // what tangent leaves for tangent_backward
   std::int64_t scratch;               // of any one map
+  std::int64_t thread_scratch;        // beside, behind it, for each thread; 0 where the maps run on one thread
   std::int64_t weights[max_weights];  // packed; 0 where there is none
   std::int64_t turned;                // weights[0] in a second form, for cotangents; 0 where there is none
   bool rereads_x = true, rereads_y = true;  // whether backward reads x, and y
@@ -50,6 +52,7 @@ struct Primal {
   R* dx[max_inputs];    // overwritten; null where it is not wanted
   R* dw[max_weights];   // overwritten; null where it is not wanted
   Step<R> step;
+  int threads;          // that may work on this task
 };
 
 // Derivatives of the above along a direction.

@@ -59,7 +59,6 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
     slot.dy_dot = item.active ? take<R>(tangent_, sizes.y) : 0;
     item.saved_dot = take<R>(tangent_, sizes.saved_dot);
     item.turned = take<R>(turned_, sizes.turned);
-    scratch_ = std::max(scratch_, aligned<R>(sizes.scratch));
     items_.push_back(item);
   }
   share_cotangents();
@@ -121,6 +120,25 @@ void Plan<R>::find_places(bool kept) {
 }
 
 template <class R>
+std::int64_t Plan<R>::scratch(int threads) const {
+  std::int64_t most = 0;
+  for (const Item& item : items_)
+    most = std::max(most, aligned<R>(item.sizes.scratch) + threads * aligned<R>(item.sizes.thread_scratch));
+  return most;
+}
+
+template <class R>
+double Plan<R>::shared() const {
+  double shared = 0, all = 0;
+  for (const Item& item : items_) {
+    const auto size = static_cast<double>(item.sizes.y + item.sizes.saved);
+    all += size;
+    if (item.sizes.thread_scratch > 0) shared += size;
+  }
+  return shared / all;
+}
+
+template <class R>
 void Plan<R>::pack(const R* const* parameters, R* packed) const {
   for (const Item& item : items_) {
     const int* w = item.operation->w;
@@ -152,7 +170,7 @@ Step<R> Plan<R>::step_of(const Item& item, const Gradients<R>& to) const {
 }
 
 template <class R>
-Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R>& to) const {
+Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R>& to, int threads) const {
   const int wanted = to.all ? program_.differentiated : program_.adapted;
   Calls<R> calls;
   for (const Item& item : items_) {
@@ -176,6 +194,7 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R
     p.y = tape + slots_[operation.y].y;
     p.dy = tape + slots_[operation.y].dy;
     p.saved = tape + item.saved;
+    p.threads = threads;
     calls.push_back(p);
   }
   return calls;

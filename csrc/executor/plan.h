@@ -45,7 +45,8 @@ class Plan {
   const Packing& packing() const { return packing_; }
   std::int64_t tape() const { return tape_; }        // elements of a pass
   std::int64_t tangent() const { return tangent_; }  // elements: what a Hessian-vector product takes beside
-  std::int64_t scratch() const { return scratch_; }
+  std::int64_t scratch(int threads) const;           // elements, where so many work on a task
+  double shared() const;                             // the part of a pass in operations that can use several threads
 
   // The second forms of weights lie behind them, at `packed + packing().total`.
   std::int64_t packed_size() const { return packing_.total + turned_; }
@@ -53,7 +54,8 @@ class Plan {
   void unpack(const R* packed, R* const* tensors) const;  // the differentiated ones
 
   // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights as pack leaves them.
-  Calls<R> bind(R* tape, const R* own, const R* shared, const Gradients<R>& to) const;
+  // So many threads may work on a call.
+  Calls<R> bind(R* tape, const R* own, const R* shared, const Gradients<R>& to, int threads) const;
   // Calls of a Hessian-vector product along u, packed like the adapted parameters; of all differentiated parameters.
   TangentCalls<R> bind_tangent(R* tangent, const R* u, const Gradients<R>& to) const;
   // Fills in the addresses of a task's data.
@@ -99,7 +101,7 @@ class Plan {
   Packing packing_;
   std::vector<Slot> slots_;
   std::vector<Item> items_;
-  std::int64_t tape_ = 0, tangent_ = 0, scratch_ = 0, turned_ = 0;
+  std::int64_t tape_ = 0, tangent_ = 0, turned_ = 0;
   // Where what is added waits, on the tape and beside, and how long it is.
   std::int64_t aside_[max_inputs] = {}, aside_dot_[max_inputs] = {}, aside_size_[max_inputs] = {};
   std::int64_t row_unit_;  // elements of a vector, to whole ones of which rows are padded

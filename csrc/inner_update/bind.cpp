@@ -89,7 +89,7 @@ void run_step(std::int64_t T, std::int64_t P, std::uintptr_t theta, std::int64_t
   const auto run = kernels<R>().step;
   const std::int64_t bytes = 3 * T * P * static_cast<std::int64_t>(sizeof(R));
   parallel_for(T * args.count, useful_threads(threads, bytes),
-               [&](std::int64_t first, std::int64_t last) { run(args, first, last); });
+               [&](std::int64_t first, std::int64_t last, int) { run(args, first, last); });
 }
 
 template <class R>
@@ -115,7 +115,7 @@ void run_adjoint(std::int64_t T, std::int64_t P, std::uintptr_t lam, std::int64_
   const std::int64_t bytes = 3 * T * P * static_cast<std::int64_t>(sizeof(R));
   const auto run = by_columns ? kernels<R>().columns : kernels<R>().adjoint;
   parallel_for(by_columns ? count : T * count, useful_threads(threads, bytes),
-               [&](std::int64_t first, std::int64_t last) { run(args, first, last); });
+               [&](std::int64_t first, std::int64_t last, int) { run(args, first, last); });
   if (!by_pieces) return;
 
   // In the order of the pieces and tasks, whoever computed them: the sum does not depend on the number of threads.

@@ -24,7 +24,7 @@ class Row:
         op: operation.
         call: the ATen call it stands for.
         shape: of one task's result.
-        plan: how the fast weights are held: ``resident`` in a thread's workspace, ``dense`` for all tasks, or
+        plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks, or
             ``shared`` where no task has its own.
         backend: who runs it.
         flops: of the four maps over all tasks and inner steps, and the query's two.
@@ -74,7 +74,7 @@ class Explanation:
         tasks, steps, parameters: T, K, P.
         executor: who runs the program, and why not the native executor where it does not.
         kept: named bytes kept per inner step, by the reference executor for all tasks of a chunk at once, by the native
-            one for the one task each thread is at.
+            one for each task at work.
     """
 
     engine: str
@@ -147,8 +147,9 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         rows = tuple(_row(work, instruction, "native", 0, 0) for instruction in programs.support.instructions)
         kept = native.kept(work, learned=work.alpha.requires_grad)
         room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
-        threads = f"{torch.get_num_threads()} threads of {room:.1f} MiB"
-        executor = f"native, instruction set {native.instruction_set}, {threads}"
+        at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
+        sharing = f"tasks at once: {at_once}, each in {room:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
+        executor = f"native, instruction set {native.instruction_set}, {sharing}"
     return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept)
 
 

@@ -1,4 +1,4 @@
-"""The native executor: a whole meta-step in one call, tasks over threads, each task's state in cache."""
+"""The native executor: a whole meta-step in one call, tasks over threads or threads within tasks."""
 
 from __future__ import annotations
 
@@ -48,12 +48,21 @@ class NativeStep:
         return self._step.isa
 
     def kept(self, work: Work, *, learned: bool) -> dict[str, int]:
-        """Named bytes a thread keeps per inner step for the adjoint of the task it is at."""
+        """Named bytes kept per inner step for the adjoint of each task at work."""
         return self._step.kept_bytes(not work.first_order and work.steps > 0, learned)
 
+    def sharing(self, work: Work, *, learned: bool) -> tuple[int, int]:
+        """How many tasks are at work at once, and how many threads on each."""
+        return self._step.sharing(work.tasks, *self._kind(work, learned), torch.get_num_threads())
+
     def workspace_bytes(self, work: Work, *, learned: bool) -> int:
-        """Bytes each thread holds for ``work``."""
-        return self._step.workspace_bytes(work.steps, not work.first_order, learned, work.alpha.shape[1] > 1)
+        """Bytes each of the tasks at work holds."""
+        _, threads = self.sharing(work, learned=learned)
+        return self._step.workspace_bytes(*self._kind(work, learned), threads)
+
+    @staticmethod
+    def _kind(work: Work, learned: bool) -> tuple[int, bool, bool, bool]:
+        return work.steps, not work.first_order, learned, work.alpha.shape[1] > 1
 
     def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
         """Why this work cannot run here; empty where it can."""

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -156,19 +157,43 @@ class Check {
     t.saved_dot = saved_dot.p;
     t.dy_dot = dy_dot.p;
 
-    maps_.forward(&s_, p, Buffer<R>(z.scratch).p);
+    // All four maps; everything they wrote.
+    const auto run_maps = [&](int threads) {
+      const int64_t scratch = z.scratch + threads * z.thread_scratch;
+      p.threads = threads;
+      maps_.forward(&s_, p, Buffer<R>(scratch).p);
+      maps_.backward(&s_, p, Buffer<R>(scratch).p);
+      if (wanted_.tangent) {
+        maps_.tangent(&s_, p, t, Buffer<R>(scratch).p);
+      } else {
+        std::fill(saved_dot.p, saved_dot.p + saved_dot.n, R(0));
+      }
+      maps_.tangent_backward(&s_, p, t, Buffer<R>(scratch).p);
+      std::vector<R> all(y.p, y.p + y.n);
+      const auto add = [&](const R* from, int64_t n) { all.insert(all.end(), from, from + n); };
+      if (wanted_.tangent) add(y_dot.p, y_dot.n);
+      if (p.dx[0] != nullptr) {
+        add(dx.p, dx.n);
+        add(dx_dot.p, dx_dot.n);
+      }
+      for (int i = 0; i < 4; ++i)
+        if (p.dw[i] != nullptr) {
+          add(p.dw[i], z.weights[i]);
+          add(t.dw_dot[i], z.weights[i]);
+        }
+      return all;
+    };
+    const auto alone = run_maps(1);
+    for (const int threads : {2, 5})
+      if (const auto together = run_maps(threads);
+          std::memcmp(alone.data(), together.data(), alone.size() * sizeof(R)) != 0)
+        fail("other bits from other threads", 1);
+
     compare_image("y", out, y.p, parts(e_.y, false));
-    maps_.backward(&s_, p, Buffer<R>(z.scratch).p);
     if (p.dx[0] != nullptr) compare_image("dx", in, dx.p, parts(e_.dx, false));
     for (int i = 0; i < 4; ++i)
       if (p.dw[i] != nullptr) compare_weight("dw", i, z.weights[i], p.dw[i], parts(e_.dw[i], false));
-    if (wanted_.tangent) {
-      maps_.tangent(&s_, p, t, Buffer<R>(z.scratch).p);
-      compare_image("y_dot", out, y_dot.p, parts(e_.y, true));
-    } else {
-      std::fill(saved_dot.p, saved_dot.p + saved_dot.n, R(0));
-    }
-    maps_.tangent_backward(&s_, p, t, Buffer<R>(z.scratch).p);
+    if (wanted_.tangent) compare_image("y_dot", out, y_dot.p, parts(e_.y, true));
     if (p.dx[0] != nullptr) compare_image("dx_dot", in, dx_dot.p, parts(e_.dx, true));
     for (int i = 0; i < 4; ++i)
       if (p.dw[i] != nullptr) compare_weight("dw_dot", i, z.weights[i], t.dw_dot[i], parts(e_.dw[i], true));
@@ -227,15 +252,18 @@ class Random {
     return t;
   }
 
-  // Half of them the usual block, half anything.
+  // Half of them the usual block, half anything; a few so large that one image has work for several threads.
   Shape shape() {
     Shape s{};
     s.n = among(1, 5);
     s.out = chance(.3) ? among(1, 5) : among(1, 40);
     s.data = chance(.4);
     s.in = s.data ? (chance(.7) ? (chance(.5) ? 1 : 3) : among(1, 6)) : among(1, 40);
-    s.height = among(1, 15);
-    s.width = chance(.5) ? s.height : among(1, 15);
+    const bool large = chance(.05);
+    if (large) s.in = among(1, 3);
+    if (large) s.out = among(1, 3);
+    s.height = large ? among(40, 60) : among(1, 15);
+    s.width = large ? 60 : chance(.5) ? s.height : among(1, 15);
     s.groups = 1;
     s.eps = 1e-5;
     s.slope = 0.1;

@@ -27,7 +27,8 @@ namespace {
   operation.f32 = [](Isa isa) { return space::table_of(isa).f32; };          \
   operation.f64 = [](Isa isa) { return space::table_of(isa).f64; };
 
-constexpr std::int64_t tasks = 7, steps = 3, features = 5, hidden = 19, classes = 3, side = 9;
+constexpr int tasks = 7;
+constexpr std::int64_t steps = 3, features = 5, hidden = 19, classes = 3, side = 9;
 
 Operation linear(std::int64_t n, std::int64_t in, std::int64_t out, Activation activation, Source x, int w, int y) {
   Operation operation;
@@ -318,12 +319,20 @@ int check(const Case& c, double tolerance) {
               sizeof(R) == 4 ? "float " : "double", slope, found, error);
   if (!(error <= tolerance)) return 1;
 
-  // The same bits with another number of threads, and from several callers at once.
+  // The same bits with another number of threads, also within a task, and from several callers at once.
+  const Sharing within = step.sharing(tasks, steps, true, true, tasks + 2);
+  if (c.program == images && (within.at_once != 1 || within.within != tasks + 2)) {
+    std::printf("%s: %d threads within a task\n", c.name, within.within);
+    return 1;
+  }
+  const int threads[] = {1, 2, 3, tasks + 2};
   std::vector<std::unique_ptr<Problem<R>>> others;
   for (int i = 0; i < 4; ++i) others.push_back(std::make_unique<Problem<R>>(c, 1));
   std::vector<std::thread> callers;
-  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, i + 1); });
+  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, threads[i]); });
   for (std::thread& caller : callers) caller.join();
+  others.push_back(std::make_unique<Problem<R>>(c, 1));
+  others.back()->run(step, true, tasks + 2);
   for (const auto& other : others)
     if (other->gradients != gradients || other->d_alpha != d_alpha) {
       std::printf("%s: other bits from other threads\n", c.name);

@@ -36,7 +36,7 @@ def test_every_call_has_a_row_with_its_operation() -> None:
     assert all(row.op in text for row in table.rows)
 
 
-def test_the_native_executor_is_named_with_what_a_thread_keeps() -> None:
+def test_the_native_executor_is_named_with_what_a_task_keeps() -> None:
     if native.extension() is None:
         pytest.skip(native.missing_reason())
     table = explained("conv4", executor="native")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -45,6 +46,10 @@ def network(channels: int, size: int, *blocks: dict[str, object], filters: int =
     body = nn.Sequential(*layers, nn.Flatten())
     features = body(torch.randn(2, channels, size, size)).shape[1]
     return nn.Sequential(*body, nn.Linear(features, WAYS)).double()
+
+
+def wide() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 28**2, 400), nn.Linear(400, WAYS)).double()
 
 
 def episodes(channels: int, size: int, sizes: tuple[int, int] = (3, 5), tasks: int = 3) -> fm.TaskBatch:
@@ -197,6 +202,32 @@ def test_random_blocks(channels, filters, size, sizes, kernel, stride, pool, nor
         for name in ("native", "reference")
     )
     assert total_error(ours, right) <= 1e-9  # batch norm over very few pixels amplifies rounding
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_number_of_threads_changes_no_bit_within_a_task_either(tasks: int, dtype: torch.dtype) -> None:
+    model = network(3, 44, {}, {}, {"stride": 2, "pool": None}, filters=19).to(dtype)
+    batch = episodes(3, 44, tasks=tasks).to(dtype=dtype)
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native")
+    results, sharing = [], []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(maml.value_and_grad(batch)[1])
+        sharing.append(re.findall(r"tasks at once: (\d+), .* on (\d+) thread", maml.explain(batch).executor)[0])
+    within = [("1", "1"), ("1", "2") if tasks == 1 else ("2", "1"), ("1", "3"), ("1", "8")]
+    assert sharing == within
+    for other in results[1:]:
+        assert all(torch.equal(results[0][n], other[n]) for n in other)
+
+
+@pytest.mark.parametrize("model", [network(3, 28, {}, {}, filters=64), wide()], ids=["within tasks", "tasks side by side"])
+def test_memory_that_cannot_be_had_is_an_error(model: nn.Module) -> None:
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2 * 10**7, executor="native")
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        with pytest.raises(MemoryError):  # steps of 7 MB are more than 2^47 bytes, all the addresses there are
+            maml.value_and_grad(episodes(3, 28, (20, 2), tasks=2))
 
 
 @pytest.fixture(autouse=True)
