@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from benchmarks import probe
+from benchmarks.floor import Floor, floor_of
 from benchmarks.gate import Errors, Gate, open_gate
 from benchmarks.memory import Memory, measure_all
 from benchmarks.peers.base import Kind, Step, Unavailable, Unsupported, Variant
@@ -58,11 +59,18 @@ class Comparison:
     outcomes: list[Outcome]
     loop: Errors  # the hand-written loop's error in float32
     float32: Errors  # the largest of the loop's and of its nudged copies'
+    floor: Floor
     foreign_cores: float | None  # what other processes took of the machine meanwhile
     wall_s: float
 
     def __getitem__(self, name: str) -> Outcome:
         return next(o for o in self.outcomes if o.name == name)
+
+    @property
+    def floor_share(self) -> float | None:
+        """The floor over fastmeta's median: 1 were the physical limit."""
+        ours = next((o for o in self.outcomes if o.name == "fastmeta"), None)
+        return self.floor.ms / ours.median_ms if ours is not None and ours.median_ms else None
 
     def best(self, *kinds: Kind) -> Outcome | None:
         """The fastest correct variant of these kinds."""
@@ -103,6 +111,8 @@ def compare(
         if step is not None:
             steps[variant.name] = step
 
+    floor = floor_of(problem)
+    tell(f"floor {floor.ms:.3g} ms")
     foreign = Foreign()
     times = interleave({name: step.run for name, step in steps.items()}, effort or Effort())
     cores = foreign.cores()
@@ -123,6 +133,7 @@ def compare(
         outcomes,
         gate.loop,
         gate.float32,
+        floor,
         cores,
         time.perf_counter() - begin,
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.floor import Floor
 from benchmarks.harness import Comparison, Outcome
 from benchmarks.variants import VARIANTS
 
@@ -23,12 +24,13 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[list[str], Rows]:
     shown = [p for p in peers if any(o.peer == p for c in comparisons for o in c.outcomes)]
     ours = [n for n, v in VARIANTS.items() if v.kind == "ours"]
     header = ["workload", *shown, *(f"{n} ms" for n in ours)]
-    header += ["best eager / ours", "best peer / ours", "error ours", "error loop"]
+    header += ["best eager / ours", "best peer / ours", "floor ms", "floor / ours", "error ours", "error loop"]
     rows = []
     for c in comparisons:
         row = [c.workload, *(_best_cell([o for o in c.outcomes if o.peer == p]) for p in shown)]
         row += [_best_cell([o for o in c.outcomes if o.name == n]) for n in ours]
         row += [_ratio(c.ratio("eager")), _ratio(c.ratio("eager", "compiled"))]
+        row += [_ms(c.floor.ms), _ratio(c.floor_share)]
         errors = next((o.errors for o in c.outcomes if o.name == "fastmeta"), None)
         row += [_error(errors and errors.total), _error(c.loop.total)]
         rows.append(row)
@@ -116,6 +118,7 @@ def markdown(comparisons: Sequence[Comparison], machine: str, picture: str) -> s
             f"## {c.title}",
             markdown_table(*details(c)),
             f"The hand-written loop and its nudged copies: {bound}.",
+            _floor(c.floor),
         ]
     notes = remarks(comparisons)
     if notes:
@@ -133,6 +136,7 @@ def as_json(comparisons: Sequence[Comparison], machine: str) -> dict[str, Any]:
             row["times_ms"] = [round(t, 5) for t in o.times_ms]
         data["best_eager_over_ours"] = c.ratio("eager")
         data["best_peer_over_ours"] = c.ratio("eager", "compiled")
+        data["floor_over_ours"] = c.floor_share
         workloads.append(data)
     return {"machine": machine, "workloads": workloads}
 
@@ -194,6 +198,13 @@ def _replace(path: Path, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _floor(floor: Floor) -> str:
+    return (
+        f"Floor: {floor.flops / 1e6:.4g} MFLOP of products at {floor.peak_gflops:.0f} GFLOP/s, "
+        f"{floor.bytes / 1e6:.3g} MB at {floor.peak_gb_s:.0f} GB/s, each measured here: {_ms(floor.ms)} ms."
+    )
 
 
 def _best_cell(outcomes: Sequence[Outcome]) -> str:

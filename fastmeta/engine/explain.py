@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.task_op import Tensors
-from fastmeta.engine import executor
+from fastmeta.engine import cost, executor
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
-from fastmeta.engine.program import Instruction, Program
+from fastmeta.engine.program import Instruction
 from fastmeta.engine.work import Work, leaves
 
 
@@ -24,10 +24,10 @@ class Row:
         op: operation.
         call: the ATen call it stands for.
         shape: of one task's result.
-        plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks, or
-            ``shared`` where no task has its own.
+        plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
+            or ``shared`` where no task has its own.
         backend: who runs it.
-        flops: of the four maps over all tasks and inner steps, and the query's two.
+        flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
         keeps: what the saved bytes are.
@@ -141,10 +141,11 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     native = programs.native
     refusal = native if isinstance(native, str) else native.refusal(work, MEAN, outputs=False)
     if isinstance(native, str) or refusal:
-        rows, kept = _by_reference(work, programs.support)
+        rows, kept = _by_reference(work, programs)
         executor = f"reference, because {refusal}"
     else:
-        rows = tuple(_row(work, instruction, "native", 0, 0) for instruction in programs.support.instructions)
+        calls = cost.paired(programs.support, programs.query)
+        rows = tuple(_row(call, "native", cost.flops(work, call, query), 0, 0) for call, query in calls)
         kept = native.kept(work, learned=work.alpha.requires_grad)
         room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
         at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
@@ -153,7 +154,8 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept)
 
 
-def _by_reference(work: Work, program: Program) -> tuple[tuple[Row, ...], dict[str, int]]:
+def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict[str, int]]:
+    program = programs.support
     with torch.no_grad():
         state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
         tape = executor.forward(program, work.theta, state, leaves(work.support), first=True)
@@ -161,10 +163,10 @@ def _by_reference(work: Work, program: Program) -> tuple[tuple[Row, ...], dict[s
     second_order = not work.first_order and work.steps > 0
     seen = {t.untyped_storage().data_ptr() for t in (*work.parameters.values(), *leaves(work.support))}
     rows = []
-    for i, instruction in enumerate(program.instructions):
+    for i, (call, query) in enumerate(cost.paired(program, programs.query)):
         saved = _new_bytes(tape.saved[i], seen) if second_order else 0
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
-        rows.append(_row(work, instruction, "reference", saved, cotangents))
+        rows.append(_row(call, "reference", cost.flops(work, call, query), saved, cotangents))
     kept = {}
     if second_order:
         kept["operands"] = sum(row.saved for row in rows)
@@ -175,10 +177,8 @@ def _by_reference(work: Work, program: Program) -> tuple[tuple[Row, ...], dict[s
     return tuple(rows), kept
 
 
-def _row(work: Work, instruction: Instruction, backend: str, saved: int, cotangents: int) -> Row:
+def _row(instruction: Instruction, backend: str, flops: int, saved: int, cotangents: int) -> Row:
     route = instruction.later
-    passes = 3 * (work.steps + 1) + (0 if work.first_order else 6 * work.steps)
-    times = passes if route.active else work.steps + 1
     reason = instruction.reason
     if route.single and not reason:
         reason = "no task differs: runs once"
@@ -189,7 +189,7 @@ def _row(work: Work, instruction: Instruction, backend: str, saved: int, cotange
         instruction.op.call.outputs[0].shape,
         "resident" if backend == "native" else "shared" if route.single else "dense",
         backend,
-        instruction.op.flops() * times * (1 if route.single else work.tasks),
+        flops,
         saved,
         cotangents,
         ", ".join(instruction.op.saved_names),

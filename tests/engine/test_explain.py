@@ -62,8 +62,10 @@ def test_a_generic_operation_gives_its_reason() -> None:
 def test_rows_name_the_module_and_count_operations() -> None:
     rows = {row.module: row for row in explained("mlp-relu").rows if row.op == "linear"}
     assert set(rows) == {"0", "2", "4"}
-    # per task and pass 2 * 5 * 4 * 8; two steps and a query are three passes of 3, two Hessian-vector products of 6
-    assert rows["0"].flops == 2 * 5 * 4 * 8 * (3 * 3 + 6 * 2) * T
+    # The first layer, whose input is data: forward and dw, and in two steps' tangents one term for y_dot and one for
+    # dw_dot. Later layers have dx beside, y_dot of two terms, dw_dot and dx_dot of two each. 5 rows, 6 of the query.
+    assert rows["0"].flops == 2 * 4 * 8 * (2 * 5 * (2 + 2) + 6 * 2) * T
+    assert rows["2"].flops == 2 * 8 * 7 * (2 * 5 * (3 + 6) + 6 * 3) * T
 
 
 def test_what_is_kept_is_counted_from_the_tensors_themselves() -> None:

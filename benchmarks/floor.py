@@ -1,0 +1,71 @@
+"""The physical floor of a meta-gradient: its products at the machine's measured peak, its data at memory's speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from benchmarks.workloads import Problem
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the machine does at its best, with the threads in use: floating-point operations and bytes a second."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time a meta-gradient can take.
+
+    Attributes:
+        flops: of all products, convolutions counted directly (Winograd's form takes fewer and can go below this floor).
+        bytes: tasks, weights and gradients, each once.
+        peak_gflops, peak_gb_s: the machine's measured peaks.
+        ms: the longer of the two times.
+    """
+
+    flops: int
+    bytes: int
+    peak_gflops: float
+    peak_gb_s: float
+    ms: float
+
+
+@cache
+def peaks() -> Peaks:
+    """Measured now: a large float32 matrix product, and a copy far larger than the caches (read and written)."""
+    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
+    product = torch.empty(2048, 2048)
+    source = torch.rand(32 << 20)
+    copy = torch.empty_like(source)
+    flops = 2 * 2048**3 / _best(lambda: torch.mm(a, b, out=product))
+    return Peaks(flops, 2 * source.numel() * source.element_size() / _best(lambda: copy.copy_(source)))
+
+
+def floor_of(problem: Problem) -> Floor:
+    """The floor of ``problem``; its products are counted by ``fastmeta.MAML.explain``."""
+    import fastmeta as fm
+
+    maml = fm.MAML(problem.model, problem.loss, lr=problem.lr, steps=problem.steps)
+    flops = maml.explain(fm.TaskBatch(support=problem.support, query=problem.query)).flops
+    tensors = [*problem.support, *problem.query, *problem.model.parameters(), *problem.model.parameters()]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    peak = peaks()
+    return Floor(flops, size, peak.flops / 1e9, peak.bytes / 1e9, 1e3 * max(flops / peak.flops, size / peak.bytes))
+
+
+def _best(call: Callable[[], object], times: int = 12) -> float:
+    call()
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
