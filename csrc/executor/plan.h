@@ -42,7 +42,7 @@ class Plan {
   void unpack(const R* packed, R* const* tensors) const;  // the differentiated ones
 
   // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights; gradients go to `dw`:
-  // those of all differentiated parameters if `all`, else those of the adapted ones. So many threads may work on a call.
+  // those of all differentiated parameters if `all`, else those of the adapted ones. `threads` may work on a call.
   Calls<R> bind(R* tape, const R* own, const R* shared, R* dw, bool all, int threads) const;
   // Calls of a Hessian-vector product along u, packed like the adapted parameters, into dw_dot.
   TangentCalls<R> bind_tangent(R* tangent, const R* u, R* dw_dot) const;

@@ -24,8 +24,8 @@ class Row:
         op: operation.
         call: the ATen call it stands for.
         shape: of one task's result.
-        plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks, or
-            ``shared`` where no task has its own.
+        plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
+            or ``shared`` where no task has its own.
         backend: who runs it.
         flops: of the four maps over all tasks and inner steps, and the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks.

@@ -222,7 +222,9 @@ def test_the_number_of_threads_changes_no_bit_within_a_task_either(tasks: int, d
         assert all(torch.equal(results[0][n], other[n]) for n in other)
 
 
-@pytest.mark.parametrize("model", [network(3, 28, {}, {}, filters=64), wide()], ids=["within tasks", "tasks side by side"])
+@pytest.mark.parametrize(
+    "model", [network(3, 28, {}, {}, filters=64), wide()], ids=["within tasks", "tasks side by side"]
+)
 def test_memory_that_cannot_be_had_is_an_error(model: nn.Module) -> None:
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2 * 10**7, executor="native")
     for threads in (1, 2, 8):
