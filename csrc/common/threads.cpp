@@ -49,8 +49,8 @@ bool watched(F ready) {
 
 thread_local bool is_worker = false;
 
-// A job is open for as many threads as it has seats. Who takes one does so before it looks at the job, and the caller waits
-// for those alone; a thread that comes late, or not at all, costs nothing. Locks are for going to sleep.
+// A job is open for as many threads as it has seats. Who takes one does so before it looks at the job, and the caller
+// waits for those alone; a thread that comes late, or not at all, costs nothing. Locks are for going to sleep.
 class Pool {
  public:
   void run(std::int64_t n, int threads, Work work, void* context) {

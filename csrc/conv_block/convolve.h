@@ -107,8 +107,8 @@ class DirectTransposed {
         for (std::int64_t i = begin; i < end; ++i)
           paint(canvas_, dz + (first + i) * g_.result(), g_.h, g_.w, painted_ + i * canvas_.size());
         multiply(Product<R>{painted, canvas_.size(), canvas_.row(), offset_, panels_, turned_[which], g_.ci,
-                            dx + (first + begin) * g_.image(), g_.image(), g_.width * g_.ci, g_.ci, end - begin, g_.height,
-                            g_.width, g_.ci, add},
+                            dx + (first + begin) * g_.image(), g_.image(), g_.width * g_.ci, g_.ci, end - begin,
+                            g_.height, g_.width, g_.ci, add},
                  width<R>);
       });
     }

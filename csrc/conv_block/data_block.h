@@ -225,8 +225,8 @@ class DataBlock {
     }
   }
 
-  // All rows of the images, `height` each, in parts that threads share out: use(what the thread sees, part, whether this is
-  // the part's first image, image, its first row, the one behind its last), with what these need of the image painted.
+  // All rows of the images, `height` each, in parts that threads share out: use(what a thread sees, part, whether this
+  // is the part's first image, image, its first row, the one behind its last); what these need of the image is painted.
   template <class Use>
   void for_each_stretch(std::int64_t height, Use use) {
     const std::int64_t parts = data_parts(g_), all = g_.n * height, rows = height == g_.h ? 1 : 2;
@@ -248,7 +248,8 @@ class DataBlock {
   // visit(two rows of the convolution with w, place of their maxima in a pooled tensor); zeros where w is null.
   template <class Visit>
   void for_each_row(const R* w, Visit visit) {
-    for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t, bool, std::int64_t image, std::int64_t first, std::int64_t last) {
+    for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t, bool, std::int64_t image, std::int64_t first,
+                                std::int64_t last) {
       if (w == nullptr) fill_zero(own.rows, 4 * g_.pw * g_.co);
       for (std::int64_t py = first; py < last; ++py) {
         if (w != nullptr) {

@@ -74,8 +74,8 @@ struct Arena {
   }
 };
 
-// Scratch of a map: what its threads share, and behind that what each has to itself. A `Scratch` is made of two arenas and
-// only finds places, so that every thread may make its own as often as it likes.
+// Scratch of a map: what its threads share, and behind that what each has to itself. A `Scratch` is made of two arenas
+// and only finds places, so that every thread may make its own as often as it likes.
 template <class R>
 struct Room {
   R* memory;

@@ -34,7 +34,8 @@ struct Moments {
   void include(const Moments& piece, std::int64_t count, std::int64_t rows, std::int64_t channels) const {
     const R share = static_cast<R>(rows) / static_cast<R>(count + rows);
     for (std::int64_t c = 0; c < channels; c += width<R>) {
-      const V before = count == 0 ? V{} : load(mean + c), d = load(piece.mean + c) - before, s = load(piece.squares + c);
+      const V before = count == 0 ? V{} : load(mean + c), s = load(piece.squares + c);
+      const V d = load(piece.mean + c) - before;
       store(mean + c, count == 0 ? load(piece.mean + c) : before + d * splat<R>(share));
       store(squares + c, count == 0 ? s : load(squares + c) + s + d * d * splat<R>(share * static_cast<R>(count)));
     }

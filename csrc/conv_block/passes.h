@@ -1,4 +1,5 @@
-// The loops over a band of an image between the convolution's result z and the block's result y, forward and back, once each.
+// The loops over a band of an image between the convolution's result z and the block's result y, forward and back, once
+// each.
 //
 // A few vectors of channels go side by side, pixel after pixel: memory is read in order, coefficients stay in registers.
 #pragma once

@@ -18,8 +18,9 @@ class Patches {
  public:
   Patches(const Canvas& c, const Geometry<R>& g, std::int64_t parts, Arena<R>& common, Arena<R>& own)
       : canvas_(c), g_(g), rows_(g.panels()), blocks_(ceil_divide(rows_, patch_tile)), parts_(parts),
-        size_(blocks_ * (blocks_ + 1) / 2 * patch_sums * width<R>), sums_(common.template take_as<double>(parts * size_)),
-        centred_(own.take(c.size() + width<R>)), shift_(common.template take_as<double>(g.in)) {}
+        size_(blocks_ * (blocks_ + 1) / 2 * patch_sums * width<R>),
+        sums_(common.template take_as<double>(parts * size_)), centred_(own.take(c.size() + width<R>)),
+        shift_(common.template take_as<double>(g.in)) {}
 
   void prepare_own() { fill_zero(centred_ + canvas_.size(), width<R>); }
 

@@ -1,5 +1,6 @@
 // The products of the four maps, by Winograd's transform where that wins and directly where it does not; those of the
-// tangents are sums of up to two terms. Each thread makes its own of these objects, on what they share and its own scratch.
+// tangents are sums of up to two terms. Each thread makes its own of these objects, on what they share and its own
+// scratch.
 #pragma once
 
 #include "convolve.h"
@@ -61,9 +62,9 @@ struct Blocks {
     parallel_for(T::all, threads, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t i = begin; i < end; ++i) {
         ahead.ask(i, T::all);
-        multiply(Product<R>{from + i * point_size<R>(room * in), 0, 0, offset, in / width<R>,
-                            points + i * point_size<R>(in * out), out, products + i * point_size<R>(room * out), 0, 0, out, 1,
-                            1, count, out, add, sum_terms},
+        const R *a = from + i * point_size<R>(room * in), *b = points + i * point_size<R>(in * out);
+        R* const c = products + i * point_size<R>(room * out);
+        multiply(Product<R>{a, 0, 0, offset, in / width<R>, b, out, c, 0, 0, out, 1, 1, count, out, add, sum_terms},
                  width<R>);
       }
     });
@@ -73,11 +74,13 @@ struct Blocks {
   void outer_points(const R* x, const R* d, std::int64_t in, std::int64_t out, std::int64_t count, R* points, bool add,
                     int threads) const {
     parallel_for(T::all, threads, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t i = begin; i < end; ++i)
+      for (std::int64_t i = begin; i < end; ++i) {
+        const R *a = x + i * point_size<R>(room * in), *z = d + i * point_size<R>(room * out);
+        R* const g = points + i * point_size<R>(in * out);
         for (std::int64_t c = 0; c < in; c += width<R>)
-          outer_panel(Outer<R>{{}, 0, 0, width<R>, d + i * point_size<R>(room * out), 0, 0, width<R>, room * width<R>, 1, 1,
-                               count, nullptr, out, add},
-                      x + i * point_size<R>(room * in) + c * room, points + i * point_size<R>(in * out) + c * out, out);
+          outer_panel(Outer<R>{{}, 0, 0, width<R>, z, 0, 0, width<R>, room * width<R>, 1, 1, count, nullptr, out, add},
+                      a + c * room, g + c * out, out);
+      }
     });
   }
 };
@@ -94,7 +97,8 @@ class ForwardProduct {
   typedef Tile2x2<R> T;
 
  public:
-  ForwardProduct(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own, Arena<R> none = Arena<R>(nullptr))
+  ForwardProduct(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own,
+                 Arena<R> none = Arena<R>(nullptr))
       : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : common, tiled_ ? none : own),
         grid_(grid_of(s, g, g.n, T::side)), blocks_(g, grid_.tiles(), false, tiled_ ? own : none),
         points_((tiled_ ? common : none).take(T::all * point_size<R>(g.ci * g.co))) {
@@ -162,9 +166,11 @@ class TangentProduct {
     const R *x, *w;
   };
 
-  TangentProduct(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own, Arena<R> none = Arena<R>(nullptr))
+  TangentProduct(const Shape& s, const Geometry<R>& g, Arena<R>& common, Arena<R>& own,
+                 Arena<R> none = Arena<R>(nullptr))
       : g_(g), tiled_(prefers_tiles<T>(s, g)), grid_(grid_of(s, g, g.n, T::side)),
-        direct_(s, g, tiled_ ? none : common, tiled_ ? none : own), blocks_(g, grid_.tiles(), false, tiled_ ? own : none) {
+        direct_(s, g, tiled_ ? none : common, tiled_ ? none : own),
+        blocks_(g, grid_.tiles(), false, tiled_ ? own : none) {
     for (R*& p : points_) p = (tiled_ ? common : none).take(T::all * point_size<R>(g.ci * g.co));
   }
 
@@ -182,7 +188,9 @@ class TangentProduct {
       direct_.prepare_own();
   }
 
-  std::int64_t pieces() const { return tiled_ ? ceil_divide(grid_.tiles(), blocks_.size) : ceil_divide(g_.n, direct_.group()); }
+  std::int64_t pieces() const {
+    return tiled_ ? ceil_divide(grid_.tiles(), blocks_.size) : ceil_divide(g_.n, direct_.group());
+  }
 
   void apply(const Term* terms, int count, std::int64_t piece, R* z_dot) {
     const std::int64_t all = tiled_ ? grid_.tiles() : g_.n, first = all * piece / pieces();
@@ -210,11 +218,11 @@ class TangentProduct {
   R* points_[2];
 };
 
-// Pixels over which one sum of the weight's gradient runs, about: what it costs to add two such sums must be small beside.
+// Pixels over which one sum of the weight's gradient runs, about: to add two such sums must cost little beside.
 constexpr std::int64_t sum_pixels = 980;
 
-// d_x = sum over terms of dz * w^T, d_w = sum over terms of x^T dz. Cotangents come a group of images at a time. The sum of
-// d_w is made of those of chunks of images, each computed by one thread, or by all.
+// d_x = sum over terms of dz * w^T, d_w = sum over terms of x^T dz. Cotangents come a group of images at a time. The
+// sum of d_w is made of those of chunks of images, each computed by one thread, or by all.
 template <class R>
 class GradientProduct {
   typedef Tile4x4<R> T;
@@ -261,8 +269,8 @@ class GradientProduct {
     if (transposed) transposed_.prepare_own();
   }
 
-  // use(chunk, its first image, the one behind its last, seat, threads that it may use). What is left over when every thread
-  // has had as many chunks as the others is for all threads together.
+  // use(chunk, its first image, the one behind its last, seat, threads that it may use). What is left over when every
+  // thread has had as many chunks as the others is for all threads together.
   template <class Use>
   void for_each_chunk(int threads, Use use) const {
     const std::int64_t alone = threads > 1 ? g_.n / chunk_ / threads * threads : chunks();
@@ -332,8 +340,9 @@ class GradientProduct {
     grid_.images = images;
     if (dx != nullptr) {
       const std::int64_t row = g_.width * g_.ci;
-      parallel_for(images * g_.height, threads,
-                   [&](std::int64_t begin, std::int64_t end, int) { fill_zero(dx + begin * row, (end - begin) * row); });
+      parallel_for(images * g_.height, threads, [&](std::int64_t begin, std::int64_t end, int) {
+        fill_zero(dx + begin * row, (end - begin) * row);
+      });
     }
     blocks_.for_each(0, grid_.tiles(), [&](std::int64_t tile, std::int64_t tiles) {
       bool more_dx = false, more_sum = add || tile > 0;

@@ -171,8 +171,8 @@ void finish_output(const Grid& g, const R* products, std::int64_t channels, Some
 
 // d_x += B products B^T of the channels from `begin` to `end`: tiles of the input overlap.
 template <class T, class R>
-void finish_gradient(const Grid& g, const R* products, std::int64_t channels, std::int64_t begin, std::int64_t end, Some some,
-                     R* dx, std::int64_t room) {
+void finish_gradient(const Grid& g, const R* products, std::int64_t channels, std::int64_t begin, std::int64_t end,
+                     Some some, R* dx, std::int64_t room) {
   const std::int64_t point = point_size<R>(room * channels);
   for (std::int64_t t = some.begin; t < some.end; ++t) {
     const Corner at = corner(g, some.first + t);

@@ -1,5 +1,5 @@
-// What a native operation gives the executor: its four maps for one task over memory it is given. An operation may spread
-// its work over the threads it is granted (common/threads.h), as long as the results have the same bits for any number.
+// What a native operation gives the executor: its four maps for one task, over memory it is given. An operation may
+// spread its work over the threads it is granted (common/threads.h) if results have the same bits for any number.
 //
 // Values between operations lie in one of two layouts, their last axis padded with zeros to whole vectors:
 //   rows   [n, padded(features)]
