@@ -28,9 +28,6 @@ class Direct {
   void prepare_own() { fill_zero(painted_, group_ * canvas_.size()); }  // once for each
 
   std::int64_t group() const { return group_; }
-  const Canvas& canvas() const { return canvas_; }
-  const std::int64_t* offset() const { return offset_; }
-  const R* painted() const { return painted_; }
 
   // Images from `first`, at most a group of them.
   void paint_group(const R* x, std::int64_t first, std::int64_t count, int threads) {
