@@ -1,7 +1,7 @@
 // Activation functions of vectors with the two derivatives that exact second order takes.
 //
-// A curve says what it needs besides its result y: `keeps_input` where its slope cannot be had from y. `slope` is f' and
-// `bend` f'' at a point, given (y, z) of that point; a curve without bend has f'' = 0 almost everywhere.
+// A curve says what it needs besides its result y: `keeps_input` where its slope cannot be had from y. `slope` is f'
+// and `bend` f'' at a point, given (y, z) of that point; a curve without bend has f'' = 0 almost everywhere.
 #pragma once
 
 #include "curve_names.h"

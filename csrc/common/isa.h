@@ -1,8 +1,9 @@
 // Instruction sets: which ones this build holds, which ones this processor runs, which one the kernels use.
 //
 // Files named cpu.cpp are compiled once for each instruction set, with FASTMETA_ISA naming it, and put everything they
-// define into a namespace of that name. They include no header with inline functions of its own (<vector>, <algorithm>):
-// the linker keeps one copy of such a function, and that copy could hold instructions an older processor lacks.
+// define into a namespace of that name. They include no header with inline functions of its own (<vector>,
+// <algorithm>): the linker keeps one copy of such a function, and that copy could hold instructions an older processor
+// lacks.
 #pragma once
 
 namespace fastmeta {

@@ -1,9 +1,6 @@
 // Products of small matrices whose right factor and result have rows of whole vectors, kept in registers tile by tile.
 #pragma once
 
-#include <cstddef>
-#include <utility>
-
 #include "simd.h"
 
 namespace fastmeta {
@@ -30,8 +27,8 @@ struct Result {
   R rate = 0;
 };
 
-// A strip of columns: whole vectors, and perhaps half a vector behind them. Half a vector takes the products of two steps
-// of the depth at once, one in each half, and costs half as much as the whole one that it is padded to.
+// A strip of columns: whole vectors, and perhaps half a vector behind them. Half a vector takes the products of two
+// steps of the depth at once, one in each half, and costs half as much as the whole one that it is padded to.
 template <int whole, bool half>
 struct Columns {
   static constexpr int vectors = whole + half;
@@ -51,7 +48,8 @@ void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) sums[i][j] = result.base != nullptr ? load(result.base + n + j * width<R>) : Vector<R>{};
+    for (int j = 0; j < vectors; ++j)
+      sums[i][j] = result.base != nullptr ? load(result.base + n + j * width<R>) : Vector<R>{};
   for (int t = 0; t < count; ++t) {
     const std::int64_t row = terms[t].row, column = terms[t].column, b_row = terms[t].b_row;
     const R* a = terms[t].a + m * row;
@@ -106,9 +104,14 @@ void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const
 template <class R>
 using TileOf = void (*)(const Term<R>*, int, std::int64_t, std::int64_t, const Result<R>&);
 
-template <class R, int whole, bool half, std::size_t... rows>
-FASTMETA_INLINE TileOf<R> tile_of(std::int64_t wanted, std::index_sequence<rows...>) {
-  static constexpr TileOf<R> tiles[] = {tile<R, static_cast<int>(rows) + 1, whole, half>...};
+// The tile of so many rows, of those there are.
+template <class R, int whole, bool half>
+FASTMETA_INLINE TileOf<R> tile_of(std::int64_t wanted) {
+  constexpr int most = Columns<whole, half>::tile_rows();
+#define FASTMETA_TILE(rows) tile<R, (rows < most ? rows : most), whole, half>
+  static constexpr TileOf<R> tiles[] = {FASTMETA_TILE(1), FASTMETA_TILE(2), FASTMETA_TILE(3), FASTMETA_TILE(4),
+                                        FASTMETA_TILE(5), FASTMETA_TILE(6), FASTMETA_TILE(7), FASTMETA_TILE(8)};
+#undef FASTMETA_TILE
   return tiles[wanted - 1];
 }
 
@@ -118,7 +121,7 @@ void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, c
   std::int64_t tiles = (rows + most - 1) / most;
   for (std::int64_t m = 0; tiles > 0; --tiles) {  // as even as they can be: a thin last tile wastes the pipeline
     const std::int64_t here = (rows - m + tiles - 1) / tiles;
-    tile_of<R, whole, half>(here, std::make_index_sequence<most>{})(terms, count, m, n, result);
+    tile_of<R, whole, half>(here)(terms, count, m, n, result);
     m += here;
   }
 }
@@ -149,8 +152,8 @@ void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t co
   }
 }
 
-// c [rows, columns], rows padded with zeros: c[m][o] = base[o] (or zero) plus the sum over `terms` of the dot products of
-// a's row m and b's row o, both of `depth` elements in whole vectors. For few columns, where `product` would compute
+// c [rows, columns], rows padded with zeros: c[m][o] = base[o] (or zero) plus the sum over `terms` of the dot products
+// of a's row m and b's row o, both of `depth` elements in whole vectors. For few columns, where `product` would compute
 // padding for the most part.
 template <class R>
 void dot_products(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c,

@@ -1,7 +1,7 @@
 // Images laid out for the direct products: bordered with zeros, channels in panels, columns split by stride.
 //
-// [block][row][phase][column][channel of the block]: pixels that neighbouring outputs read under the same tap lie one panel
-// apart, whatever the stride, so that a kernel addresses them by constants.
+// [block][row][phase][column][channel of the block]: pixels that neighbouring outputs read under the same tap lie one
+// panel apart, whatever the stride, so that a kernel addresses them by constants.
 #pragma once
 
 #include "geometry.h"

@@ -1,7 +1,8 @@
 // The four maps of a block on a task's data, batch norm, a piecewise linear activation and 2x2 maxima: the first layer.
 //
-// It is the largest layer and the cheapest to compute, so the convolution's result z is made a few rows at a time and never
-// stored. What z would be needed for follows from mean and covariance of the patches (patches.h): with Q = cov(P) w / s,
+// It is the largest layer and the cheapest to compute, so the convolution's result z is made a few rows at a time and
+// never stored. What z would be needed for follows from mean and covariance of the patches (patches.h): with Q = cov(P)
+// w / s,
 //   mean z_dot = w_dot^T mean P                mean(x z_dot) = w_dot^T Q
 //   d_w = a T, T = S - db mean P - dg Q        S = sum of dv P over the maxima
 //   d_w_dot = a_dot T + a (S_dot - db_dot mean P - dg_dot Q - dg Q_dot)

@@ -1,7 +1,7 @@
 // Normalisation by the statistics of a batch, and its derivatives, as coefficients per channel.
 //
-// u = (z - mean) a + b feeds the activation; with a = gamma / s it is batch norm, with mean = 0 and a = 1 only a bias. All
-// other maps are such affine forms too, so one set of loops serves both.
+// u = (z - mean) a + b feeds the activation; with a = gamma / s it is batch norm, with mean = 0 and a = 1 only a bias.
+// All other maps are such affine forms too, so one set of loops serves both.
 #pragma once
 
 #include "geometry.h"

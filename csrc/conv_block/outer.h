@@ -1,7 +1,7 @@
 // g[k, :] (+)= sum over pixels of a[k][pixel] * z[pixel, :]
 //
-// The gradient of a convolution's weight: k counts rows of one panel, or of the whole weight where the input is data. A few
-// rows times two vectors of outputs stay in registers while the pixels go by.
+// The gradient of a convolution's weight: k counts rows of one panel, or of the whole weight where the input is data. A
+// few rows times two vectors of outputs stay in registers while the pixels go by.
 #pragma once
 
 #include "../common/vectors.h"

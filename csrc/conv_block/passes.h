@@ -1,7 +1,8 @@
 // The loops over a band of an image between the convolution's result z and the block's result y, forward and back, once
 // each.
 //
-// A few vectors of channels go side by side, pixel after pixel: memory is read in order, coefficients stay in registers.
+// A few vectors of channels go side by side, pixel after pixel: memory is read in order, coefficients stay in
+// registers.
 #pragma once
 
 #include "activation.h"
@@ -89,7 +90,8 @@ struct Passes {
     return {load(t.mean_dot + c), load(t.e + c), load(t.f + c)};
   }
 
-  // visit(j, offset of the pixel and vector) for every pixel and the j-th of `many` vectors from `c`; end after each row.
+  // visit(j, offset of the pixel and vector) for every pixel and the j-th of `many` vectors from `c`; end after each
+  // row.
   template <int many, class Visit, class End>
   FASTMETA_INLINE void for_each(std::int64_t c, Visit visit, End end) const {
     std::int64_t at = c;
@@ -275,8 +277,8 @@ struct Passes {
     }
   };
 
-  // body(count of vectors, first channel, visit_all), where visit_all takes visit(j, offset, du, du_dot) and end, called
-  // after each row. Pixels under no window, where du is zero, are visited if `all`.
+  // body(count of vectors, first channel, visit_all), where visit_all takes visit(j, offset, du, du_dot) and end,
+  // called after each row. Pixels under no window, where du is zero, are visited if `all`.
   template <bool all, class Body>
   FASTMETA_INLINE void for_each_cotangent(const Cotangents<R>& from, Body body) const {
     const bool windows = s.pool != Pool::none && is_2x2(s), dots = from.dy_dot != nullptr;

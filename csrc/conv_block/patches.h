@@ -1,7 +1,7 @@
 // Mean and covariance of the patches of a task's data that a convolution's weight meets.
 //
-// The convolution's result is linear in them, so they give its batch statistics, and those of any tangent, without a look
-// at the result: mean z = w^T mean P, var z = w^T cov P w.
+// The convolution's result is linear in them, so they give its batch statistics, and those of any tangent, without a
+// look at the result: mean z = w^T mean P, var z = w^T cov P w.
 #pragma once
 
 #include "canvas.h"

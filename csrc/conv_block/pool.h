@@ -1,5 +1,5 @@
-// Windows over an image: the value a pooled result has, and the way back. Maxima are remembered as bytes, the position in
-// the window.
+// Windows over an image: the value a pooled result has, and the way back. Maxima are remembered as bytes, the position
+// in the window.
 #pragma once
 
 #include "geometry.h"
@@ -141,8 +141,8 @@ void unpool(const Window& win, const Geometry<R>& g, const R* dy, const std::uin
       }
 }
 
-// visit(j, offset of the pixel, what comes back of dy, and of dy_dot if it is there) for windows that share no pixel, and
-// if `all` for the pixels under no window; end after each row of windows.
+// visit(j, offset of the pixel, what comes back of dy, and of dy_dot if it is there) for windows that share no pixel,
+// and if `all` for the pixels under no window; end after each row of windows.
 template <int many, bool all, class R, class Visit, class End>
 FASTMETA_INLINE void unpool_2x2(const Geometry<R>& g, const R* dy, const R* dy_dot, const std::uint8_t* codes, Visit visit,
                                 End end) {

@@ -1,7 +1,8 @@
 // c[pixel, :] (+)= sum over panels and their channels of a[pixel + offset[panel], channel] * b[panel, channel, :]
 //
-// A convolution where the panels are taps, a plain matrix product where they are blocks of channels. A tile of pixels times
-// two vectors of outputs stays in registers; the pixels of a tile lie in up to four rows, so that small images fill it too.
+// A convolution where the panels are taps, a plain matrix product where they are blocks of channels. A tile of pixels
+// times two vectors of outputs stays in registers; the pixels of a tile lie in up to four rows, so that small images
+// fill it too.
 #pragma once
 
 #include "../common/vectors.h"

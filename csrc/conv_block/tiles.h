@@ -1,7 +1,7 @@
 // Winograd transforms of whole tensors: images to tiles and back, packed weights to points and back.
 //
-// Tiles of images [block of channels][tile][channel] and products [tile][channels] lie one point after another, a vector
-// further apart than their size: a power of two would put all points of a tile into one set of the cache.
+// Tiles of images [block of channels][tile][channel] and products [tile][channels] lie one point after another, a
+// vector further apart than their size: a power of two would put all points of a tile into one set of the cache.
 #pragma once
 
 #include "../common/prefetch.h"

@@ -1,5 +1,5 @@
-// Weights as the caller has them, and packed. Those of a grouped convolution are packed as the block diagonal of a whole one:
-// what lies off it is padding, zero in the weight and in its gradient.
+// Weights as the caller has them, and packed. Those of a grouped convolution are packed as the block diagonal of a
+// whole one: what lies off it is padding, zero in the weight and in its gradient.
 #pragma once
 
 #include "geometry.h"

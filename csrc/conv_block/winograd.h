@@ -1,6 +1,7 @@
 // Winograd's transforms along one axis, and of squares.
 //
-// y = A^T [(G w) . (B^T x)]; the gradients are the transposed maps: d_x = B [(G w) . (A d_y)], d_w = G^T [(B^T x) . (A d_y)].
+// y = A^T [(G w) . (B^T x)]; the gradients are the transposed maps: d_x = B [(G w) . (A d_y)], d_w = G^T [(B^T x) . (A
+// d_y)].
 #pragma once
 
 #include "../common/vectors.h"
@@ -8,9 +9,9 @@
 namespace fastmeta::conv_block {
 namespace {
 
-// F(4x4, 3x3): four outputs, six inputs, three weights an axis, by the points 0, +-sqrt(1/2), +-sqrt(2) and infinity, whose
-// matrices have entries nearer to one than those of whole numbers, and so round less. Still they round a few times more than
-// a direct product, so no value that decides a branch is computed this way.
+// F(4x4, 3x3): four outputs, six inputs, three weights an axis, by the points 0, +-sqrt(1/2), +-sqrt(2) and infinity,
+// whose matrices have entries nearer to one than those of whole numbers, and so round less. Still they round a few
+// times more than a direct product, so no value that decides a branch is computed this way.
 template <class R>
 struct Tile4x4 {
   static constexpr int side = 4, points = 6, all = points * points;
@@ -78,7 +79,8 @@ struct Tile4x4 {
   }
 };
 
-// F(2x2, 3x3): sums and halves alone, and a quarter of the terms in each sum, so that rounding is that of a direct product.
+// F(2x2, 3x3): sums and halves alone, and a quarter of the terms in each sum, so that rounding is that of a direct
+// product.
 template <class R>
 struct Tile2x2 {
   static constexpr int side = 2, points = 4, all = points * points;
@@ -105,8 +107,8 @@ struct Tile2x2 {
   }
 };
 
-// Applies `axis`, `from` values to `to` values, to the columns and then to the rows of a square of vectors. Values come from
-// in(k) as they are needed and go to out(k, value) at once: a square does not fit into registers.
+// Applies `axis`, `from` values to `to` values, to the columns and then to the rows of a square of vectors. Values come
+// from in(k) as they are needed and go to out(k, value) at once: a square does not fit into registers.
 template <int from, int to, class V, class In, class Axis, class Out>
 FASTMETA_INLINE void both_axes(In in, Axis axis, Out out) {
   V half[from * to];

@@ -7,9 +7,9 @@
 // So do their cotangents and tangents. A task's data lie as the caller has them: contiguous, not padded, images as
 // [n, channels, height, width].
 //
-// Fast weights lie packed, in whatever layout the operation likes best, for the whole inner loop: the executor packs the
-// shared weights once a meta-step, updates packed weights with packed gradients, and unpacks the meta-gradient once.
-// Padding of packed weights is zero, and so must be the padding of their gradients.
+// Fast weights lie packed, in whatever layout the operation likes best, for the whole inner loop: the executor packs
+// the shared weights once a meta-step, updates packed weights with packed gradients, and unpacks the meta-gradient
+// once. Padding of packed weights is zero, and so must be the padding of their gradients.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@ struct Sizes {
   bool rereads_x = true, rereads_y = true;  // whether backward reads x, and y
 };
 
-// A weight's gradient is wanted alone, or as a step along it, eq. (3) and (6): dw = from - rate * gradient. An operation
-// may leave steps to the executor and give gradients always.
+// A weight's gradient is wanted alone, or as a step along it, eq. (3) and (6): dw = from - rate * gradient. An
+// operation may leave steps to the executor and give gradients always.
 template <class R>
 struct Step {
   const R* from[max_weights];  // packed, apart from dw; null where the gradient alone is wanted

@@ -5,9 +5,9 @@
 #define FASTMETA_ISA plain
 #endif
 
-// With r the derivative of a row's loss by its outputs x and H the second one, all four maps are the same for all three:
-// dx = scale dy r, y_dot = scale r x_dot, dx_dot = scale (dy H x_dot + dy_dot r), where scale is 1, or 1 over what the
-// mean is taken of. Saved: scale, r, and what H is made of.
+// With r the derivative of a row's loss by its outputs x and H the second one, all four maps are the same for all
+// three: dx = scale dy r, y_dot = scale r x_dot, dx_dot = scale (dy H x_dot + dy_dot r), where scale is 1, or 1 over
+// what the mean is taken of. Saved: scale, r, and what H is made of.
 
 namespace fastmeta::loss::FASTMETA_ISA {
 namespace {

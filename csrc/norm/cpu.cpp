@@ -5,8 +5,8 @@
 #define FASTMETA_ISA plain
 #endif
 
-// With x = (z - mean) r the normalised input, r = 1 / s, a = weight r, t = mean(x z_dot), d = weight du the cotangent of
-// x and m = mean(d), n = mean(d x), all maps are affine in what they read:
+// With x = (z - mean) r the normalised input, r = 1 / s, a = weight r, t = mean(x z_dot), d = weight du the cotangent
+// of x and m = mean(d), n = mean(d x), all maps are affine in what they read:
 //   u      = (z - mean) a + bias
 //   u_dot  = (z_dot - mean_dot) a + (z - mean) e + bias_dot                 e = r (weight_dot - a t)
 //   dz     = du a - r m - (z - mean) r r n

@@ -120,7 +120,8 @@ struct Scratch {
     }
   }
 
-  // out[g] = finish(the sum over the group's channels of value(at), g), and by channel; at(p) is a channel's entry of p.
+  // out[g] = finish(the sum over the group's channels of value(at), g), and by channel; at(p) is a channel's entry of
+  // p.
   template <class Value, class Finish>
   FASTMETA_INLINE void by_group(R* out, R* by_channel, Value value, Finish finish) const {
     for (std::int64_t g = 0; g < l.s.groups; ++g) {
