@@ -187,10 +187,15 @@ def measure(load: Workload, seconds: float) -> tuple[str, str, str, str]:
     own, hand, func = (1e3 * statistics.median(record) for record in times)
     return (
         f"{load.name} T={load.tasks.size}",
-        f"{own:.2f} ms",
-        f"{hand:.2f} ms ({hand / own:.1f}x)",
-        f"{func:.2f} ms ({func / own:.1f}x)",
+        f"{_short(own)} ms",
+        f"{_short(hand)} ms ({_short(hand / own)}x)",
+        f"{_short(func)} ms ({_short(func / own)}x)",
     )
+
+
+def _short(value: float) -> str:
+    """Three digits: a longer figure would widen its column and break the others' lines."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def train_digits(console: Console, iterations: int, tasks: int, out: Path, scratch: Path) -> Section:
