@@ -320,7 +320,7 @@ int check(const Case& c, double tolerance) {
   if (!(error <= tolerance)) return 1;
 
   // The same bits with another number of threads, also within a task, and from several callers at once.
-  const Sharing within = step.sharing(tasks, steps, true, true, tasks + 2);
+  const Sharing within = step.sharing(tasks, {steps, true, true, false}, tasks + 2);
   if (c.program == images && (within.at_once != 1 || within.within != tasks + 2)) {
     std::printf("%s: %d threads within a task\n", c.name, within.within);
     return 1;
