@@ -1,7 +1,6 @@
 """Whether a compiler comes to an end: a process of its own tries first, under a time limit.
 
-Compiling an unrolled loop can take longer than everything else together, and cannot be stopped from within. What the
-process compiled is in the compiler's cache on disk, so that one that ends in time costs little twice.
+Compiling an unrolled loop can take longer than everything else together, and cannot be stopped from within.
 """
 
 from __future__ import annotations

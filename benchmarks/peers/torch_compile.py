@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.func import grad
 
@@ -18,8 +19,15 @@ from benchmarks.peers.torch_func import Params, meta_gradient, task_loss
 from benchmarks.workloads import Problem
 
 
-def prepare_vmap(problem: Problem) -> Step:
+def _start_afresh() -> None:
+    # What another process has left in the compiler's cache on disk is compiled again from its source, without the flags
+    # of the vector instructions it uses (torch 2.13), and fails.
+    torch._inductor.config.force_disable_caches = True
     torch._dynamo.reset()
+
+
+def prepare_vmap(problem: Problem) -> Step:
+    _start_afresh()
     return _bind_vmap(torch.compile(meta_gradient(problem), fullgraph=True, dynamic=False), problem)
 
 
@@ -33,7 +41,7 @@ def _bind_vmap(compiled: Callable[..., Params], problem: Problem) -> Step:
 def prepare_task(problem: Problem) -> Step:
     if not any(isinstance(m, nn.Conv2d) for m in problem.model.modules()):
         raise Unsupported("without convolutions the vmapped form is the faster one")
-    torch._dynamo.reset()
+    _start_afresh()
     return _bind_task(torch.compile(grad(task_loss(problem)), fullgraph=True, dynamic=False), problem)
 
 
