@@ -27,7 +27,10 @@ def flops(work: Work, support: Instruction, query: Instruction | None) -> int:
 
 
 def paired(support: Program, query: Program | None) -> list[tuple[Instruction, Instruction | None]]:
-    """The support program's calls with the query program's, which is the same model's at other shapes."""
+    """The support program's calls with the query program's, which is the same model's at other shapes.
+
+    Where a model makes other calls at the query's shapes, the query is counted at the support's.
+    """
     if query is None:
         return [(call, None) for call in support.instructions]
     if len(support.instructions) != len(query.instructions):
