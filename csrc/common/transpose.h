@@ -1,6 +1,8 @@
 // Transposed matrices, square by square in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace fastmeta {
@@ -40,36 +42,120 @@ FASTMETA_INLINE void transpose_square(Vector<R> (&a)[width<R>]) {
   }
 }
 
+// A quarter or half of a vector, or all of it: what instructions that stay within 16 bytes see as one.
+template <class R>
+struct Part {
+  typedef R V __attribute__((vector_size(16)));
+  static constexpr int size = 16 / static_cast<int>(sizeof(R));
+};
+
+template <class R>
+FASTMETA_INLINE typename Part<R>::V load_part(const R* p) {
+  typename Part<R>::V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// b behind a, in a vector of twice the size.
+template <class V>
+FASTMETA_INLINE auto joined(V a, V b) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+#if defined(__clang__) || __GNUC__ >= 12
+  if constexpr (n == 2) return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+  if constexpr (n == 4) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (n == 8) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  typedef std::remove_reference_t<decltype(a[0])> Twice __attribute__((vector_size(2 * sizeof(V))));
+  const V both[2] = {a, b};
+  Twice out;
+  __builtin_memcpy(&out, both, sizeof out);
+  return out;
+#endif
+}
+
+// The lower (upper) elements of every part of a and b, in turn.
+template <bool upper, class V>
+FASTMETA_INLINE V interleave_parts(V a, V b) {
+  constexpr int n = sizeof(V) / sizeof(a[0]), size = 16 / sizeof(a[0]), u = upper ? size / 2 : 0, w = n + u;
+  if constexpr (size == 2 && n == 2) {
+    return FASTMETA_SHUFFLE(a, b, u, w);
+  } else if constexpr (size == 2 && n == 4) {
+    return FASTMETA_SHUFFLE(a, b, u, w, u + 2, w + 2);
+  } else if constexpr (size == 2) {
+    return FASTMETA_SHUFFLE(a, b, u, w, u + 2, w + 2, u + 4, w + 4, u + 6, w + 6);
+  } else if constexpr (n == 4) {
+    return FASTMETA_SHUFFLE(a, b, u, w, u + 1, w + 1);
+  } else if constexpr (n == 8) {
+    return FASTMETA_SHUFFLE(a, b, u, w, u + 1, w + 1, u + 4, w + 4, u + 5, w + 5);
+  } else {
+    return FASTMETA_SHUFFLE(a, b, u, w, u + 1, w + 1, u + 4, w + 4, u + 5, w + 5, u + 8, w + 8, u + 9, w + 9, u + 12,
+                            w + 12, u + 13, w + 13);
+  }
+}
+
+// The columns of one part's width, from `present` rows that need `pieces` parts behind each other, become rows. Parts are
+// put in place on the way from memory, and change elements with each other within parts alone. `exact`: the last piece
+// has all its rows.
+template <class R, int pieces, bool exact>
+FASTMETA_INLINE void transpose_parts(const R* in, std::int64_t in_row, std::int64_t present, R* out,
+                                     std::int64_t out_row) {
+  constexpr int size = Part<R>::size, lanes = width<R> / size;
+  using V = typename Part<R>::V;
+  static constexpr R nothing[size] = {};
+  const auto lane = [&](int piece, int k) {
+    const int row = piece * size + k;
+    if (piece >= pieces) return V{};
+    return load_part(exact || piece + 1 < pieces || row < present ? in + row * in_row : nothing);
+  };
+  Vector<R> a[size];
+#pragma GCC unroll 4
+  for (int k = 0; k < size; ++k) {
+    if constexpr (lanes == 1) a[k] = lane(0, k);
+    if constexpr (lanes == 2) a[k] = joined(lane(0, k), lane(1, k));
+    if constexpr (lanes == 4) a[k] = joined(joined(lane(0, k), lane(1, k)), joined(lane(2, k), lane(3, k)));
+  }
+  if constexpr (size == 2) {
+    store(out, interleave_parts<false>(a[0], a[1]));
+    store(out + out_row, interleave_parts<true>(a[0], a[1]));
+  } else {
+    const Vector<R> even[2] = {interleave_parts<false>(a[0], a[2]), interleave_parts<true>(a[0], a[2])};
+    const Vector<R> odd[2] = {interleave_parts<false>(a[1], a[3]), interleave_parts<true>(a[1], a[3])};
+    store(out, interleave_parts<false>(even[0], odd[0]));
+    store(out + out_row, interleave_parts<true>(even[0], odd[0]));
+    store(out + 2 * out_row, interleave_parts<false>(even[1], odd[1]));
+    store(out + 3 * out_row, interleave_parts<true>(even[1], odd[1]));
+  }
+}
+
+template <class R, int pieces, bool exact>
+void transpose_rows(const R* in, std::int64_t in_row, std::int64_t present, std::int64_t columns, R* out,
+                    std::int64_t out_row) {
+  constexpr std::int64_t lane = Part<R>::size;
+  for (std::int64_t at = 0; at < columns; at += lane) {
+    const std::int64_t j = at < columns - lane ? at : columns - lane;  // the last part may overlap the one before
+    transpose_parts<R, pieces, exact>(in + j, in_row, present, out + j * out_row, out_row);
+  }
+}
+
 // out [columns, padded(rows)] = the transposed of in [rows, columns], whose rows lie `in_row` apart; padding is zero.
-// Rows of `in` that are padded themselves are read in whole vectors.
 template <class R>
 void transpose(const R* in, std::int64_t in_row, std::int64_t rows, std::int64_t columns, R* out) {
-  constexpr std::int64_t n = width<R>;
+  constexpr std::int64_t n = width<R>, lane = Part<R>::size;
   const std::int64_t out_row = padded<R>(rows);
-  const bool whole = in_row >= padded<R>(columns);
-  for (std::int64_t i = 0; i < out_row; i += n) {
+  if (columns < lane) {
+    for (std::int64_t j = 0; j < columns; ++j)
+      for (std::int64_t i = 0; i < out_row; ++i) out[j * out_row + i] = i < rows ? in[i * in_row + j] : R(0);
+    return;
+  }
+  using Rows = void (*)(const R*, std::int64_t, std::int64_t, std::int64_t, R*, std::int64_t);
+  constexpr int most = n / lane;
+#define FASTMETA_PIECES(count) \
+  {transpose_rows<R, (count < most ? count : most), false>, transpose_rows<R, (count < most ? count : most), true>}
+  static constexpr Rows kernels[][2] = {FASTMETA_PIECES(1), FASTMETA_PIECES(2), FASTMETA_PIECES(3), FASTMETA_PIECES(4)};
+#undef FASTMETA_PIECES
+  for (std::int64_t i = 0; i < rows; i += n) {
     const std::int64_t present = rows - i < n ? rows - i : n;
-    for (std::int64_t j = 0; j < columns; j += n) {
-      const std::int64_t wanted = columns - j < n ? columns - j : n;
-      Vector<R> square[n];
-#pragma GCC unroll 16
-      for (int r = 0; r < n; ++r) {
-        square[r] = Vector<R>{};
-        if (r >= present) continue;
-        const R* row = in + (i + r) * in_row + j;
-        if (whole || wanted == n) {
-          square[r] = load(row);
-        } else {
-          R part[n] = {};
-          for (std::int64_t c = 0; c < wanted; ++c) part[c] = row[c];
-          square[r] = load(part);
-        }
-      }
-      transpose_square<R>(square);
-#pragma GCC unroll 16
-      for (int c = 0; c < n; ++c)
-        if (c < wanted) store(out + (j + c) * out_row + i, square[c]);
-    }
+    kernels[(present - 1) / lane][present % lane == 0](in + i * in_row, in_row, present, columns, out + i, out_row);
   }
 }
 

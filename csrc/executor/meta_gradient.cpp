@@ -5,6 +5,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -220,7 +221,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
 
   // Not initialised: the first task of a block writes, the others add.
   const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.differentiated] : nullptr);
-  std::vector<double> d_alpha(learned ? blocks * rates : 0);
+  std::vector<double> d_alpha(learned ? blocks * rates : 0), losses(request.tasks);
   std::mutex mutex;
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
   parallel_for(blocks, share.at_once, [&](std::int64_t first, std::int64_t last, int) {
@@ -231,16 +232,14 @@ void MetaGradient<R>::run(const Request<R>& request) {
       for (std::int64_t b = first; b < last; ++b)
         for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
           run_task(request, t, workspace, totals.get() + b * packing.differentiated, t == begin,
-                   d_alpha.data() + b * rates);
+                   losses[t], d_alpha.data() + b * rates);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
       failure = std::current_exception();
     }
   });
   if (failure) std::rethrow_exception(failure);
-  double loss = 0;
-  for (std::int64_t t = 0; t < request.tasks; ++t) loss += static_cast<double>(request.losses[t]);
-  *request.loss = static_cast<R>(loss / static_cast<double>(request.tasks));
+  *request.loss = static_cast<R>(std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(request.tasks));
   if (!gradient) return;
   for (std::int64_t b = 1; b < blocks; ++b)
     kernels_.add(totals.get(), totals.get() + b * packing.differentiated, packing.differentiated);
@@ -324,7 +323,7 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, c
 
 template <class R>
 void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total,
-                               bool first, double* d_alpha) const {
+                               bool first, double& loss, double* d_alpha) const {
   const Packing& packing = support_.packing();
   const Layout& at = workspace.at;
   R* memory = workspace.data;
@@ -344,7 +343,9 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
                   });
   }
   query_.aim(workspace.query, request.query, task);
-  request.losses[task] = query_.forward(workspace.query, scratch);
+  const R of_task = query_.forward(workspace.query, scratch);
+  loss = static_cast<double>(of_task);
+  if (request.losses != nullptr) request.losses[task] = of_task;
   R* tape = memory + at.query_tape;
   if (request.outputs != nullptr) {
     const R* rows = query_.output(tape);

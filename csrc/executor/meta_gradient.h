@@ -68,7 +68,7 @@ class MetaGradient {
   void write_rates(const Request<R>& request, R* rates) const;
   void bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const;
   void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total, bool first,
-                double* d_alpha) const;
+                double& loss, double* d_alpha) const;
   const R* adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha) const;
 
   const Isa isa_;

@@ -381,10 +381,10 @@ def _register_rates(lr: Rate) -> Any:
 
 
 def _outputs(query: Program, leaves: list[Tensor]) -> Any:
+    graph = query.graph
     given = iter(leaves)
-    return pytree.tree_unflatten(
-        [next(given) if kept else None for kept in query.graph.outputs_kept], query.graph.outputs_spec
-    )
+    every = [next(given) if kept else None for kept in graph.outputs_kept]
+    return every[0] if graph.outputs_spec.is_leaf() else pytree.tree_unflatten(every, graph.outputs_spec)
 
 
 def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -26,13 +26,11 @@ class MetaGradient:
         outer = [plus(a, b) for a, b in zip(self.outer, other.outer, strict=True)]
         return MetaGradient(adapted, outer, plus(self.alpha, other.alpha))
 
-    def scaled(self, factor: Tensor) -> MetaGradient:
-        """The gradient of a meta-loss times ``factor``, ``[]``."""
-        present = [d for d in (*self.adapted, *self.outer, self.alpha) if d is not None]
-        products = iter(torch._foreach_mul(present, factor))
-        adapted = [next(products) for _ in self.adapted]
-        outer = [None if d is None else next(products) for d in (*self.outer, self.alpha)]
-        return MetaGradient(adapted, outer[:-1], outer[-1])
+    def scale(self, factor: Tensor) -> None:
+        """Make it the gradient of the meta-loss times ``factor``, ``[]``, in place."""
+        if factor.is_cpu and factor.item() == 1:  # elsewhere the question would make the processor wait for the device
+            return
+        torch._foreach_mul_([d for d in (*self.adapted, *self.outer, self.alpha) if d is not None], factor)
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Evaluation:
 
     Attributes:
         loss: mean query loss, ``[]``.
-        losses: query loss of each task, ``[T]``.
-        support_losses: ``[K, T]``, each before its step.
+        losses: query loss of each task, ``[T]``; may be empty unless asked for.
+        support_losses: ``[K, T]``, each before its step; may be empty unless asked for.
         outputs: the adapted model's output tensors on the query set, ``[T, ...]``; empty unless asked for.
         gradient: the meta-gradient, if cotangents were given.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.

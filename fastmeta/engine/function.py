@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,10 +39,11 @@ class MetaStep(torch.autograd.Function):
     """Unroll and adjoint, so that no chunk's tapes outlive it.
 
     The forward pass already computes the gradient of the mean loss, which is what nearly everyone differentiates;
-    backward scales it. Any other objective (single task losses, the outputs) is known in backward only: the meta-step
-    is then run again with its cotangents, and from the next one on its forward pass leaves the gradient out.
+    backward scales it and gives it away. Any other objective (single task losses, the outputs), and a second backward
+    through a retained graph, are known in backward only: the meta-step is then run again with their cotangents, and
+    after another objective the next forward pass leaves the gradient out.
 
-    What backward needs is given to autograd for keeping, so ``retain_graph``, saved-tensor hooks and the errors on
+    What a second run needs is given to autograd for keeping, so ``retain_graph``, saved-tensor hooks and the errors on
     changed tensors and on a second backward work as for any other function. A third derivative raises.
     """
 
@@ -55,63 +57,61 @@ class MetaStep(torch.autograd.Function):
         result = evaluate(work, programs, cotangents, learned=ctx.needs_input_grad[1], outputs=True)
         step.mutations = result.mutations
         if wanted:
-            g = result.gradient
-            parts = [] if g is None else [*g.adapted, *g.outer, g.alpha]
-            buffers = _read_buffers(work, programs)
-            groups: list[Any] = [
-                list(parameters),
-                parts,
-                leaves(work.support),
-                leaves(work.query),
-                list(buffers.values()),
-            ]
-            ctx.save_for_backward(alpha, *itertools.chain.from_iterable(groups))
-            ctx.step, ctx.dice, ctx.counts = step, dice, [len(group) for group in groups]
-        ctx.mark_non_differentiable(result.support_losses, *(o for o in result.outputs if not o.is_floating_point()))
+            buffers = _read_buffers(work, programs).values()
+            ctx.save_for_backward(alpha, *parameters, *leaves(work.support), *leaves(work.query), *buffers)
+            ctx.step, ctx.dice, ctx.gradient = step, dice, result.gradient
+        constant = [o for o in result.outputs if not o.is_floating_point()]
+        ctx.mark_non_differentiable(result.support_losses, *constant)
         ctx.set_materialize_grads(False)
         return result.loss, result.losses, result.support_losses, *result.outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale the meta-gradient, or compute it; see eq. (5)-(8')."""
+        if not torch.is_grad_enabled():
+            return MetaStep._gradients(ctx, *cotangents)
         with torch.no_grad():
             gradients = MetaStep._gradients(ctx, *cotangents)
-        if torch.is_grad_enabled():  # create_graph: constants would make a third derivative silently wrong
-            anchor = torch.empty(0, requires_grad=True)
-            gradients = tuple(g if g is None else _Last.apply(g, anchor) for g in gradients)
-        return gradients
+        anchor = torch.empty(0, requires_grad=True)  # constants would make a third derivative silently wrong
+        return tuple(g if g is None else _Last.apply(g, anchor) for g in gradients)
 
     @staticmethod
     def _gradients(ctx: Any, d_mean: Tensor | None, d_tasks: Tensor | None, *d_others: Tensor | None) -> Any:
         step: Step = ctx.step
-        work = step.work
-        alpha, *saved = ctx.saved_tensors
-        parameters, parts, support, query, buffers = _cut(saved, ctx.counts)
+        saved = ctx.saved_tensors  # raises where they have changed, or are gone
+        gradient: MetaGradient | None = ctx.gradient
+        ctx.gradient = None
         d_outputs = d_others[1:]
         step.custom.seen = d_tasks is not None or any(d is not None for d in d_outputs)
-        if parts and not step.custom.seen:
-            adapted = len(work.packing.names)
-            total = MetaGradient(parts[:adapted], parts[adapted:-1], parts[-1])
-            total = total.scaled(alpha.new_zeros(()) if d_mean is None else d_mean)
+        if gradient is None or d_mean is None or step.custom.seen:
+            gradient = MetaStep._again(ctx, saved, d_mean, d_tasks, d_outputs)
         else:
-            again = replace(
-                work,
-                parameters=dict(zip(work.parameters, parameters, strict=True)),
-                buffers=dict(zip(work.buffers, buffers, strict=True)),
-                support=_like(work.support, support),
-                query=_like(work.query, query),
-                alpha=alpha,
-            )
-            d_losses = alpha.new_zeros(work.tasks) if d_tasks is None else d_tasks
-            if d_mean is not None:
-                d_losses = d_losses + d_mean / work.tasks
-            with ctx.dice:
-                total = evaluate(
-                    again, step.programs, Cotangents(d_losses, d_outputs), learned=ctx.needs_input_grad[1]
-                ).meta_gradient
-        by_name: dict[str, Tensor | None] = dict(zip(work.packing.names, total.adapted, strict=True))
-        by_name.update(zip(step.programs.both[1].outer, total.outer, strict=True))
-        return None, total.alpha, *(by_name.get(name) for name in work.parameters)
+            gradient.scale(d_mean)
+        work = step.work
+        by_name: dict[str, Tensor | None] = dict(zip(work.packing.names, gradient.adapted, strict=True))
+        by_name.update(zip(step.programs.both[1].outer, gradient.outer, strict=True))
+        return None, gradient.alpha, *map(by_name.get, work.parameters)
+
+    @staticmethod
+    def _again(ctx: Any, saved: Any, d_mean: Tensor | None, d_tasks: Tensor | None, d_outputs: Any) -> MetaGradient:
+        work: Work = ctx.step.work
+        counts = len(work.parameters), len(leaves(work.support)), len(leaves(work.query)), len(work.buffers)
+        alpha, *others = saved
+        parameters, support, query, buffers = _cut(others, counts)
+        again = replace(
+            work,
+            parameters=dict(zip(work.parameters, parameters, strict=True)),
+            buffers=dict(zip(work.buffers, buffers, strict=True)),
+            support=_like(work.support, support),
+            query=_like(work.query, query),
+            alpha=alpha,
+        )
+        d_losses = alpha.new_zeros(work.tasks) if d_tasks is None else d_tasks
+        if d_mean is not None:
+            d_losses = d_losses + d_mean / work.tasks
+        with ctx.dice:
+            cotangents, learned = Cotangents(d_losses, d_outputs), ctx.needs_input_grad[1]
+            return evaluate(again, ctx.step.programs, cotangents, learned=learned).meta_gradient
 
 
 class _Dice:
@@ -148,7 +148,7 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _cut(tensors: list[Any], counts: list[int]) -> list[list[Any]]:
+def _cut(tensors: list[Any], counts: Sequence[int]) -> list[list[Any]]:
     """The groups of so many tensors each, one after the other."""
     ends = list(itertools.accumulate(counts))
     return [tensors[end - count : end] for end, count in zip(ends, counts, strict=True)]

@@ -23,7 +23,7 @@ def evaluate(
         programs: its programs.
         cotangents: of the objective whose gradient is wanted, or ``None`` for no gradient.
         learned: whether the rates get a gradient.
-        outputs: whether the query outputs are wanted.
+        outputs: whether the losses of each task and the query outputs are wanted beside the mean loss.
 
     Raises:
         RuntimeError: the native executor was asked for and cannot run this.

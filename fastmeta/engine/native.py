@@ -13,6 +13,8 @@ from fastmeta.engine.lower import NotLowered, lower
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, leaves, require_finite
 
+_NONE = torch.empty(0)
+
 
 class NativeStep:
     """A meta-step that csrc/executor runs.
@@ -90,7 +92,9 @@ class NativeStep:
         support, query = [_by_task(x) for x in leaves(work.support)], [_by_task(x) for x in leaves(work.query)]
         tasks = support[0].shape[0]
         d_losses = None if cotangents is None or cotangents.losses is None else cotangents.losses.contiguous()
-        loss, losses, support_losses = alpha.new_empty(()), alpha.new_empty(tasks), alpha.new_empty((steps, tasks))
+        loss, losses, support_losses = alpha.new_empty(()), _NONE, _NONE
+        if outputs or work.check_finite:
+            losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((steps, tasks))
         adapted, wanted = self._wanted
         gradients = [] if cotangents is None else [torch.empty_like(p) for p in parameters[:wanted]]
         d_alpha = torch.zeros_like(alpha) if learned and cotangents is not None else None
@@ -111,7 +115,7 @@ class NativeStep:
             [g.data_ptr() for g in gradients],
             0 if d_alpha is None else d_alpha.data_ptr(),
             loss.data_ptr(),
-            losses.data_ptr(),
+            losses.data_ptr(),  # 0 where there are none
             support_losses.data_ptr(),
             results[0].data_ptr() if results else 0,
             rows,
