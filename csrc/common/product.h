@@ -117,10 +117,12 @@ FASTMETA_INLINE TileOf<R> tile_of(std::int64_t wanted) {
 
 template <class R, int whole, bool half>
 void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const Result<R>& result) {
-  constexpr int most = Columns<whole, half>::tile_rows();
-  std::int64_t tiles = (rows + most - 1) / most;
-  for (std::int64_t m = 0; tiles > 0; --tiles) {  // as even as they can be: a thin last tile wastes the pipeline
-    const std::int64_t here = (rows - m + tiles - 1) / tiles;
+  constexpr unsigned most = Columns<whole, half>::tile_rows();
+  const unsigned all = static_cast<unsigned>(rows), tiles = (all + most - 1) / most;
+  const unsigned least = all / tiles, taller = all % tiles;  // as even as they can be: a thin tile wastes the pipeline
+  std::int64_t m = 0;
+  for (unsigned t = 0; t < tiles; ++t) {
+    const unsigned here = least + (t < taller);
     tile_of<R, whole, half>(here)(terms, count, m, n, result);
     m += here;
   }
@@ -135,7 +137,7 @@ void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t co
   const bool half = over > 0 && over <= width<R> / 2 && vectors > 1;
   std::int64_t strips = (vectors + most - 1) / most;
   for (std::int64_t j = 0; strips > 0; --strips) {
-    const std::int64_t here = (vectors - j + strips - 1) / strips;
+    const std::int64_t here = strips == 1 ? vectors - j : (vectors - j + strips - 1) / strips;
     const std::int64_t n = j * width<R>;
     const bool ends = half && strips == 1;
     switch (2 * here + ends) {

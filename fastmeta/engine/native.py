@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ class NativeStep:
             raise NotLowered(str(error)) from error
         self._wanted = len(query.adapted), len(query.adapted) + len(query.outer)
         self._outputs = [graph.values[slot] for slot in graph.outputs]
+        sets = [[p.graph.values[slot] for slot in p.graph.data] for p in (support, query)]
+        self._bytes = [[math.prod(v.shape) * v.dtype.itemsize for v in values] for values in sets]
         self._mutates = bool(graph.mutations)
 
     @property
@@ -87,9 +91,11 @@ class NativeStep:
         steps, alpha = work.steps, work.alpha
         if alpha.requires_grad or not alpha.is_contiguous():
             alpha = alpha.detach().contiguous()
-        given = [work.parameters[name] for name in self._lowered.parameters]
-        parameters = [p if p.is_contiguous() else p.detach().contiguous() for p in given]
-        support, query = [_by_task(x) for x in leaves(work.support)], [_by_task(x) for x in leaves(work.query)]
+        parameters = [work.parameters[name] for name in self._lowered.parameters]
+        if not all(map(Tensor.is_contiguous, parameters)):
+            parameters = [p.detach().contiguous() for p in parameters]
+        support, query = leaves(work.support), leaves(work.query)
+        copies: list[Tensor] = []  # hold what the kernels read
         tasks = support[0].shape[0]
         d_losses = None if cotangents is None or cotangents.losses is None else cotangents.losses.contiguous()
         loss, losses, support_losses = alpha.new_empty(()), _NONE, _NONE
@@ -107,12 +113,12 @@ class NativeStep:
             alpha.data_ptr(),
             alpha.shape[0] > 1,
             alpha.shape[1] > 1,
-            [p.data_ptr() for p in parameters],
-            [(x.data_ptr(), x.stride(0) * x.element_size()) for x in support],
-            [(x.data_ptr(), x.stride(0) * x.element_size()) for x in query],
+            list(map(Tensor.data_ptr, parameters)),
+            _by_task(support, self._bytes[0], copies),
+            _by_task(query, self._bytes[1], copies),
             cotangents is not None,
             0 if d_losses is None else d_losses.data_ptr(),
-            [g.data_ptr() for g in gradients],
+            list(map(Tensor.data_ptr, gradients)),
             0 if d_alpha is None else d_alpha.data_ptr(),
             loss.data_ptr(),
             losses.data_ptr(),  # 0 where there are none
@@ -131,6 +137,15 @@ class NativeStep:
         return Evaluation(loss, losses, support_losses, results, gradient, [])
 
 
-def _by_task(leaf: Tensor) -> Tensor:
-    """``leaf`` with each task's part contiguous; tasks may lie anywhere."""
-    return leaf if leaf.is_contiguous() or leaf[0].is_contiguous() else leaf.contiguous()
+def _by_task(leaves: Iterable[Tensor], sizes: list[int], copies: list[Tensor]) -> list[tuple[int, int]]:
+    """Address of each leaf's first task, and bytes to the next one's; tasks may lie anywhere, each contiguous."""
+    found = []
+    for leaf, size in zip(leaves, sizes, strict=True):
+        if leaf.is_contiguous():
+            found.append((leaf.data_ptr(), size))
+            continue
+        if not leaf[0].is_contiguous():
+            leaf = leaf.contiguous()
+            copies.append(leaf)
+        found.append((leaf.data_ptr(), leaf.stride(0) * leaf.element_size()))
+    return found
