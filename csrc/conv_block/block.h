@@ -15,7 +15,7 @@ struct Saved {
   R* z;
 
   Saved(const Shape& s, const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena), codes(nullptr) {
-    if (s.pool == Pool::max) codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
+    if (s.pool.kind == Pool::max) codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
     z = arena.take(g.n * g.result());
   }
   std::uint8_t* codes_at(std::int64_t y) const { return codes == nullptr ? nullptr : codes + y; }

@@ -21,7 +21,7 @@ constexpr std::int64_t max_patch = 32;  // covariances grow with its square
 template <class R>
 bool is_data_block(const Shape& s, const Geometry<R>& g) {
   return s.data && s.groups == 1 && s.norm == Norm::batch && is_piecewise(s.activation) &&
-         (s.activation != Activation::leaky_relu || s.slope >= 0) && s.pool == Pool::max && is_2x2(s) &&
+         (s.activation != Activation::leaky_relu || s.slope >= 0) && s.pool.kind == Pool::max && is_2x2(s.pool) &&
          s.stride[0] == 1 && s.stride[1] == 1 && g.panels() <= max_patch &&
          canvas_of_input(s, g).plane() >= width<R>;
 }

@@ -7,7 +7,6 @@
 
 #include "activation.h"
 #include "normalise.h"
-#include "pool.h"
 
 namespace fastmeta::conv_block {
 namespace {
@@ -42,8 +41,8 @@ struct Bands {
   const Geometry<R>& g;
   std::int64_t each, step;  // bands of an image; rows of z to one of y
 
-  Bands(const Shape& s, const Geometry<R>& geometry) : g(geometry), each(1), step(s.pool == Pool::none ? 1 : 2) {
-    if (s.pool != Pool::none && !is_2x2(s)) return;
+  Bands(const Shape& s, const Geometry<R>& geometry) : g(geometry), each(1), step(s.pool.kind == Pool::none ? 1 : 2) {
+    if (s.pool.kind != Pool::none && !is_2x2(s.pool)) return;
     each = maximum(1, minimum(g.ph, g.result() * static_cast<std::int64_t>(sizeof(R)) / band_bytes));
   }
 
@@ -115,7 +114,7 @@ struct Passes {
   }
 
   void forward(const R* z, R* y, std::uint8_t* codes) const {
-    for_window(s, [&](const auto& win) {
+    for_window(s.pool, [&](const auto& win) {
       typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
@@ -126,7 +125,7 @@ struct Passes {
         };
         if constexpr (!W::pools) {
           for_each<m>(c, [&](int j, std::int64_t at) { store(y + at, act.value(p[j].u(load(z + at)))); });
-        } else if (s.pool == Pool::max) {
+        } else if (s.pool.kind == Pool::max) {
           pool_maximum<m>(win, g, y + c, codes + c, value);
         } else {
           pool_average<m>(win, g, y + c, value);
@@ -137,7 +136,7 @@ struct Passes {
   }
 
   void tangent(const R* z, const R* z_dot, const std::uint8_t* codes, R* y_dot) const {
-    for_window(s, [&](const auto& win) {
+    for_window(s.pool, [&](const auto& win) {
       typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
@@ -154,7 +153,7 @@ struct Passes {
         };
         if constexpr (!W::pools) {
           for_each<m>(c, [&](int j, std::int64_t at) { store(y_dot + at, slope_times(j, load(z + at), load(z_dot + at))); });
-        } else if (s.pool == Pool::max) {
+        } else if (s.pool.kind == Pool::max) {
           pool_remembered<m>(win, g, codes + c, y_dot + c, value);
         } else {
           pool_average<m>(win, g, y_dot + c, value);
@@ -281,11 +280,11 @@ struct Passes {
   // called after each row. Pixels under no window, where du is zero, are visited if `all`.
   template <bool all, class Body>
   FASTMETA_INLINE void for_each_cotangent(const Cotangents<R>& from, Body body) const {
-    const bool windows = s.pool != Pool::none && is_2x2(s), dots = from.dy_dot != nullptr;
+    const bool windows = s.pool.kind != Pool::none && is_2x2(s.pool), dots = from.dy_dot != nullptr;
     const R *du = from.dy, *du_dot = from.dy_dot;
-    if (s.pool != Pool::none && !windows) {
-      unpool(window_of(s), g, from.dy, from.codes, from.memory);
-      if (dots) unpool(window_of(s), g, from.dy_dot, from.codes, from.memory_dot);
+    if (s.pool.kind != Pool::none && !windows) {
+      unpool(Window{s.pool}, g, from.dy, from.codes, from.memory);
+      if (dots) unpool(Window{s.pool}, g, from.dy_dot, from.codes, from.memory_dot);
       du = from.memory;
       du_dot = from.memory_dot;
     }

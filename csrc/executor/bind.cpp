@@ -131,26 +131,23 @@ void pair_of(const py::dict& d, const char* key, std::int64_t (&out)[2]) {
   out[1] = columns;
 }
 
-void read_pool(const py::dict& d, conv_block::Shape& shape) {
-  static const std::map<std::string, conv_block::Pool> pools{{"none", conv_block::Pool::none},
-                                                             {"max", conv_block::Pool::max},
-                                                             {"average", conv_block::Pool::average}};
-  shape.pool = pools.at(get<std::string>(d, "pool"));
-  pair_of(d, "pool_kernel", shape.pool_kernel);
-  pair_of(d, "pool_stride", shape.pool_stride);
-  pair_of(d, "pool_padding", shape.pool_padding);
+Pooling pooling_of(const py::dict& d) {
+  static const std::map<std::string, Pool> kinds{{"none", Pool::none}, {"max", Pool::max}, {"average", Pool::average}};
+  Pooling pool{};
+  pool.kind = kinds.at(get<std::string>(d, "pool"));
+  pair_of(d, "pool_kernel", pool.kernel);
+  pair_of(d, "pool_stride", pool.stride);
+  pair_of(d, "pool_padding", pool.padding);
+  return pool;
 }
 
 void describe_pool(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<pool::Shape>();
-  *shape = {};
   shape->n = get<std::int64_t>(d, "n");
-  shape->in = shape->out = get<std::int64_t>(d, "channels");
+  shape->channels = get<std::int64_t>(d, "channels");
   shape->height = get<std::int64_t>(d, "height");
   shape->width = get<std::int64_t>(d, "width");
-  shape->groups = 1;
-  for (int i = 0; i < 2; ++i) shape->kernel[i] = shape->stride[i] = shape->dilation[i] = 1;
-  read_pool(d, *shape);
+  shape->pool = pooling_of(d);
   if (!pool::table_of(isa_in_use()).supported(*shape))
     throw std::invalid_argument("pool: these windows have no native kernel");
   operation.shape = shape;
@@ -172,7 +169,7 @@ void describe_conv(const py::dict& d, Operation& operation) {
   pair_of(d, "padding", shape->padding);
   pair_of(d, "dilation", shape->dilation);
   shape->groups = get<std::int64_t>(d, "groups");
-  read_pool(d, *shape);
+  shape->pool = pooling_of(d);
   shape->eps = get<double>(d, "eps");
   shape->slope = get<double>(d, "slope");
   shape->norm = norms.at(get<std::string>(d, "norm"));

@@ -42,8 +42,8 @@ std::string describe(const Shape& s) {
                 "n %ld in %ld out %ld image %ldx%ld kernel %ldx%ld stride %ld,%ld pad %ld,%ld dilation %ld,%ld groups %ld "
                 "norm %d activation %d pool %d (%ldx%ld stride %ld,%ld pad %ld,%ld) bias %d affine %d data %d",
                 s.n, s.in, s.out, s.height, s.width, s.kernel[0], s.kernel[1], s.stride[0], s.stride[1], s.padding[0],
-                s.padding[1], s.dilation[0], s.dilation[1], s.groups, int(s.norm), int(s.activation), int(s.pool),
-                s.pool_kernel[0], s.pool_kernel[1], s.pool_stride[0], s.pool_stride[1], s.pool_padding[0], s.pool_padding[1],
+                s.padding[1], s.dilation[0], s.dilation[1], s.groups, int(s.norm), int(s.activation), int(s.pool.kind),
+                s.pool.kernel[0], s.pool.kernel[1], s.pool.stride[0], s.pool.stride[1], s.pool.padding[0], s.pool.padding[1],
                 s.bias, s.affine, s.data);
   return text;
 }
@@ -269,20 +269,20 @@ class Random {
     s.slope = 0.1;
     s.norm = Norm::batch;
     s.activation = Activation::relu;
-    s.pool = Pool::max;
+    s.pool.kind = Pool::max;
     s.affine = true;
     s.bias = chance(.5);
     for (int i = 0; i < 2; ++i) {
       s.kernel[i] = 3;
       s.stride[i] = s.padding[i] = s.dilation[i] = 1;
-      s.pool_kernel[i] = s.pool_stride[i] = 2;
+      s.pool.kernel[i] = s.pool.stride[i] = 2;
       if (chance(.1)) s.padding[i] = among(0, 2);
     }
     if (chance(.5)) return s;
     const int64_t kernels[] = {1, 2, 3, 5};
     s.norm = chance(.6) ? Norm::batch : Norm::none;
     s.activation = Activation(chance(.5) ? among(0, 2) : among(3, 6));
-    s.pool = Pool(among(0, 2));
+    s.pool.kind = Pool(among(0, 2));
     s.affine = s.norm == Norm::batch && chance(.7);
     const bool usual = chance(.4), usual_pool = chance(.5);
     for (int i = 0; i < 2; ++i) {
@@ -293,9 +293,9 @@ class Random {
         s.dilation[i] = chance(.7) ? 1 : 2;
       }
       if (!usual_pool) {
-        s.pool_kernel[i] = among(1, 4);
-        s.pool_stride[i] = among(1, 3);
-        s.pool_padding[i] = among(0, s.pool_kernel[i] / 2);
+        s.pool.kernel[i] = among(1, 4);
+        s.pool.stride[i] = among(1, 3);
+        s.pool.padding[i] = among(0, s.pool.kernel[i] / 2);
       }
     }
     if (chance(.15)) {

@@ -63,8 +63,8 @@ Operation loss_of(loss::Kind kind, std::int64_t n, int x, int y) {
 Operation conv(std::int64_t n, std::int64_t in, std::int64_t size, std::int64_t out, Source x, int w, int y) {
   Operation operation;
   auto shape = std::make_shared<conv_block::Shape>();
-  *shape = {n, in, size, size, out, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, {2, 2}, {2, 2}, {0, 0}, 1e-5, 0.1,
-            conv_block::Norm::batch, Activation::tanh, conv_block::Pool::average, true, true, x.is_data};
+  *shape = {n, in, size, size, out, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, {Pool::average, {2, 2}, {2, 2}, {0, 0}}, 1e-5,
+            0.1, conv_block::Norm::batch, Activation::tanh, true, true, x.is_data};
   operation.shape = shape;
   FASTMETA_MAPS(operation, conv_block)
   operation.x[0] = x;
@@ -122,12 +122,11 @@ Operation norm_of(norm::Shape given, int x, int w, int y) {
   return operation;
 }
 
-Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, conv_block::Pool kind, std::int64_t window,
-                  int x, int y) {
+Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, Pool kind, std::int64_t window, int x,
+                  int y) {
   Operation operation;
   auto shape = std::make_shared<pool::Shape>();
-  *shape = {n, channels, size, size, channels, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, {window, window}, {2, 2}, {0, 0}, 0.0,
-            0.0, conv_block::Norm::none, Activation::identity, kind, false, false, false};
+  *shape = {n, channels, size, size, {kind, {window, window}, {2, 2}, {0, 0}}};
   operation.shape = shape;
   FASTMETA_MAPS(operation, pool)
   operation.x[0] = {false, x};
@@ -195,8 +194,8 @@ Program residual_images(std::int64_t n) {
                   conv(n, 2, side, 6, {false, 2}, 6, 3),
                   sum(n * pixels, 6, Activation::leaky_relu, 1, 3, 4),
                   sum(n * pixels, 6, Activation::identity, 4, 1, 5),
-                  pool_of(n, 6, half, conv_block::Pool::max, 2, 5, 6),
-                  pool_of(n, 6, half, conv_block::Pool::average, 3, 4, 7),
+                  pool_of(n, 6, half, Pool::max, 2, 5, 6),
+                  pool_of(n, 6, half, Pool::average, 3, 4, 7),
                   norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false}, 7, 10, 8),
                   flat(n, 6, 4, 6, 9),
                   linear(n, 24, 6, Activation::identity, {false, 9}, 12, 10),

@@ -14,7 +14,6 @@ namespace {
 
 using namespace fastmeta;
 using conv_block::Norm;
-using conv_block::Pool;
 using conv_block::Shape;
 using std::int64_t;
 
@@ -50,8 +49,8 @@ struct Plain {
     int64_t* const size[] = {&h, &w_, &ph, &pw};
     for (int i = 0; i < 2; ++i) {
       *size[i] = places(i == 0 ? s.height : s.width, s.dilation[i] * (s.kernel[i] - 1) + 1, s.stride[i], s.padding[i]);
-      const bool pooled = s.pool != Pool::none;
-      *size[2 + i] = pooled ? places(*size[i], s.pool_kernel[i], s.pool_stride[i], s.pool_padding[i]) : *size[i];
+      const bool pooled = s.pool.kind != Pool::none;
+      *size[2 + i] = pooled ? places(*size[i], s.pool.kernel[i], s.pool.stride[i], s.pool.padding[i]) : *size[i];
     }
   }
 
@@ -115,10 +114,10 @@ struct Plain {
     for (int64_t plane = 0; plane < s.n * s.out; ++plane)
       for (int64_t a = 0; a < ph; ++a)
         for (int64_t b = 0; b < pw; ++b)
-          for (int64_t i = 0; i < s.pool_kernel[0]; ++i)
-            for (int64_t j = 0; j < s.pool_kernel[1]; ++j) {
-              const int64_t p = a * s.pool_stride[0] - s.pool_padding[0] + i;
-              const int64_t q = b * s.pool_stride[1] - s.pool_padding[1] + j;
+          for (int64_t i = 0; i < s.pool.kernel[0]; ++i)
+            for (int64_t j = 0; j < s.pool.kernel[1]; ++j) {
+              const int64_t p = a * s.pool.stride[0] - s.pool.padding[0] + i;
+              const int64_t q = b * s.pool.stride[1] - s.pool.padding[1] + j;
               if (p >= 0 && p < h && q >= 0 && q < w_) visit((plane * ph + a) * pw + b, (plane * h + p) * w_ + q);
             }
   }
@@ -149,13 +148,13 @@ struct Plain {
     for (const T& v : u) a.push_back(activate(v));
     if (s.activation == Activation::relu || s.activation == Activation::leaky_relu)
       for (const T& v : u) margin = std::min(margin, std::fabs(value(v)));
-    if (s.pool == Pool::none) {
+    if (s.pool.kind == Pool::none) {
       y = a;
       return;
     }
     y.assign(s.n * s.out * ph * pw, T(0));
-    if (s.pool == Pool::average) {
-      const T share = T(1. / (s.pool_kernel[0] * s.pool_kernel[1]));
+    if (s.pool.kind == Pool::average) {
+      const T share = T(1. / (s.pool.kernel[0] * s.pool.kernel[1]));
       windows([&](int64_t o, int64_t i) { y[o] = y[o] + a[i] * share; });
       return;
     }
@@ -171,11 +170,11 @@ struct Plain {
 
   void backward() {
     Tensor<T> dv(z.size(), T(0)), dz;
-    if (s.pool == Pool::none) dv = dy;
-    if (s.pool == Pool::max)
+    if (s.pool.kind == Pool::none) dv = dy;
+    if (s.pool.kind == Pool::max)
       for (size_t o = 0; o < y.size(); ++o) dv[argmax[o]] = dv[argmax[o]] + dy[o];
-    const T share = T(1. / (s.pool_kernel[0] * s.pool_kernel[1]));
-    if (s.pool == Pool::average) windows([&](int64_t o, int64_t i) { dv[i] = dv[i] + dy[o] * share; });
+    const T share = T(1. / (s.pool.kernel[0] * s.pool.kernel[1]));
+    if (s.pool.kind == Pool::average) windows([&](int64_t o, int64_t i) { dv[i] = dv[i] + dy[o] * share; });
     for (size_t i = 0; i < z.size(); ++i) dv[i] = slope(u[i]) * dv[i];
     for (Tensor<T>& d : dw) d.assign(s.out, T(0));
     for (size_t i = 0; i < z.size(); ++i) {
