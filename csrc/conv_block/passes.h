@@ -106,13 +106,6 @@ struct Passes {
     for_each<many>(c, visit, [] {});
   }
 
-  // An activation that is not zero at zero would fill the padding.
-  void clear_padding(R* y) const {
-    if (s.activation != Activation::sigmoid) return;
-    for (std::int64_t at = 0; at < g.pooled(); at += g.co)
-      for (std::int64_t c = g.out; c < g.co; ++c) y[at + c] = 0;
-  }
-
   void forward(const R* z, R* y, std::uint8_t* codes) const {
     for_window(s.pool, [&](const auto& win) {
       typedef typename Referred<decltype(win)>::type W;
@@ -132,7 +125,7 @@ struct Passes {
         }
       });
     });
-    clear_padding(y);
+    clear_padding(s.activation, y, g.ph * g.pw, g.out, g.co);
   }
 
   void tangent(const R* z, const R* z_dot, const std::uint8_t* codes, R* y_dot) const {

@@ -128,9 +128,7 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
         store(y + at, curve.value(point.u(load(z + at)), slope));
       };
     });
-    if (l.s.activation != Activation::sigmoid) continue;
-    for (std::int64_t q = 0; q < l.s.pixels; ++q)  // the one curve whose value at 0, the padding's, is not 0
-      for (std::int64_t c = l.s.channels; c < l.co; ++c) y[q * l.co + c] = 0;
+    clear_padding(l.s.activation, y, l.s.pixels, l.s.channels, l.co);
   }
 }
 
