@@ -69,7 +69,8 @@ template <class R>
 struct AffineTangent {
   R *mean_dot, *e, *f;
 };
-// dz = dv a + k0 + (z - mean) k1;  dz_dot = dv_dot a + dv a_dot + k0_dot + (z - mean) k1_dot + (z_dot - mean_dot) k2_dot
+// dz     = dv a + k0 + (z - mean) k1
+// dz_dot = dv_dot a + dv a_dot + k0_dot + (z - mean) k1_dot + (z_dot - mean_dot) k2_dot
 template <class R>
 struct Cotangent {
   R *k0, *k1;
@@ -110,7 +111,8 @@ void finish_statistics(const Shape& s, const Geometry<R>& g, const Statistics<R>
 
 // `w` are the weights of the shape.
 template <class R>
-void coefficients(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const R* const* w, const Affine<R>& k) {
+void coefficients(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const R* const* w,
+                  const Affine<R>& k) {
   const bool batch = s.norm == Norm::batch;
   for (std::int64_t c = 0; c < g.co; ++c) {
     const R one = c < g.out ? R(1) : R(0);
@@ -144,9 +146,9 @@ void coefficients_cotangent(const Shape& s, const Geometry<R>& g, const Statisti
 
 // db_dot and dg_dot are the tangents of db and dg. In e of `t` is already the tangent of a.
 template <class R>
-void coefficients_cotangent_dot(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const StatisticsDot<R>& dot,
-                                const Affine<R>& k, const AffineTangent<R>& t, const R* db_dot, const R* dg_dot,
-                                const CotangentDot<R>& d) {
+void coefficients_cotangent_dot(const Shape& s, const Geometry<R>& g, const Statistics<R>& st,
+                                const StatisticsDot<R>& dot, const Affine<R>& k, const AffineTangent<R>& t,
+                                const R* db_dot, const R* dg_dot, const CotangentDot<R>& d) {
   const bool batch = s.norm == Norm::batch;
   const R share = batch ? R(1) / static_cast<R>(g.count()) : R(0);
   for (std::int64_t c = 0; c < g.co; ++c) {

@@ -63,7 +63,7 @@ struct Bands {
 template <class R, class A>
 struct Passes {
   typedef Vector<R> V;
-  static constexpr int limit = A::bends ? 1 : side_by_side<R>;  // long activations gain nothing from vectors side by side
+  static constexpr int limit = A::bends ? 1 : side_by_side<R>;  // long activations gain nothing from more
   const Shape& s;
   const Geometry<R>& g;  // of a band
   A act;
@@ -84,9 +84,31 @@ struct Passes {
       return (z_dot - mean_dot) * p.a + ((z - p.mean) * e + f);
     }
   };
-  FASTMETA_INLINE Point point(std::int64_t c) const { return {load(k.mean + c), load(k.a + c), load(k.b + c)}; }
-  FASTMETA_INLINE PointDot point_dot(std::int64_t c) const {
-    return {load(t.mean_dot + c), load(t.e + c), load(t.f + c)};
+  template <class T, int many>
+  struct Several {
+    T of[many];
+    FASTMETA_INLINE const T& operator[](int j) const { return of[j]; }
+  };
+  // Those of `many` vectors from c.
+  template <int many>
+  FASTMETA_INLINE Several<V, many> entries(const R* p, std::int64_t c) const {
+    Several<V, many> v;
+    for (int j = 0; j < many; ++j) v.of[j] = load(p + c + j * width<R>);
+    return v;
+  }
+  template <int many>
+  FASTMETA_INLINE Several<Point, many> points(std::int64_t c) const {
+    Several<Point, many> p;
+    for (std::int64_t j = 0, i = c; j < many; ++j, i += width<R>)
+      p.of[j] = {load(k.mean + i), load(k.a + i), load(k.b + i)};
+    return p;
+  }
+  template <int many>
+  FASTMETA_INLINE Several<PointDot, many> point_dots(std::int64_t c) const {
+    Several<PointDot, many> p;
+    for (std::int64_t j = 0, i = c; j < many; ++j, i += width<R>)
+      p.of[j] = {load(t.mean_dot + i), load(t.e + i), load(t.f + i)};
+    return p;
   }
 
   // visit(j, offset of the pixel and vector) for every pixel and the j-th of `many` vectors from `c`; end after each
@@ -111,8 +133,7 @@ struct Passes {
       typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
-        Point p[m];
-        for (int j = 0; j < m; ++j) p[j] = point(c + j * width<R>);
+        const auto p = points<m>(c);
         [[maybe_unused]] const auto value = [&](int j, std::int64_t at) {
           return act.value(p[j].u(load(z + c + at + j * width<R>)));
         };
@@ -133,19 +154,17 @@ struct Passes {
       typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
-        Point p[m];
-        PointDot d[m];
-        for (int j = 0; j < m; ++j) {
-          p[j] = point(c + j * width<R>);
-          d[j] = point_dot(c + j * width<R>);
-        }
+        const auto p = points<m>(c);
+        const auto d = point_dots<m>(c);
         const auto slope_times = [&](int j, V x, V x_dot) { return act.slope(p[j].u(x)) * d[j].u_dot(p[j], x, x_dot); };
         [[maybe_unused]] const auto value = [&](int j, std::int64_t at) {
           at += c + j * width<R>;
           return slope_times(j, load(z + at), load(z_dot + at));
         };
         if constexpr (!W::pools) {
-          for_each<m>(c, [&](int j, std::int64_t at) { store(y_dot + at, slope_times(j, load(z + at), load(z_dot + at))); });
+          for_each<m>(c, [&](int j, std::int64_t at) {
+            store(y_dot + at, slope_times(j, load(z + at), load(z_dot + at)));
+          });
         } else if (s.pool.kind == Pool::max) {
           pool_remembered<m>(win, g, codes + c, y_dot + c, value);
         } else {
@@ -160,8 +179,7 @@ struct Passes {
     in_blocks<R>(g.co, [&](auto many, std::int64_t c) {
       constexpr int m = decltype(many)::value;
       Sums<m> sums(sum + c, product + c);
-      V mean[m];
-      for (int j = 0; j < m; ++j) mean[j] = load(k.mean + c + j * width<R>);
+      const auto mean = entries<m>(k.mean, c);
       for_each<m>(c, [&](int j, std::int64_t at) {
         const V d = load(z_dot + at);
         sums.add(j, d, d * (load(z + at) - mean[j]));
@@ -174,8 +192,7 @@ struct Passes {
     for_each_cotangent<false>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
       Sums<m> sums(sum + c, product + c);
-      Point p[m];
-      for (int j = 0; j < m; ++j) p[j] = point(c + j * width<R>);
+      const auto p = points<m>(c);
       visit_all([&](int j, std::int64_t at, V du, V) {
         const V x = load(z + at), dv = act.slope(p[j].u(x)) * du;
         sums.add(j, dv, dv * (x - p[j].mean));
@@ -186,13 +203,8 @@ struct Passes {
   void backward(const Cotangents<R>& from, const Cotangent<R>& d, const R* z, R* dz) const {
     for_each_cotangent<true>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
-      Point p[m];
-      V k0[m], k1[m];
-      for (int j = 0; j < m; ++j) {
-        p[j] = point(c + j * width<R>);
-        k0[j] = load(d.k0 + c + j * width<R>);
-        k1[j] = load(d.k1 + c + j * width<R>);
-      }
+      const auto p = points<m>(c);
+      const auto k0 = entries<m>(d.k0, c), k1 = entries<m>(d.k1, c);
       visit_all([&](int j, std::int64_t at, V du, V) {
         const V x = load(z + at), dv = act.slope(p[j].u(x)) * du;
         store(dz + at, dv * p[j].a + (k0[j] + (x - p[j].mean) * k1[j]));
@@ -208,16 +220,13 @@ struct Passes {
   }
 
   // Sums of dv_dot, and of dv_dot times (z - mean) with dv times (z_dot - mean_dot).
-  void sums_tangent_backward(const Cotangents<R>& from, const R* z, const R* z_dot, double* sum, double* product) const {
+  void sums_tangent_backward(const Cotangents<R>& from, const R* z, const R* z_dot, double* sum,
+                             double* product) const {
     for_each_cotangent<false>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
       Sums<m> sums(sum + c, product + c);
-      Point p[m];
-      PointDot q[m];
-      for (int j = 0; j < m; ++j) {
-        p[j] = point(c + j * width<R>);
-        q[j] = point_dot(c + j * width<R>);
-      }
+      const auto p = points<m>(c);
+      const auto q = point_dots<m>(c);
       visit_all([&](int j, std::int64_t at, V du, V du_dot) {
         const V x = load(z + at), x_dot = load(z_dot + at);
         const V v_dot = dv_dot(p[j], q[j], x, x_dot, du, du_dot);
@@ -230,12 +239,8 @@ struct Passes {
                         const R* z_dot, R* dz, R* dz_dot) const {
     for_each_cotangent<true>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
-      Point p[m];
-      PointDot q[m];
-      for (int j = 0; j < m; ++j) {
-        p[j] = point(c + j * width<R>);
-        q[j] = point_dot(c + j * width<R>);
-      }
+      const auto p = points<m>(c);
+      const auto q = point_dots<m>(c);
       visit_all([&](int j, std::int64_t at, V du, V du_dot) {
         const std::int64_t cj = c + j * width<R>;
         const V x = load(z + at), x_dot = load(z_dot + at);
@@ -285,12 +290,14 @@ struct Passes {
       constexpr int m = decltype(many)::value;
       if (windows) {
         body(many, c, [&](auto visit, auto end) {
-          unpool_2x2<m, all>(g, from.dy + c, dots ? from.dy_dot + c : nullptr, from.codes == nullptr ? nullptr : from.codes + c,
-                             [&](int j, std::int64_t at, V d, V d_dot) { visit(j, c + at + j * width<R>, d, d_dot); }, end);
+          unpool_2x2<m, all>(
+              g, from.dy + c, dots ? from.dy_dot + c : nullptr, from.codes == nullptr ? nullptr : from.codes + c,
+              [&](int j, std::int64_t at, V d, V d_dot) { visit(j, c + at + j * width<R>, d, d_dot); }, end);
         });
       } else {
         body(many, c, [&](auto visit, auto end) {
-          for_each<m>(c, [&](int j, std::int64_t at) { visit(j, at, load(du + at), dots ? load(du_dot + at) : V{}); }, end);
+          for_each<m>(
+              c, [&](int j, std::int64_t at) { visit(j, at, load(du + at), dots ? load(du_dot + at) : V{}); }, end);
         });
       }
     });

@@ -187,7 +187,8 @@ void describe_conv(const py::dict& d, Operation& operation) {
 Operation operation_of(const py::dict& d) {
   Operation operation;
   int i = 0;
-  for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x")) operation.x[i++] = {is_data, index};
+  for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x"))
+    operation.x[i++] = {is_data, index};
   i = 0;
   for (const int w : get<std::vector<int>>(d, "w")) operation.w[i++] = w;
   operation.target = get<int>(d, "target");
@@ -267,8 +268,9 @@ void bind_type(py::module_& m, const char* name) {
                      bool rate_per_step, bool rate_per_parameter, const std::vector<Address>& parameters,
                      const std::vector<std::pair<Address, std::int64_t>>& support,
                      const std::vector<std::pair<Address, std::int64_t>>& query, bool gradient, Address d_losses,
-                     const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses, Address support_losses,
-                     Address outputs, std::int64_t output_rows, std::int64_t output_columns, int threads) {
+                     const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses,
+                     Address support_losses, Address outputs, std::int64_t output_rows, std::int64_t output_columns,
+                     int threads) {
         const Request<R> request{tasks,
                                  steps,
                                  first_order,

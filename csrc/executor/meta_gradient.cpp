@@ -195,8 +195,8 @@ void MetaGradient<R>::check(const Request<R>& request) const {
         if ((labels[i] < 0 || labels[i] >= loss.classes) && labels[i] != loss.ignored)
           throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(loss.classes) +
                                       "), got " + std::to_string(labels[i]) +
-                                      "; relabel each task's classes from 0, or mark rows to leave out with ignore_index=" +
-                                      std::to_string(loss.ignored));
+                                      "; relabel each task's classes from 0, or mark rows to leave out with " +
+                                      "ignore_index=" + std::to_string(loss.ignored));
     }
   }
 }

@@ -22,7 +22,7 @@ constexpr int max_weights = 4;
 // Numbers of elements.
 struct Sizes {
   std::int64_t y;                     // the result
-  std::int64_t saved;                 // what forward and backward leave for each other and for the tangents, kept a step
+  std::int64_t saved;                 // what forward and backward leave for each other and the tangents, kept a step
   std::int64_t saved_dot;             // what tangent leaves for tangent_backward
   std::int64_t scratch;               // of any one map
   std::int64_t thread_scratch;        // beside, behind it, for each thread; 0 where the maps run on one thread

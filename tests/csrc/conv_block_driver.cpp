@@ -39,12 +39,13 @@ int failures = 0;
 std::string describe(const Shape& s) {
   char text[400];
   std::snprintf(text, sizeof text,
-                "n %ld in %ld out %ld image %ldx%ld kernel %ldx%ld stride %ld,%ld pad %ld,%ld dilation %ld,%ld groups %ld "
-                "norm %d activation %d pool %d (%ldx%ld stride %ld,%ld pad %ld,%ld) bias %d affine %d data %d",
+                "n %ld in %ld out %ld image %ldx%ld kernel %ldx%ld stride %ld,%ld pad %ld,%ld dilation %ld,%ld "
+                "groups %ld norm %d activation %d pool %d (%ldx%ld stride %ld,%ld pad %ld,%ld) bias %d affine %d "
+                "data %d",
                 s.n, s.in, s.out, s.height, s.width, s.kernel[0], s.kernel[1], s.stride[0], s.stride[1], s.padding[0],
                 s.padding[1], s.dilation[0], s.dilation[1], s.groups, int(s.norm), int(s.activation), int(s.pool.kind),
-                s.pool.kernel[0], s.pool.kernel[1], s.pool.stride[0], s.pool.stride[1], s.pool.padding[0], s.pool.padding[1],
-                s.bias, s.affine, s.data);
+                s.pool.kernel[0], s.pool.kernel[1], s.pool.stride[0], s.pool.stride[1], s.pool.padding[0],
+                s.pool.padding[1], s.bias, s.affine, s.data);
   return text;
 }
 
@@ -103,7 +104,8 @@ struct Wanted {
 template <class R>
 class Check {
  public:
-  Check(const executor::Maps<R>& maps, const Shape& s, const Plain<Dual>& expected, const Wanted& wanted, double tolerance)
+  Check(const executor::Maps<R>& maps, const Shape& s, const Plain<Dual>& expected, const Wanted& wanted,
+        double tolerance)
       : maps_(maps), s_(s), e_(expected), wanted_(wanted), tolerance_(tolerance) {}
 
   double worst = 0;
@@ -399,7 +401,7 @@ int main(int argc, char** argv) {
     }
     ++checked;
   }
-  std::printf("%d shapes (%d refused, %d not in float32), worst float64 %.2g, worst float32 %.2g, %d failures\n", checked,
-              refused, close, worst64, worst32, failures);
+  std::printf("%d shapes (%d refused, %d not in float32), worst float64 %.2g, worst float32 %.2g, %d failures\n",
+              checked, refused, close, worst64, worst32, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -208,7 +208,8 @@ Program residual_images(std::int64_t n) {
   return p;
 }
 
-const std::vector<std::int64_t> row_weights{features * hidden, hidden, hidden * hidden, hidden, hidden * classes, classes};
+const std::vector<std::int64_t> row_weights{features * hidden, hidden,           hidden * hidden,
+                                            hidden,            hidden * classes, classes};
 
 const Case cases[] = {
     {"cross entropy", [](std::int64_t n) { return rows(n, loss::Kind::cross_entropy); }, row_weights, features, true},
@@ -228,7 +229,8 @@ template <class R>
 struct Problem {
   std::int64_t n[2] = {4, 6};
   std::vector<std::vector<R>> weights, gradients;
-  std::vector<R> inputs[2], numbers[2], alpha{R(0.1), R(0.05), R(0.2)}, d_alpha{0, 0, 0}, losses, support_losses, outputs;
+  std::vector<R> inputs[2], numbers[2], alpha{R(0.1), R(0.05), R(0.2)}, d_alpha{0, 0, 0};
+  std::vector<R> losses, support_losses, outputs;
   std::vector<std::int64_t> labels[2];
   const Case& which;
 
@@ -245,7 +247,8 @@ struct Problem {
       for (R& x : inputs[s]) x = static_cast<R>(normal(random));
       numbers[s].resize(tasks * n[s] * classes);
       for (R& x : numbers[s]) x = static_cast<R>(0.5 + 0.2 * normal(random));
-      for (std::int64_t i = 0; i < tasks * n[s]; ++i) labels[s].push_back(static_cast<std::int64_t>(random() % classes));
+      for (std::int64_t i = 0; i < tasks * n[s]; ++i)
+        labels[s].push_back(static_cast<std::int64_t>(random() % classes));
     }
     labels[0][1] = -100;
     losses.resize(tasks);
