@@ -6,6 +6,8 @@
 #include <memory>
 #include <random>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/conv_block/kernels.h"
@@ -263,7 +265,8 @@ struct Problem {
     return {input, {reinterpret_cast<const char*>(numbers[s].data()), n[s] * classes * bytes}};
   }
 
-  double run(MetaGradient<R>& step, bool gradient, int threads) {
+  // Where rates are not learned, operations that can take their steps along with their gradients.
+  double run(MetaGradient<R>& step, bool gradient, bool learned, int threads) {
     std::vector<const R*> parameters;
     std::vector<R*> results;
     for (const auto& w : weights) parameters.push_back(w.data());
@@ -273,7 +276,7 @@ struct Problem {
                              alpha.data(),    true,          false,
                              parameters,      leaves(0),     leaves(1),
                              gradient,        nullptr,       gradient ? results : std::vector<R*>{},
-                             gradient ? d_alpha.data() : nullptr,
+                             learned ? d_alpha.data() : nullptr,
                              &loss,           losses.data(), support_losses.data(),
                              outputs.data(),  n[1],          classes,
                              threads};
@@ -282,47 +285,67 @@ struct Problem {
   }
 };
 
+// The meta-loss's derivative by weights and rates along a direction, d_alpha where `learned`.
 template <class R>
-int check(const Case& c, double tolerance) {
+struct Direction {
+  std::vector<std::vector<double>> weights;
+  std::vector<double> rates;
+
+  Direction(const Problem<R>& problem, bool learned) {
+    std::mt19937 random(2);
+    std::normal_distribution<double> normal;
+    for (const auto& w : problem.weights) {
+      weights.emplace_back(w.size());
+      for (double& x : weights.back()) x = normal(random);
+    }
+    for (std::int64_t k = 0; k < steps; ++k) rates.push_back(learned ? k + 1.0 : 0);
+  }
+
+  // The gradient along it, and the sum of the gradient's absolute entries.
+  std::pair<double, double> along(const Problem<R>& problem) const {
+    double slope = 0, size = 0;
+    for (std::size_t p = 0; p < weights.size(); ++p)
+      for (std::size_t i = 0; i < weights[p].size(); ++i) {
+        const auto g = static_cast<double>(problem.gradients[p][i]);
+        slope += g * weights[p][i];
+        size += std::abs(g);
+      }
+    for (std::int64_t k = 0; k < steps; ++k) slope += rates[k] * static_cast<double>(problem.d_alpha[k]);
+    return {slope, size};
+  }
+
+  // By central differences of the meta-loss, always in double.
+  double differences(const Case& c) const {
+    MetaGradient<double> exact(c.program(4), c.program(6), isa_in_use());
+    double ends[2];
+    const double h = 5e-6;
+    for (int end = 0; end < 2; ++end) {
+      Problem<double> here(c, 1);
+      const double move = end == 0 ? -h : h;
+      for (std::size_t p = 0; p < weights.size(); ++p)
+        for (std::size_t i = 0; i < weights[p].size(); ++i) here.weights[p][i] += move * weights[p][i];
+      for (std::int64_t k = 0; k < steps; ++k) here.alpha[k] += move * rates[k];
+      ends[end] = here.run(exact, false, false, 1);
+    }
+    return (ends[1] - ends[0]) / (2 * h);
+  }
+};
+
+template <class R>
+int check(const Case& c, bool learned, double tolerance) {
   MetaGradient<R> step(c.program(4), c.program(6), isa_in_use());
   Problem<R> problem(c, 1);
-  problem.run(step, true, 3);
-  const auto gradients = problem.gradients;
-  const auto d_alpha = problem.d_alpha;
+  problem.run(step, true, learned, 3);
 
-  // The truth along a direction, always in double.
-  MetaGradient<double> exact(c.program(4), c.program(6), isa_in_use());
-  Problem<double> moved(c, 1);
-  std::mt19937 random(2);
-  std::normal_distribution<double> normal;
-  std::vector<std::vector<double>> direction;
-  double slope = 0, size = 0;
-  for (std::size_t p = 0; p < gradients.size(); ++p) {
-    direction.emplace_back();
-    for (const R g : gradients[p]) {
-      direction.back().push_back(normal(random));
-      slope += static_cast<double>(g) * direction.back().back();
-      size += std::abs(static_cast<double>(g));
-    }
-  }
-  for (std::size_t k = 0; k < d_alpha.size(); ++k) slope += static_cast<double>(d_alpha[k]) * (k + 1.0);
-  double ends[2];
-  const double h = 5e-6;
-  for (int side_of = 0; side_of < 2; ++side_of) {
-    Problem<double> here(c, 1);
-    const double move = side_of == 0 ? -h : h;
-    for (std::size_t p = 0; p < direction.size(); ++p)
-      for (std::size_t i = 0; i < direction[p].size(); ++i) here.weights[p][i] += move * direction[p][i];
-    for (std::size_t k = 0; k < d_alpha.size(); ++k) here.alpha[k] += move * (k + 1.0);
-    ends[side_of] = here.run(exact, false, 1);
-  }
-  const double found = (ends[1] - ends[0]) / (2 * h), error = std::abs(found - slope) / (size + 1e-3);
-  std::printf("%-22s %s: %.9g along a direction, differences %.9g, off by %.1e of the gradient's size\n", c.name,
-              sizeof(R) == 4 ? "float " : "double", slope, found, error);
+  const Direction<R> direction(problem, learned);
+  const auto [slope, size] = direction.along(problem);
+  const double found = direction.differences(c), error = std::abs(found - slope) / (size + 1e-3);
+  std::printf("%-22s %s, %s rates: %.9g along a direction, differences %.9g, off by %.1e of the gradient's size\n",
+              c.name, sizeof(R) == 4 ? "float " : "double", learned ? "learned" : "given  ", slope, found, error);
   if (!(error <= tolerance)) return 1;
 
   // The same bits with another number of threads, also within a task, and from several callers at once.
-  const Sharing within = step.sharing(tasks, {steps, true, true, false}, tasks + 2);
+  const Sharing within = step.sharing(tasks, {steps, true, learned, false}, tasks + 2);
   if (c.program == images && (within.at_once != 1 || within.within != tasks + 2)) {
     std::printf("%s: %d threads within a task\n", c.name, within.within);
     return 1;
@@ -331,23 +354,86 @@ int check(const Case& c, double tolerance) {
   std::vector<std::unique_ptr<Problem<R>>> others;
   for (int i = 0; i < 4; ++i) others.push_back(std::make_unique<Problem<R>>(c, 1));
   std::vector<std::thread> callers;
-  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, threads[i]); });
+  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, learned, threads[i]); });
   for (std::thread& caller : callers) caller.join();
   others.push_back(std::make_unique<Problem<R>>(c, 1));
-  others.back()->run(step, true, tasks + 2);
+  others.back()->run(step, true, learned, tasks + 2);
   for (const auto& other : others)
-    if (other->gradients != gradients || other->d_alpha != d_alpha) {
+    if (other->gradients != problem.gradients || other->d_alpha != problem.d_alpha) {
       std::printf("%s: other bits from other threads\n", c.name);
       return 1;
     }
+
+  // A workspace that the other kind of call leaves behind serves as well.
+  Problem<R> after(c, 1);
+  Problem<R>(c, 1).run(step, true, !learned, 1);
+  after.run(step, true, learned, 1);
+  if (after.gradients != problem.gradients || after.d_alpha != problem.d_alpha) {
+    std::printf("%s: other bits after another kind of call\n", c.name);
+    return 1;
+  }
   return 0;
 }
+
+enum class Wrong { backward, tangent, tangent_backward };
+
+template <class R>
+Maps<R> sound(Isa isa) {
+  if constexpr (std::is_same_v<R, float>)
+    return linear_block::table_of(isa).f32;
+  else
+    return linear_block::table_of(isa).f64;
+}
+
+// A linear layer's maps, of which one gives too much in one place.
+template <class R, Wrong wrong>
+Maps<R> spoiled(Isa isa) {
+  Maps<R> maps = sound<R>(isa);
+  if constexpr (wrong == Wrong::backward)
+    maps.backward = [](const void* shape, const Primal<R>& p, R* scratch) {
+      sound<R>(isa_in_use()).backward(shape, p, scratch);
+      p.dx[0][0] *= R(1.1);
+    };
+  if constexpr (wrong == Wrong::tangent)
+    maps.tangent = [](const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+      sound<R>(isa_in_use()).tangent(shape, p, t, scratch);
+      t.y_dot[0] *= R(3);
+    };
+  if constexpr (wrong == Wrong::tangent_backward)
+    maps.tangent_backward = [](const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+      sound<R>(isa_in_use()).tangent_backward(shape, p, t, scratch);
+      t.dx_dot[0][0] *= R(1.1);
+    };
+  return maps;
+}
+
+template <Wrong wrong>
+Program spoiled_rows(std::int64_t n) {
+  Program p = rows(n, loss::Kind::cross_entropy);
+  p.operations[1].f32 = spoiled<float, wrong>;
+  p.operations[1].f64 = spoiled<double, wrong>;
+  return p;
+}
+
+const Case spoiled_cases[] = {
+    {"wrong backward", spoiled_rows<Wrong::backward>, row_weights, features, true},
+    {"wrong tangent", spoiled_rows<Wrong::tangent>, row_weights, features, true},
+    {"wrong tangent backward", spoiled_rows<Wrong::tangent_backward>, row_weights, features, true},
+};
 
 }  // namespace
 
 int main() {
   int failures = 0;
-  for (const Case& c : cases) failures += check<double>(c, 1e-8) + check<float>(c, 1e-5);
+  for (const Case& c : cases)
+    for (const bool learned : {true, false})
+      failures += check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5);
+  for (const Case& c : spoiled_cases)
+    for (const bool learned : {true, false})
+      if (check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5) != 2) {
+        std::printf("%s: not noticed\n", c.name);
+        ++failures;
+      }
   std::printf("%d failures\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
