@@ -195,6 +195,8 @@ void block_forward(const Shape& s, const Geometry<R>& g, const executor::Primal<
       count += more;
     }
     finish_statistics(s, g, saved.statistics);
+  } else if (s.norm == Norm::running) {
+    running_statistics(s, g, p.w, saved.statistics);
   }
   coefficients(s, g, saved.statistics, p.w, scratch.k.affine);
   const Bands<R> bands(s, g);
@@ -213,7 +215,7 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
   Scratch scratch = room.template at<Scratch>(0, s, g);
   const Statistics<R>& st = saved.statistics;
   const Coefficients<R>& k = scratch.k;
-  const bool batch = s.norm == Norm::batch;
+  const bool batch = s.norm == Norm::batch, normalises = s.norm != Norm::none;
   coefficients(s, g, st, p.w, k.affine);
   const auto cotangents = [&](const Band<R>& b, R* dz) {
     return Cotangents<R>{p.dy + b.y, nullptr, saved.codes_at(b.y), dz, nullptr};
@@ -226,8 +228,8 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
   });
   for (std::int64_t c = 0; c < g.co; ++c) {
     st.db[c] = static_cast<R>(scratch.sums.sum[c]);
-    st.dg[c] = batch ? static_cast<R>(scratch.sums.product[c] * static_cast<double>(st.inverse[c])) : R(0);
-    if (p.dw[1] != nullptr) p.dw[1][c] = batch ? R(0) : st.db[c];
+    st.dg[c] = normalises ? static_cast<R>(scratch.sums.product[c] * static_cast<double>(st.inverse[c])) : R(0);
+    if (p.dw[1] != nullptr) p.dw[1][c] = batch ? R(0) : k.affine.a[c] * st.db[c];
     if (p.dw[2] != nullptr) p.dw[2][c] = st.dg[c];
     if (p.dw[3] != nullptr) p.dw[3][c] = st.db[c];
   }
@@ -282,6 +284,11 @@ void block_tangent(const Shape& s, const Geometry<R>& g, const executor::Primal<
       dot.statistics.mean[c] = static_cast<R>(scratch.sums.sum[c] * share);
       dot.statistics.spread[c] = static_cast<R>(scratch.sums.product[c] * share) * saved.statistics.inverse[c];
     }
+  } else if (s.norm == Norm::running) {
+    for (std::int64_t c = 0; c < g.co; ++c) {
+      dot.statistics.mean[c] = s.bias ? -entry(d.w_dot[1], c, R(0)) : R(0);
+      dot.statistics.spread[c] = 0;
+    }
   }
   coefficients_tangent(s, g, saved.statistics, dot.statistics, k.affine, d.w_dot, k.tangent);
   for_each_band(bands, 0, bands.count(), room.threads, [&](const Band<R>& b) {
@@ -301,7 +308,7 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
   Scratch scratch = room.template at<Scratch>(0, s, g);
   const Statistics<R>& st = saved.statistics;
   const Coefficients<R>& k = scratch.k;
-  const bool batch = s.norm == Norm::batch;
+  const bool batch = s.norm == Norm::batch, normalises = s.norm != Norm::none;
   coefficients(s, g, st, p.w, k.affine);
   coefficients_tangent(s, g, st, dot.statistics, k.affine, d.w_dot, k.tangent);
   const auto cotangents = [&](const Band<R>& b, R* dz, R* dz_dot) {
@@ -317,8 +324,8 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
   for (std::int64_t c = 0; c < g.co; ++c) {
     const R product = static_cast<R>(scratch.sums.product[c]);
     k.db_dot[c] = static_cast<R>(scratch.sums.sum[c]);
-    k.dg_dot[c] = batch ? st.inverse[c] * (product - dot.statistics.spread[c] * st.dg[c]) : R(0);
-    if (d.dw_dot[1] != nullptr) d.dw_dot[1][c] = batch ? R(0) : k.db_dot[c];
+    k.dg_dot[c] = normalises ? st.inverse[c] * (product - dot.statistics.spread[c] * st.dg[c]) : R(0);
+    if (d.dw_dot[1] != nullptr) d.dw_dot[1][c] = batch ? R(0) : k.affine.a[c] * k.db_dot[c] + k.tangent.e[c] * st.db[c];
     if (d.dw_dot[2] != nullptr) d.dw_dot[2][c] = k.dg_dot[c];
     if (d.dw_dot[3] != nullptr) d.dw_dot[3][c] = k.db_dot[c];
   }

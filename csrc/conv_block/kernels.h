@@ -10,9 +10,11 @@
 
 namespace fastmeta::conv_block {
 
-enum class Norm : std::int32_t { none, batch };  // batch: statistics of this batch of one task
+// By statistics of this batch of one task, or by running ones, which are constants.
+enum class Norm : std::int32_t { none, batch, running };
 
-// Weights in order: weight [out, in / groups, kernel_h, kernel_w], bias [out], norm's weight [out], norm's bias [out].
+// Weights in order: weight [out, in / groups, kernel_h, kernel_w], bias [out]; the norm's weight, bias, running mean
+// and running variance, each [out], of which the last two are constants.
 struct Shape {
   std::int64_t n, in, height, width, out;  // images of one task
   std::int64_t kernel[2], stride[2], padding[2], dilation[2], groups;

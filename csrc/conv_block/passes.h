@@ -93,21 +93,22 @@ struct Passes {
   template <int many>
   FASTMETA_INLINE Several<V, many> entries(const R* p, std::int64_t c) const {
     Several<V, many> v;
+#pragma GCC unroll 4
     for (int j = 0; j < many; ++j) v.of[j] = load(p + c + j * width<R>);
     return v;
   }
   template <int many>
   FASTMETA_INLINE Several<Point, many> points(std::int64_t c) const {
     Several<Point, many> p;
-    for (std::int64_t j = 0, i = c; j < many; ++j, i += width<R>)
-      p.of[j] = {load(k.mean + i), load(k.a + i), load(k.b + i)};
+#pragma GCC unroll 4
+    for (int j = 0; j < many; ++j, c += width<R>) p.of[j] = {load(k.mean + c), load(k.a + c), load(k.b + c)};
     return p;
   }
   template <int many>
   FASTMETA_INLINE Several<PointDot, many> point_dots(std::int64_t c) const {
     Several<PointDot, many> p;
-    for (std::int64_t j = 0, i = c; j < many; ++j, i += width<R>)
-      p.of[j] = {load(t.mean_dot + i), load(t.e + i), load(t.f + i)};
+#pragma GCC unroll 4
+    for (int j = 0; j < many; ++j, c += width<R>) p.of[j] = {load(t.mean_dot + c), load(t.e + c), load(t.f + c)};
     return p;
   }
 

@@ -120,6 +120,7 @@ void describe_norm(const py::dict& d, Operation& operation) {
   shape->slope = get<double>(d, "slope");
   shape->weight = operation.w[0] != absent;
   shape->bias = operation.w[1] != absent;
+  shape->running = operation.w[2] != absent;
   operation.shape = shape;
   operation.f32 = [](Isa isa) { return norm::table_of(isa).f32; };
   operation.f64 = [](Isa isa) { return norm::table_of(isa).f64; };
@@ -156,8 +157,9 @@ void describe_pool(const py::dict& d, Operation& operation) {
 }
 
 void describe_conv(const py::dict& d, Operation& operation) {
-  static const std::map<std::string, conv_block::Norm> norms{{"none", conv_block::Norm::none},
-                                                             {"batch", conv_block::Norm::batch}};
+  using conv_block::Norm;
+  static const std::map<std::string, Norm> norms{
+      {"none", Norm::none}, {"batch", Norm::batch}, {"running", Norm::running}};
   auto shape = std::make_shared<conv_block::Shape>();
   shape->n = get<std::int64_t>(d, "n");
   shape->in = get<std::int64_t>(d, "in");
@@ -189,7 +191,7 @@ Operation operation_of(const py::dict& d) {
   int i = 0;
   for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x"))
     operation.x[i++] = {is_data, index};
-  i = 0;
+  i = 0;  // the last ones may be left out
   for (const int w : get<std::vector<int>>(d, "w")) operation.w[i++] = w;
   operation.target = get<int>(d, "target");
   operation.y = get<int>(d, "y");

@@ -9,7 +9,8 @@
 //
 // Fast weights lie packed, in whatever layout the operation likes best, for the whole inner loop: the executor packs
 // the shared weights once a meta-step, updates packed weights with packed gradients, and unpacks the meta-gradient
-// once. Padding of packed weights is zero, and so must be the padding of their gradients.
+// once. Padding of packed weights is zero, and so must be the padding of their gradients. Buffers, such as running
+// statistics, are weights that neither vary nor get a gradient.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@
 namespace fastmeta::executor {
 
 constexpr int max_inputs = 2;
-constexpr int max_weights = 4;
+constexpr int max_weights = 6;
 
 // Numbers of elements.
 struct Sizes {

@@ -30,6 +30,8 @@ class NativeStep:
             raise NotLowered(f"the loss is of {graph.values[graph.loss].dtype}")
         lowered = [lower(program, query.outer) for program in (support, query)]
         self._lowered = lowered[1]
+        if lowered[0].buffers != lowered[1].buffers:
+            raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
         self._programs = [one.program for one in lowered]
@@ -86,6 +88,7 @@ class NativeStep:
         if alpha.requires_grad or not alpha.is_contiguous():
             alpha = alpha.detach().contiguous()
         given = [work.parameters[name] for name in self._lowered.parameters]
+        given += [work.buffers[name] for name in self._lowered.buffers]
         parameters = [p if p.is_contiguous() else p.detach().contiguous() for p in given]
         support, query = [_by_task(x) for x in leaves(work.support)], [_by_task(x) for x in leaves(work.query)]
         tasks = support[0].shape[0]

@@ -136,10 +136,11 @@ class Check {
       owned.push_back(new Buffer<R>(size));
       return owned.back()->p;
     };
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 6; ++i) {
       if ((z.weights[i] > 0) != !e_.w[i].empty()) fail("weight sizes", 1);
       if (e_.w[i].empty()) continue;
       p.w[i] = packed(i, parts(e_.w[i], false), buffer(z.weights[i]));
+      if (i > 3) continue;
       if (wanted_.w_dot[i]) t.w_dot[i] = packed(i, parts(e_.w[i], true), buffer(z.weights[i]));
       if (wanted_.dw[i]) {
         p.dw[i] = buffer(z.weights[i]);
@@ -282,10 +283,10 @@ class Random {
     }
     if (chance(.5)) return s;
     const int64_t kernels[] = {1, 2, 3, 5};
-    s.norm = chance(.6) ? Norm::batch : Norm::none;
+    s.norm = Norm(chance(.5) ? 1 : among(0, 2));
     s.activation = Activation(chance(.5) ? among(0, 2) : among(3, 6));
     s.pool.kind = Pool(among(0, 2));
-    s.affine = s.norm == Norm::batch && chance(.7);
+    s.affine = s.norm != Norm::none && chance(.7);
     const bool usual = chance(.4), usual_pool = chance(.5);
     for (int i = 0; i < 2; ++i) {
       if (!usual) {
@@ -351,6 +352,10 @@ bool draw(Random& random, const Wanted& wanted, Plain<Dual>& e) {
     if (s.affine) {
       e.w[2] = random.tensor(s.out, .3, 1, wanted.w_dot[2]);
       e.w[3] = random.tensor(s.out, .3, 0, wanted.w_dot[3]);
+    }
+    if (s.norm == Norm::running) {
+      e.w[4] = random.tensor(s.out, .3, 0, false);
+      e.w[5] = random.tensor(s.out, .1, 1, false);
     }
     e.forward();
     if (well_conditioned(e)) break;

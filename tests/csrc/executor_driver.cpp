@@ -62,15 +62,18 @@ Operation loss_of(loss::Kind kind, std::int64_t n, int x, int y) {
   return operation;
 }
 
-Operation conv(std::int64_t n, std::int64_t in, std::int64_t size, std::int64_t out, Source x, int w, int y) {
+Operation conv(std::int64_t n, std::int64_t in, std::int64_t size, std::int64_t out, Source x, int w, int y,
+               int statistics = absent) {
   Operation operation;
   auto shape = std::make_shared<conv_block::Shape>();
   *shape = {n, in, size, size, out, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, {Pool::average, {2, 2}, {2, 2}, {0, 0}}, 1e-5,
-            0.1, conv_block::Norm::batch, Activation::tanh, true, true, x.is_data};
+            0.1, statistics == absent ? conv_block::Norm::batch : conv_block::Norm::running, Activation::tanh, true,
+            true, x.is_data};
   operation.shape = shape;
   FASTMETA_MAPS(operation, conv_block)
   operation.x[0] = x;
   for (int i = 0; i < 4; ++i) operation.w[i] = w + i;
+  for (int i = 0; i < 2; ++i) operation.w[4 + i] = statistics == absent ? absent : statistics + i;
   operation.y = y;
   return operation;
 }
@@ -109,17 +112,19 @@ Operation sum(std::int64_t rows, std::int64_t channels, Activation activation, i
   return operation;
 }
 
-Operation norm_of(norm::Shape given, int x, int w, int y) {
+Operation norm_of(norm::Shape given, int x, int w, int y, int statistics = absent) {
   Operation operation;
   given.eps = 1e-5;
   given.slope = 0.1;
   given.weight = given.bias = w != absent;
+  given.running = statistics != absent;
   auto shape = std::make_shared<norm::Shape>(given);
   operation.shape = shape;
   FASTMETA_MAPS(operation, norm)
   operation.x[0] = {false, x};
   if (w != absent) operation.w[0] = w;
   if (w != absent) operation.w[1] = w + 1;
+  for (int i = 0; i < 2; ++i) operation.w[2 + i] = statistics == absent ? absent : statistics + i;
   operation.y = y;
   return operation;
 }
@@ -142,6 +147,7 @@ struct Case {
   std::vector<std::int64_t> weights;  // elements of each parameter
   std::int64_t input;                 // elements of a sample
   bool labels;
+  std::size_t constants = 0;  // the last parameters: running statistics
 };
 
 Program rows(std::int64_t n, loss::Kind kind) {
@@ -170,10 +176,10 @@ Program images(std::int64_t n) {
 Program residual_rows(std::int64_t n) {
   Program p;
   p.operations = {linear(n, features, hidden, Activation::identity, {true, 0}, 0, 0),
-                  norm_of({n, 1, hidden, 1, 0, Activation::gelu, 0, false, false}, 0, 2, 1),
+                  norm_of({n, 1, hidden, 1, 0, Activation::gelu, 0, false, false, false}, 0, 2, 1),
                   linear(n, hidden, hidden, Activation::silu, {false, 1}, 4, 2),
                   sum(n, hidden, Activation::sigmoid, 0, 2, 3),
-                  norm_of({1, n, hidden, hidden, 0, Activation::identity, 0, false, false}, 3, absent, 4),
+                  norm_of({1, n, hidden, hidden, 0, Activation::identity, 0, false, false, false}, 3, absent, 4),
                   sum(n, hidden, Activation::identity, 4, 4, 5),
                   linear(n, hidden, features, Activation::tanh, {false, 5}, 6, 6),
                   data_of(n, features, 1, 7),
@@ -191,14 +197,14 @@ Program residual_images(std::int64_t n) {
   Program p;
   const std::int64_t half = side / 2, pixels = half * half;
   p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0),
-                  norm_of({n, pixels, 6, 3, 0, Activation::silu, 0, false, false}, 0, 4, 1),
+                  norm_of({n, pixels, 6, 3, 0, Activation::silu, 0, false, false, false}, 0, 4, 1),
                   data_of(n, 2, side * side, 2),
                   conv(n, 2, side, 6, {false, 2}, 6, 3),
                   sum(n * pixels, 6, Activation::leaky_relu, 1, 3, 4),
                   sum(n * pixels, 6, Activation::identity, 4, 1, 5),
                   pool_of(n, 6, half, Pool::max, 2, 5, 6),
                   pool_of(n, 6, half, Pool::average, 3, 4, 7),
-                  norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false}, 7, 10, 8),
+                  norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false, false}, 7, 10, 8),
                   flat(n, 6, 4, 6, 9),
                   linear(n, 24, 6, Activation::identity, {false, 9}, 12, 10),
                   sum(n, 6, Activation::tanh, 10, 8, 11),
@@ -207,6 +213,24 @@ Program residual_images(std::int64_t n) {
   p.values = 14;
   p.output = 12;
   p.adapted = p.differentiated = p.parameters = 16;
+  return p;
+}
+
+// Batch norm in evaluation mode, in a convolution and elsewhere.
+Program evaluation(std::int64_t n) {
+  Program p;
+  const std::int64_t half = side / 2;
+  p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0, 12),
+                  norm_of({1, n * half * half, 6, 6, 0, Activation::silu, 0, false, false, false}, 0, 4, 1, 14),
+                  conv(n, 6, half, 5, {false, 1}, 6, 2, 16),
+                  flat(n, 5, 4, 2, 3),
+                  linear(n, 20, classes, Activation::identity, {false, 3}, 10, 4),
+                  loss_of(loss::Kind::cross_entropy, n, 4, 5)};
+  p.values = 6;
+  p.output = 4;
+  p.adapted = 11;
+  p.differentiated = 12;
+  p.parameters = 18;
   return p;
 }
 
@@ -225,6 +249,8 @@ const Case cases[] = {
     {"residual images", residual_images,
      {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
+    {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
+     true, 6},
 };
 
 template <class R>
@@ -242,8 +268,12 @@ struct Problem {
     for (const std::int64_t size : c.weights) {
       weights.emplace_back(size);
       gradients.emplace_back(size, std::nan(""));
+      const bool constant = weights.size() > c.weights.size() - c.constants;
       for (R& w : weights.back()) w = static_cast<R>(0.5 * normal(random));
+      if (constant)  // half of them variances
+        for (R& w : weights.back()) w = R(0.5) + std::abs(w);
     }
+    gradients.resize(gradients.size() - c.constants);
     for (int s = 0; s < 2; ++s) {
       inputs[s].resize(tasks * n[s] * c.input);
       for (R& x : inputs[s]) x = static_cast<R>(normal(random));
@@ -294,8 +324,8 @@ struct Direction {
   Direction(const Problem<R>& problem, bool learned) {
     std::mt19937 random(2);
     std::normal_distribution<double> normal;
-    for (const auto& w : problem.weights) {
-      weights.emplace_back(w.size());
+    for (const auto& g : problem.gradients) {
+      weights.emplace_back(g.size());
       for (double& x : weights.back()) x = normal(random);
     }
     for (std::int64_t k = 0; k < steps; ++k) rates.push_back(learned ? k + 1.0 : 0);

@@ -38,7 +38,7 @@ using Tensor = std::vector<T>;
 template <class T>
 struct Plain {
   const Shape& s;
-  Tensor<T> x, w[4];  // w[1..3] empty where there is none
+  Tensor<T> x, w[6];  // from w[1] on empty where there is none
   Tensor<T> y, dy, dx, dw[4];
   Tensor<T> z, u, xhat, inverse;
   std::vector<int64_t> argmax;
@@ -144,6 +144,15 @@ struct Plain {
     } else {
       for (size_t i = 0; i < z.size(); ++i) u[i] = z[i] + weight(1, channel(i), 0);
     }
+    if (s.norm == Norm::running) {
+      inverse.clear();
+      for (const T& v : w[5]) inverse.push_back(T(1) / sqrt(v + T(s.eps)));
+      for (size_t i = 0; i < z.size(); ++i) {
+        const int64_t c = channel(i);
+        xhat[i] = (u[i] - w[4][c]) * inverse[c];
+        u[i] = xhat[i] * weight(2, c, 1) + weight(3, c, 0);
+      }
+    }
     Tensor<T> a;
     for (const T& v : u) a.push_back(activate(v));
     if (s.activation == Activation::relu || s.activation == Activation::leaky_relu)
@@ -179,11 +188,14 @@ struct Plain {
     for (Tensor<T>& d : dw) d.assign(s.out, T(0));
     for (size_t i = 0; i < z.size(); ++i) {
       const int64_t c = channel(i);
-      if (s.norm == Norm::none) dw[1][c] = dw[1][c] + dv[i];
       dw[2][c] = dw[2][c] + dv[i] * xhat[i];
       dw[3][c] = dw[3][c] + dv[i];
     }
     dz = dv;
+    if (s.norm == Norm::running)
+      for (size_t i = 0; i < z.size(); ++i) dz[i] = weight(2, channel(i), 1) * inverse[channel(i)] * dv[i];
+    if (s.norm != Norm::batch)
+      for (size_t i = 0; i < z.size(); ++i) dw[1][channel(i)] = dw[1][channel(i)] + dz[i];
     if (s.norm == Norm::batch) {
       const T count = T(double(s.n * h * w_));
       for (size_t i = 0; i < z.size(); ++i) {
