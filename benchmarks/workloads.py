@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta.core.rounding import nudged
+
 Batch = tuple[Tensor, Tensor]
 
 SEED = 20170309
@@ -67,12 +69,7 @@ class Problem:
 
     def nudged(self, seed: int) -> Problem:
         """The same problem with every weight moved by up to ``ULPS`` units in its last place, at random."""
-        model = copy.deepcopy(self.model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1 + ULPS * torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1))
-        return dataclasses.replace(self, model=model)
+        return dataclasses.replace(self, model=nudged(self.model, seed, ulps=ULPS))
 
 
 @dataclass(frozen=True)

@@ -129,3 +129,32 @@ def test_native_sources_belong_to_an_op_or_to_the_executor(folder: str) -> None:
     of_an_op = (PACKAGE / "ops" / folder / "native.py").is_file()
     of_the_executor = any(f'"{folder}"' in path.read_text() for path in (PACKAGE / "engine" / "lower").glob("*.py"))
     assert folder in ("common", "executor") or of_an_op or of_the_executor
+
+
+NATIVE = sorted((ROOT / "csrc").glob("*/*.h")) + sorted((ROOT / "csrc").glob("*/*.cpp"))
+
+
+def native_faults(folder: str, entry: bool, included: list[str]) -> list[str]:
+    """Headers that a native source of ``folder`` must not include: those of other operations."""
+    below = {".", "common", "executor"} if folder != "common" else {"."}
+    return [] if entry else [path for path in included if str(Path(path).parent).removeprefix("../") not in below]
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_native_operations_include_no_sibling(path: Path) -> None:
+    included = re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+    assert native_faults(path.parent.name, path.name == "bind.cpp", included) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "included", "fault"),
+    [
+        ("pool", "../conv_block/geometry.h", True),
+        ("common", "../executor/plan.h", True),
+        ("pool", "../common/pool.h", False),
+        ("pool", "kernels.h", False),
+        ("norm", "../executor/operation.h", False),
+    ],
+)
+def test_the_check_of_includes_finds_what_it_should(folder: str, included: str, fault: bool) -> None:
+    assert native_faults(folder, False, [included]) == [included] * fault

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmeta.core import checks, files, native
+from fastmeta.core import checks, files, native, rounding
 from fastmeta.core.dispatch import Backend, select
 
 X = torch.zeros(2, 3)
@@ -139,3 +139,16 @@ def test_native_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
             native.require("op")
     finally:
         native._load.cache_clear()
+
+
+def test_nudged_weights_are_a_few_units_in_the_last_place_away() -> None:
+    model = torch.nn.Linear(30, 20)
+    before = [p.clone() for p in model.parameters()]
+    moved = rounding.nudged(model, 1, ulps=4)
+    for p, old, new in zip(model.parameters(), before, moved.parameters(), strict=True):
+        assert torch.equal(p, old)
+        distance = ((new - old) / old).abs() / torch.finfo(old.dtype).eps
+        assert 1 < distance.max() <= 5  # two roundings of half a unit each
+    again, other = (rounding.nudged(model, seed, ulps=4).weight for seed in (1, 2))
+    assert torch.equal(again, moved.weight)
+    assert not torch.equal(other, moved.weight)

@@ -53,7 +53,9 @@ struct Curve {
   }
 
  private:
-  static FASTMETA_INLINE V normal_distribution(V z) { return (1 + error_function(z * R(0.70710678118654752440))) * R(0.5); }
+  static FASTMETA_INLINE V normal_distribution(V z) {
+    return (1 + error_function(z * R(0.70710678118654752440))) * R(0.5);
+  }
   static FASTMETA_INLINE V normal_density(V z) { return exponential(z * z * R(-0.5)) * R(0.39894228040143267794); }
 };
 
@@ -69,6 +71,15 @@ FASTMETA_INLINE void for_curve(Activation activation, F f) {
     case Activation::silu: return f(Curve<R, Activation::silu>{});
     case Activation::gelu: return f(Curve<R, Activation::gelu>{});
   }
+}
+
+// Padding of an activation's results, `features` in each of `rows` of `row` elements, zero again: the sigmoid alone has
+// another value at 0, the padding's.
+template <class R>
+void clear_padding(Activation activation, R* y, std::int64_t rows, std::int64_t features, std::int64_t row) {
+  if (activation != Activation::sigmoid) return;
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = features; j < row; ++j) y[i * row + j] = 0;
 }
 
 }  // namespace

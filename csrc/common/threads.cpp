@@ -151,7 +151,8 @@ Pool& the_pool() {
   Pool* current = pool.load(std::memory_order_acquire);
   if (current != nullptr) return *current;
 #if defined(FASTMETA_HAS_FORK)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr, std::memory_order_release); });
+  const auto forget = [] { pool.store(nullptr, std::memory_order_release); };
+  static const int registered = pthread_atfork(nullptr, nullptr, forget);
   static_cast<void>(registered);
 #endif
   auto* made = new Pool;

@@ -15,7 +15,7 @@ struct Saved {
   R* z;
 
   Saved(const Shape& s, const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena), codes(nullptr) {
-    if (s.pool == Pool::max) codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
+    if (s.pool.kind == Pool::max) codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
     z = arena.take(g.n * g.result());
   }
   std::uint8_t* codes_at(std::int64_t y) const { return codes == nullptr ? nullptr : codes + y; }
@@ -114,10 +114,38 @@ struct GradientScratch {
         dz_dot(terms > 1 ? own.take(product.group() * g.result()) : nullptr) {}
 };
 
+template <class R, int terms>
+struct GradientTerms {
+  static constexpr int count = terms;
+  typename GradientProduct<R>::Term of[terms];
+};
+
 // Calls make(what a thread sees) once for each of them.
 template <class Scratch, class R, class Make>
 void for_each_seat(const Shape& s, const Geometry<R>& g, const Room<R>& room, Make make) {
   for (int seat = 0; seat < room.threads; ++seat) make(room.template at<Scratch>(seat, s, g));
+}
+
+// dx and dw from cotangents of z, made a group of images at a time: make(own, band, its place in the group) writes
+// those of a band, terms_of(own) says what they are multiplied with.
+template <class Scratch, class R, class Make, class TermsOf>
+void pass_back(const Shape& s, const Geometry<R>& g, const Room<R>& room, R* dx, R* dw, Make make, TermsOf terms_of) {
+  Scratch scratch = room.template at<Scratch>(0, s, g);
+  const Bands<R> bands(s, g);
+  for_each_seat<Scratch>(s, g, room, [&](Scratch own) { own.product.prepare_own(dx != nullptr); });
+  scratch.product.for_each_chunk(room.threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end, int seat,
+                                                   int threads) {
+    Scratch own = room.template at<Scratch>(seat, s, g);
+    for (std::int64_t first = begin; first < end; first += own.product.group()) {
+      const std::int64_t images = minimum(own.product.group(), end - first);
+      for_each_band(bands, first * bands.each, (first + images) * bands.each, threads,
+                    [&](const Band<R>& b) { make(own, b, b.z - first * g.result()); });
+      const auto terms = terms_of(own);
+      own.product.apply(terms.of, terms.count, chunk, first, images, dx, dw, threads);
+    }
+  });
+  scratch.product.finish(dw, room.threads);
+  clear_between_groups(g, dw);
 }
 
 template <class R>
@@ -167,6 +195,8 @@ void block_forward(const Shape& s, const Geometry<R>& g, const executor::Primal<
       count += more;
     }
     finish_statistics(s, g, saved.statistics);
+  } else if (s.norm == Norm::running) {
+    running_statistics(s, g, p.w, saved.statistics);
   }
   coefficients(s, g, saved.statistics, p.w, scratch.k.affine);
   const Bands<R> bands(s, g);
@@ -185,7 +215,7 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
   Scratch scratch = room.template at<Scratch>(0, s, g);
   const Statistics<R>& st = saved.statistics;
   const Coefficients<R>& k = scratch.k;
-  const bool batch = s.norm == Norm::batch;
+  const bool batch = s.norm == Norm::batch, normalises = s.norm != Norm::none;
   coefficients(s, g, st, p.w, k.affine);
   const auto cotangents = [&](const Band<R>& b, R* dz) {
     return Cotangents<R>{p.dy + b.y, nullptr, saved.codes_at(b.y), dz, nullptr};
@@ -198,8 +228,8 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
   });
   for (std::int64_t c = 0; c < g.co; ++c) {
     st.db[c] = static_cast<R>(scratch.sums.sum[c]);
-    st.dg[c] = batch ? static_cast<R>(scratch.sums.product[c] * static_cast<double>(st.inverse[c])) : R(0);
-    if (p.dw[1] != nullptr) p.dw[1][c] = batch ? R(0) : st.db[c];
+    st.dg[c] = normalises ? static_cast<R>(scratch.sums.product[c] * static_cast<double>(st.inverse[c])) : R(0);
+    if (p.dw[1] != nullptr) p.dw[1][c] = batch ? R(0) : k.affine.a[c] * st.db[c];
     if (p.dw[2] != nullptr) p.dw[2][c] = st.dg[c];
     if (p.dw[3] != nullptr) p.dw[3][c] = st.db[c];
   }
@@ -207,23 +237,13 @@ void block_backward(const Shape& s, const Geometry<R>& g, const executor::Primal
 
   coefficients_cotangent(s, g, st, k.affine, k.cotangent);
   scratch.product.prepare(p.w, p.dx[0] == nullptr ? 0 : 1, room.threads);
-  for_each_seat<Scratch>(s, g, room, [&](Scratch own) { own.product.prepare_own(p.dx[0] != nullptr); });
-  scratch.product.for_each_chunk(room.threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end, int seat,
-                                                   int threads) {
-    Scratch own = room.template at<Scratch>(seat, s, g);
-    for (std::int64_t first = begin; first < end; first += own.product.group()) {
-      const std::int64_t images = minimum(own.product.group(), end - first);
-      for_each_band(bands, first * bands.each, (first + images) * bands.each, threads, [&](const Band<R>& b) {
+  pass_back<Scratch>(
+      s, g, room, p.dx[0], p.dw[0],
+      [&](const Scratch& own, const Band<R>& b, std::int64_t at) {
         const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
-        R* dz = own.dz + (b.z - first * g.result());
-        passes.backward(cotangents(b, dz), k.cotangent, saved.z + b.z, dz);
-      });
-      const typename GradientProduct<R>::Term term{own.dz, 0, p.x[0]};
-      own.product.apply(&term, 1, chunk, first, images, p.dx[0], p.dw[0], threads);
-    }
-  });
-  scratch.product.finish(p.dw[0], room.threads);
-  clear_between_groups(g, p.dw[0]);
+        passes.backward(cotangents(b, own.dz + at), k.cotangent, saved.z + b.z, own.dz + at);
+      },
+      [&](const Scratch& own) { return GradientTerms<R, 1>{{{own.dz, 0, p.x[0]}}}; });
 }
 
 template <class R, class A>
@@ -264,6 +284,11 @@ void block_tangent(const Shape& s, const Geometry<R>& g, const executor::Primal<
       dot.statistics.mean[c] = static_cast<R>(scratch.sums.sum[c] * share);
       dot.statistics.spread[c] = static_cast<R>(scratch.sums.product[c] * share) * saved.statistics.inverse[c];
     }
+  } else if (s.norm == Norm::running) {
+    for (std::int64_t c = 0; c < g.co; ++c) {
+      dot.statistics.mean[c] = s.bias ? -entry(d.w_dot[1], c, R(0)) : R(0);
+      dot.statistics.spread[c] = 0;
+    }
   }
   coefficients_tangent(s, g, saved.statistics, dot.statistics, k.affine, d.w_dot, k.tangent);
   for_each_band(bands, 0, bands.count(), room.threads, [&](const Band<R>& b) {
@@ -283,7 +308,7 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
   Scratch scratch = room.template at<Scratch>(0, s, g);
   const Statistics<R>& st = saved.statistics;
   const Coefficients<R>& k = scratch.k;
-  const bool batch = s.norm == Norm::batch;
+  const bool batch = s.norm == Norm::batch, normalises = s.norm != Norm::none;
   coefficients(s, g, st, p.w, k.affine);
   coefficients_tangent(s, g, st, dot.statistics, k.affine, d.w_dot, k.tangent);
   const auto cotangents = [&](const Band<R>& b, R* dz, R* dz_dot) {
@@ -299,8 +324,8 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
   for (std::int64_t c = 0; c < g.co; ++c) {
     const R product = static_cast<R>(scratch.sums.product[c]);
     k.db_dot[c] = static_cast<R>(scratch.sums.sum[c]);
-    k.dg_dot[c] = batch ? st.inverse[c] * (product - dot.statistics.spread[c] * st.dg[c]) : R(0);
-    if (d.dw_dot[1] != nullptr) d.dw_dot[1][c] = batch ? R(0) : k.db_dot[c];
+    k.dg_dot[c] = normalises ? st.inverse[c] * (product - dot.statistics.spread[c] * st.dg[c]) : R(0);
+    if (d.dw_dot[1] != nullptr) d.dw_dot[1][c] = batch ? R(0) : k.affine.a[c] * k.db_dot[c] + k.tangent.e[c] * st.db[c];
     if (d.dw_dot[2] != nullptr) d.dw_dot[2][c] = k.dg_dot[c];
     if (d.dw_dot[3] != nullptr) d.dw_dot[3][c] = k.db_dot[c];
   }
@@ -313,25 +338,17 @@ void block_tangent_backward(const Shape& s, const Geometry<R>& g, const executor
   const bool weight_varies = d.w_dot[0] != nullptr;
   const R* const weights[] = {p.w[0], d.w_dot[0]};
   scratch.product.prepare(weights, dx_dot == nullptr ? 0 : weight_varies ? 2 : 1, room.threads);
-  for_each_seat<Scratch>(s, g, room, [&](Scratch own) { own.product.prepare_own(dx_dot != nullptr); });
-  scratch.product.for_each_chunk(room.threads, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end, int seat,
-                                                   int threads) {
-    Scratch own = room.template at<Scratch>(seat, s, g);
-    for (std::int64_t first = begin; first < end; first += own.product.group()) {
-      const std::int64_t images = minimum(own.product.group(), end - first);
-      for_each_band(bands, first * bands.each, (first + images) * bands.each, threads, [&](const Band<R>& b) {
+  pass_back<Scratch>(
+      s, g, room, dx_dot, dw_dot,
+      [&](const Scratch& own, const Band<R>& b, std::int64_t at) {
         const Passes<R, A> passes(s, b.g, k.affine, k.tangent);
-        R *dz = own.dz + (b.z - first * g.result()), *dz_dot = own.dz_dot + (b.z - first * g.result());
-        passes.tangent_backward(cotangents(b, dz, dz_dot), k.cotangent, k.cotangent_dot, saved.z + b.z,
-                                dot.z_dot + b.z, dz, dz_dot);
+        R *dz = own.dz + at, *dz_dot = own.dz_dot + at;
+        passes.tangent_backward(cotangents(b, dz, dz_dot), k.cotangent, k.cotangent_dot, saved.z + b.z, dot.z_dot + b.z,
+                                dz, dz_dot);
+      },
+      [&](const Scratch& own) {
+        return GradientTerms<R, 2>{{{own.dz_dot, 0, p.x[0]}, {own.dz, weight_varies ? 1 : -1, d.x_dot[0]}}};
       });
-      const typename GradientProduct<R>::Term terms[] = {{own.dz_dot, 0, p.x[0]},
-                                                         {own.dz, weight_varies ? 1 : -1, d.x_dot[0]}};
-      own.product.apply(terms, 2, chunk, first, images, dx_dot, dw_dot, threads);
-    }
-  });
-  scratch.product.finish(dw_dot, room.threads);
-  clear_between_groups(g, dw_dot);
 }
 
 }  // namespace

@@ -19,10 +19,7 @@ bool supported(const Shape& s) {
   const Geometry<float> g(s);
   if (s.groups < 1 || s.in % s.groups != 0 || s.out % s.groups != 0) return false;
   if (g.n < 1 || g.h < 1 || g.w < 1 || g.ph < 1 || g.pw < 1) return false;
-  if (s.pool == Pool::none) return true;
-  for (int i = 0; i < 2; ++i)
-    if (2 * s.pool_padding[i] > s.pool_kernel[i]) return false;
-  return s.pool_kernel[0] * s.pool_kernel[1] <= max_window;
+  return can_pool(s.pool);
 }
 
 template <class R>

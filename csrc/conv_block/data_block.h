@@ -21,7 +21,7 @@ constexpr std::int64_t max_patch = 32;  // covariances grow with its square
 template <class R>
 bool is_data_block(const Shape& s, const Geometry<R>& g) {
   return s.data && s.groups == 1 && s.norm == Norm::batch && is_piecewise(s.activation) &&
-         (s.activation != Activation::leaky_relu || s.slope >= 0) && s.pool == Pool::max && is_2x2(s) &&
+         (s.activation != Activation::leaky_relu || s.slope >= 0) && s.pool.kind == Pool::max && is_2x2(s.pool) &&
          s.stride[0] == 1 && s.stride[1] == 1 && g.panels() <= max_patch &&
          canvas_of_input(s, g).plane() >= width<R>;
 }
@@ -317,11 +317,13 @@ class DataBlock {
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
       for (int j = 0; j < many; ++j) {
-        const Mask<R> code = load_bytes<R>(saved_.codes + at + j * width<R>), position = code & splat_mask<R>(below_zero - 1);
+        const Mask<R> code = load_bytes<R>(saved_.codes + at + j * width<R>);
+        const Mask<R> position = code & splat_mask<R>(below_zero - 1);
         const R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
         V z_dot = load(pixels[0] + j * width<R>);
 #pragma GCC unroll 4
-        for (int i = 1; i < 4; ++i) z_dot = select<R>(position == splat_mask<R>(i), load(pixels[i] + j * width<R>), z_dot);
+        for (int i = 1; i < 4; ++i)
+          z_dot = select<R>(position == splat_mask<R>(i), load(pixels[i] + j * width<R>), z_dot);
         const V x = load(saved_.x + at + j * width<R>), x_dot = inverse[j] * (z_dot - mean[j] - x * spread[j]);
         store(dot.x_dot + at + j * width<R>, x_dot);
         store(t.y_dot + at + j * width<R>, slope(code) * (gamma[j] * x_dot + gamma_dot[j] * x + beta_dot[j]));

@@ -1,7 +1,7 @@
 // Sizes that follow from a shape, and the bump allocator that cuts buffers into pieces.
 #pragma once
 
-#include "../common/vectors.h"
+#include "../common/pool.h"
 #include "kernels.h"
 
 namespace fastmeta::conv_block {
@@ -10,47 +10,35 @@ namespace {
 // Input channels come in panels: a whole vector of them where the input is an image between operations, one channel
 // where it is a task's data. Rows of a packed weight are ordered by (block of channels, tap, channel within the block).
 template <class R>
-struct Geometry {
+struct Geometry : PooledImage {                    // the convolution's result
   std::int64_t n, in, out, groups, height, width;  // of the input
-  std::int64_t depth;                      // channels of a panel
-  std::int64_t ci, co;                     // channels, padded (ci: data are not)
-  std::int64_t blocks;                     // ci / depth
+  std::int64_t depth;                              // channels of a panel
+  std::int64_t ci;                                 // channels, padded (data are not)
+  std::int64_t blocks;                             // ci / depth
   std::int64_t taps;
-  std::int64_t h, w;    // of the convolution's result
-  std::int64_t ph, pw;  // of the pooled result
 
   explicit Geometry(const Shape& s)
-      : n(s.n),
+      : PooledImage(s.pool, extent(s, 0), extent(s, 1), padded<R>(s.out)),
+        n(s.n),
         in(s.in),
         out(s.out),
         groups(s.groups),
         height(s.height),
         width(s.width),
-        depth(s.data ? 1 : fastmeta::width<R>) {
-    ci = s.data ? in : padded<R>(in);
-    co = padded<R>(out);
-    blocks = ci / depth;
-    taps = s.kernel[0] * s.kernel[1];
-    std::int64_t* const size[] = {&h, &w, &ph, &pw};
-    for (int i = 0; i < 2; ++i) {
-      const std::int64_t whole = i == 0 ? height : width;
-      *size[i] = places(whole, s.dilation[i] * (s.kernel[i] - 1) + 1, s.stride[i], s.padding[i]);
-      *size[2 + i] = *size[i];
-      if (s.pool != Pool::none) *size[2 + i] = places(*size[i], s.pool_kernel[i], s.pool_stride[i], s.pool_padding[i]);
-    }
-  }
+        depth(s.data ? 1 : fastmeta::width<R>),
+        ci(s.data ? in : padded<R>(in)),
+        blocks(ci / depth),
+        taps(s.kernel[0] * s.kernel[1]) {}
 
-  // Of a window along an axis; none where it does not fit.
-  static std::int64_t places(std::int64_t size, std::int64_t window, std::int64_t stride, std::int64_t padding) {
-    const std::int64_t room = size + 2 * padding - window;
-    return room < 0 ? 0 : room / stride + 1;
+  // Of the result along an axis.
+  static std::int64_t extent(const Shape& s, int axis) {
+    const std::int64_t window = s.dilation[axis] * (s.kernel[axis] - 1) + 1;
+    return places(axis == 0 ? s.height : s.width, window, s.stride[axis], s.padding[axis]);
   }
 
   std::int64_t panels() const { return blocks * taps; }
   std::int64_t weight() const { return panels() * depth * co; }
   std::int64_t image() const { return height * width * ci; }  // of the input, in the layout between operations
-  std::int64_t result() const { return h * w * co; }          // one image of the convolution's result
-  std::int64_t pooled() const { return ph * pw * co; }
   std::int64_t count() const { return n * h * w; }  // values a channel is normalised over
 };
 

@@ -5,22 +5,23 @@
 
 #include "../common/curve_names.h"
 #include "../common/isa.h"
+#include "../common/pooling.h"
 #include "../executor/operation.h"
 
 namespace fastmeta::conv_block {
 
-enum class Norm : std::int32_t { none, batch };  // batch: statistics of this batch of one task
-enum class Pool : std::int32_t { none, max, average };
+// By statistics of this batch of one task, or by running ones, which are constants.
+enum class Norm : std::int32_t { none, batch, running };
 
-// Weights in order: weight [out, in / groups, kernel_h, kernel_w], bias [out], norm's weight [out], norm's bias [out].
+// Weights in order: weight [out, in / groups, kernel_h, kernel_w], bias [out]; the norm's weight, bias, running mean
+// and running variance, each [out], of which the last two are constants.
 struct Shape {
   std::int64_t n, in, height, width, out;  // images of one task
   std::int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
-  std::int64_t pool_kernel[2], pool_stride[2], pool_padding[2];
+  Pooling pool;
   double eps, slope;
   Norm norm;
   Activation activation;
-  Pool pool;
   bool bias, affine;
   bool data;  // the input is a task's data: [n, in, height, width], constant, without a gradient
 };

@@ -1,6 +1,7 @@
-// Normalisation by the statistics of a batch, and its derivatives, as coefficients per channel.
+// Normalisation by the statistics of a batch or by running ones, and its derivatives, as coefficients per channel.
 //
 // u = (z - mean) a + b feeds the activation; with a = gamma / s it is batch norm, with mean = 0 and a = 1 only a bias.
+// Running statistics do not take the convolution's bias away with the mean: it is taken from theirs.
 // All other maps are such affine forms too, so one set of loops serves both.
 #pragma once
 
@@ -69,7 +70,8 @@ template <class R>
 struct AffineTangent {
   R *mean_dot, *e, *f;
 };
-// dz = dv a + k0 + (z - mean) k1;  dz_dot = dv_dot a + dv a_dot + k0_dot + (z - mean) k1_dot + (z_dot - mean_dot) k2_dot
+// dz     = dv a + k0 + (z - mean) k1
+// dz_dot = dv_dot a + dv a_dot + k0_dot + (z - mean) k1_dot + (z_dot - mean_dot) k2_dot
 template <class R>
 struct Cotangent {
   R *k0, *k1;
@@ -108,27 +110,36 @@ void finish_statistics(const Shape& s, const Geometry<R>& g, const Statistics<R>
   }
 }
 
+template <class R>
+void running_statistics(const Shape& s, const Geometry<R>& g, const R* const* w, const Statistics<R>& st) {
+  for (std::int64_t c = 0; c < g.co; ++c) {
+    st.mean[c] = w[4][c] - (s.bias ? w[1][c] : R(0));
+    st.inverse[c] = c < g.out ? R(1) / square_root(w[5][c] + static_cast<R>(s.eps)) : R(0);
+  }
+}
+
 // `w` are the weights of the shape.
 template <class R>
-void coefficients(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const R* const* w, const Affine<R>& k) {
-  const bool batch = s.norm == Norm::batch;
+void coefficients(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const R* const* w,
+                  const Affine<R>& k) {
+  const bool normalises = s.norm != Norm::none;
   for (std::int64_t c = 0; c < g.co; ++c) {
     const R one = c < g.out ? R(1) : R(0);
-    k.mean[c] = batch ? st.mean[c] : R(0);
-    k.a[c] = batch ? st.inverse[c] * (s.affine ? w[2][c] : one) : one;
-    k.b[c] = batch ? (s.affine ? w[3][c] : R(0)) : (s.bias ? w[1][c] : R(0));
+    k.mean[c] = normalises ? st.mean[c] : R(0);
+    k.a[c] = normalises ? st.inverse[c] * (s.affine ? w[2][c] : one) : one;
+    k.b[c] = normalises ? (s.affine ? w[3][c] : R(0)) : (s.bias ? w[1][c] : R(0));
   }
 }
 
 template <class R>
 void coefficients_tangent(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const StatisticsDot<R>& dot,
                           const Affine<R>& k, const R* const* w_dot, const AffineTangent<R>& t) {
-  const bool batch = s.norm == Norm::batch;
+  const bool normalises = s.norm != Norm::none;
   for (std::int64_t c = 0; c < g.co; ++c) {
-    const R gamma_dot = batch && s.affine ? entry(w_dot[2], c, R(0)) : R(0);
-    t.mean_dot[c] = batch ? dot.mean[c] : R(0);
-    t.e[c] = batch ? st.inverse[c] * (gamma_dot - k.a[c] * dot.spread[c]) : R(0);
-    t.f[c] = batch ? (s.affine ? entry(w_dot[3], c, R(0)) : R(0)) : (s.bias ? entry(w_dot[1], c, R(0)) : R(0));
+    const R gamma_dot = normalises && s.affine ? entry(w_dot[2], c, R(0)) : R(0);
+    t.mean_dot[c] = normalises ? dot.mean[c] : R(0);
+    t.e[c] = normalises ? st.inverse[c] * (gamma_dot - k.a[c] * dot.spread[c]) : R(0);
+    t.f[c] = normalises ? (s.affine ? entry(w_dot[3], c, R(0)) : R(0)) : (s.bias ? entry(w_dot[1], c, R(0)) : R(0));
   }
 }
 
@@ -144,9 +155,9 @@ void coefficients_cotangent(const Shape& s, const Geometry<R>& g, const Statisti
 
 // db_dot and dg_dot are the tangents of db and dg. In e of `t` is already the tangent of a.
 template <class R>
-void coefficients_cotangent_dot(const Shape& s, const Geometry<R>& g, const Statistics<R>& st, const StatisticsDot<R>& dot,
-                                const Affine<R>& k, const AffineTangent<R>& t, const R* db_dot, const R* dg_dot,
-                                const CotangentDot<R>& d) {
+void coefficients_cotangent_dot(const Shape& s, const Geometry<R>& g, const Statistics<R>& st,
+                                const StatisticsDot<R>& dot, const Affine<R>& k, const AffineTangent<R>& t,
+                                const R* db_dot, const R* dg_dot, const CotangentDot<R>& d) {
   const bool batch = s.norm == Norm::batch;
   const R share = batch ? R(1) / static_cast<R>(g.count()) : R(0);
   for (std::int64_t c = 0; c < g.co; ++c) {

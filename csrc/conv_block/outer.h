@@ -70,7 +70,8 @@ void outer_of(std::int64_t n, const Outer<R>& o) {
 
 // All outputs of `rows` scattered rows; a and g are set for each few of them.
 template <class R>
-void outer_scattered(Outer<R> o, const R* base, const std::int64_t* offset, std::int64_t rows, R* g, std::int64_t channels) {
+void outer_scattered(Outer<R> o, const R* base, const std::int64_t* offset, std::int64_t rows, R* g,
+                     std::int64_t channels) {
   const R* const z = o.z;
   std::int64_t first = 0;
   for (std::int64_t left = ceil_divide(rows, max_outer); left > 0; --left) {

@@ -7,7 +7,6 @@
 
 #include "activation.h"
 #include "normalise.h"
-#include "pool.h"
 
 namespace fastmeta::conv_block {
 namespace {
@@ -42,8 +41,8 @@ struct Bands {
   const Geometry<R>& g;
   std::int64_t each, step;  // bands of an image; rows of z to one of y
 
-  Bands(const Shape& s, const Geometry<R>& geometry) : g(geometry), each(1), step(s.pool == Pool::none ? 1 : 2) {
-    if (s.pool != Pool::none && !is_2x2(s)) return;
+  Bands(const Shape& s, const Geometry<R>& geometry) : g(geometry), each(1), step(s.pool.kind == Pool::none ? 1 : 2) {
+    if (s.pool.kind != Pool::none && !is_2x2(s.pool)) return;
     each = maximum(1, minimum(g.ph, g.result() * static_cast<std::int64_t>(sizeof(R)) / band_bytes));
   }
 
@@ -64,7 +63,7 @@ struct Bands {
 template <class R, class A>
 struct Passes {
   typedef Vector<R> V;
-  static constexpr int limit = A::bends ? 1 : side_by_side<R>;  // long activations gain nothing from vectors side by side
+  static constexpr int limit = A::bends ? 1 : side_by_side<R>;  // long activations gain nothing from more
   const Shape& s;
   const Geometry<R>& g;  // of a band
   A act;
@@ -85,9 +84,32 @@ struct Passes {
       return (z_dot - mean_dot) * p.a + ((z - p.mean) * e + f);
     }
   };
-  FASTMETA_INLINE Point point(std::int64_t c) const { return {load(k.mean + c), load(k.a + c), load(k.b + c)}; }
-  FASTMETA_INLINE PointDot point_dot(std::int64_t c) const {
-    return {load(t.mean_dot + c), load(t.e + c), load(t.f + c)};
+  template <class T, int many>
+  struct Several {
+    T of[many];
+    FASTMETA_INLINE const T& operator[](int j) const { return of[j]; }
+  };
+  // Those of `many` vectors from c.
+  template <int many>
+  FASTMETA_INLINE Several<V, many> entries(const R* p, std::int64_t c) const {
+    Several<V, many> v;
+#pragma GCC unroll 4
+    for (int j = 0; j < many; ++j) v.of[j] = load(p + c + j * width<R>);
+    return v;
+  }
+  template <int many>
+  FASTMETA_INLINE Several<Point, many> points(std::int64_t c) const {
+    Several<Point, many> p;
+#pragma GCC unroll 4
+    for (int j = 0; j < many; ++j, c += width<R>) p.of[j] = {load(k.mean + c), load(k.a + c), load(k.b + c)};
+    return p;
+  }
+  template <int many>
+  FASTMETA_INLINE Several<PointDot, many> point_dots(std::int64_t c) const {
+    Several<PointDot, many> p;
+#pragma GCC unroll 4
+    for (int j = 0; j < many; ++j, c += width<R>) p.of[j] = {load(t.mean_dot + c), load(t.e + c), load(t.f + c)};
+    return p;
   }
 
   // visit(j, offset of the pixel and vector) for every pixel and the j-th of `many` vectors from `c`; end after each
@@ -107,54 +129,44 @@ struct Passes {
     for_each<many>(c, visit, [] {});
   }
 
-  // An activation that is not zero at zero would fill the padding.
-  void clear_padding(R* y) const {
-    if (s.activation != Activation::sigmoid) return;
-    for (std::int64_t at = 0; at < g.pooled(); at += g.co)
-      for (std::int64_t c = g.out; c < g.co; ++c) y[at + c] = 0;
-  }
-
   void forward(const R* z, R* y, std::uint8_t* codes) const {
-    for_window(s, [&](const auto& win) {
+    for_window(s.pool, [&](const auto& win) {
       typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
-        Point p[m];
-        for (int j = 0; j < m; ++j) p[j] = point(c + j * width<R>);
+        const auto p = points<m>(c);
         [[maybe_unused]] const auto value = [&](int j, std::int64_t at) {
           return act.value(p[j].u(load(z + c + at + j * width<R>)));
         };
         if constexpr (!W::pools) {
           for_each<m>(c, [&](int j, std::int64_t at) { store(y + at, act.value(p[j].u(load(z + at)))); });
-        } else if (s.pool == Pool::max) {
+        } else if (s.pool.kind == Pool::max) {
           pool_maximum<m>(win, g, y + c, codes + c, value);
         } else {
           pool_average<m>(win, g, y + c, value);
         }
       });
     });
-    clear_padding(y);
+    clear_padding(s.activation, y, g.ph * g.pw, g.out, g.co);
   }
 
   void tangent(const R* z, const R* z_dot, const std::uint8_t* codes, R* y_dot) const {
-    for_window(s, [&](const auto& win) {
+    for_window(s.pool, [&](const auto& win) {
       typedef typename Referred<decltype(win)>::type W;
       in_blocks<R, W::disjoint ? limit : 1>(g.co, [&](auto many, std::int64_t c) {
         constexpr int m = decltype(many)::value;
-        Point p[m];
-        PointDot d[m];
-        for (int j = 0; j < m; ++j) {
-          p[j] = point(c + j * width<R>);
-          d[j] = point_dot(c + j * width<R>);
-        }
+        const auto p = points<m>(c);
+        const auto d = point_dots<m>(c);
         const auto slope_times = [&](int j, V x, V x_dot) { return act.slope(p[j].u(x)) * d[j].u_dot(p[j], x, x_dot); };
         [[maybe_unused]] const auto value = [&](int j, std::int64_t at) {
           at += c + j * width<R>;
           return slope_times(j, load(z + at), load(z_dot + at));
         };
         if constexpr (!W::pools) {
-          for_each<m>(c, [&](int j, std::int64_t at) { store(y_dot + at, slope_times(j, load(z + at), load(z_dot + at))); });
-        } else if (s.pool == Pool::max) {
+          for_each<m>(c, [&](int j, std::int64_t at) {
+            store(y_dot + at, slope_times(j, load(z + at), load(z_dot + at)));
+          });
+        } else if (s.pool.kind == Pool::max) {
           pool_remembered<m>(win, g, codes + c, y_dot + c, value);
         } else {
           pool_average<m>(win, g, y_dot + c, value);
@@ -168,8 +180,7 @@ struct Passes {
     in_blocks<R>(g.co, [&](auto many, std::int64_t c) {
       constexpr int m = decltype(many)::value;
       Sums<m> sums(sum + c, product + c);
-      V mean[m];
-      for (int j = 0; j < m; ++j) mean[j] = load(k.mean + c + j * width<R>);
+      const auto mean = entries<m>(k.mean, c);
       for_each<m>(c, [&](int j, std::int64_t at) {
         const V d = load(z_dot + at);
         sums.add(j, d, d * (load(z + at) - mean[j]));
@@ -182,8 +193,7 @@ struct Passes {
     for_each_cotangent<false>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
       Sums<m> sums(sum + c, product + c);
-      Point p[m];
-      for (int j = 0; j < m; ++j) p[j] = point(c + j * width<R>);
+      const auto p = points<m>(c);
       visit_all([&](int j, std::int64_t at, V du, V) {
         const V x = load(z + at), dv = act.slope(p[j].u(x)) * du;
         sums.add(j, dv, dv * (x - p[j].mean));
@@ -194,13 +204,8 @@ struct Passes {
   void backward(const Cotangents<R>& from, const Cotangent<R>& d, const R* z, R* dz) const {
     for_each_cotangent<true>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
-      Point p[m];
-      V k0[m], k1[m];
-      for (int j = 0; j < m; ++j) {
-        p[j] = point(c + j * width<R>);
-        k0[j] = load(d.k0 + c + j * width<R>);
-        k1[j] = load(d.k1 + c + j * width<R>);
-      }
+      const auto p = points<m>(c);
+      const auto k0 = entries<m>(d.k0, c), k1 = entries<m>(d.k1, c);
       visit_all([&](int j, std::int64_t at, V du, V) {
         const V x = load(z + at), dv = act.slope(p[j].u(x)) * du;
         store(dz + at, dv * p[j].a + (k0[j] + (x - p[j].mean) * k1[j]));
@@ -216,16 +221,13 @@ struct Passes {
   }
 
   // Sums of dv_dot, and of dv_dot times (z - mean) with dv times (z_dot - mean_dot).
-  void sums_tangent_backward(const Cotangents<R>& from, const R* z, const R* z_dot, double* sum, double* product) const {
+  void sums_tangent_backward(const Cotangents<R>& from, const R* z, const R* z_dot, double* sum,
+                             double* product) const {
     for_each_cotangent<false>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
       Sums<m> sums(sum + c, product + c);
-      Point p[m];
-      PointDot q[m];
-      for (int j = 0; j < m; ++j) {
-        p[j] = point(c + j * width<R>);
-        q[j] = point_dot(c + j * width<R>);
-      }
+      const auto p = points<m>(c);
+      const auto q = point_dots<m>(c);
       visit_all([&](int j, std::int64_t at, V du, V du_dot) {
         const V x = load(z + at), x_dot = load(z_dot + at);
         const V v_dot = dv_dot(p[j], q[j], x, x_dot, du, du_dot);
@@ -238,12 +240,8 @@ struct Passes {
                         const R* z_dot, R* dz, R* dz_dot) const {
     for_each_cotangent<true>(from, [&](auto many, std::int64_t c, auto visit_all) {
       constexpr int m = decltype(many)::value;
-      Point p[m];
-      PointDot q[m];
-      for (int j = 0; j < m; ++j) {
-        p[j] = point(c + j * width<R>);
-        q[j] = point_dot(c + j * width<R>);
-      }
+      const auto p = points<m>(c);
+      const auto q = point_dots<m>(c);
       visit_all([&](int j, std::int64_t at, V du, V du_dot) {
         const std::int64_t cj = c + j * width<R>;
         const V x = load(z + at), x_dot = load(z_dot + at);
@@ -281,11 +279,11 @@ struct Passes {
   // called after each row. Pixels under no window, where du is zero, are visited if `all`.
   template <bool all, class Body>
   FASTMETA_INLINE void for_each_cotangent(const Cotangents<R>& from, Body body) const {
-    const bool windows = s.pool != Pool::none && is_2x2(s), dots = from.dy_dot != nullptr;
+    const bool windows = s.pool.kind != Pool::none && is_2x2(s.pool), dots = from.dy_dot != nullptr;
     const R *du = from.dy, *du_dot = from.dy_dot;
-    if (s.pool != Pool::none && !windows) {
-      unpool(window_of(s), g, from.dy, from.codes, from.memory);
-      if (dots) unpool(window_of(s), g, from.dy_dot, from.codes, from.memory_dot);
+    if (s.pool.kind != Pool::none && !windows) {
+      unpool(Window{s.pool}, g, from.dy, from.codes, from.memory);
+      if (dots) unpool(Window{s.pool}, g, from.dy_dot, from.codes, from.memory_dot);
       du = from.memory;
       du_dot = from.memory_dot;
     }
@@ -293,12 +291,14 @@ struct Passes {
       constexpr int m = decltype(many)::value;
       if (windows) {
         body(many, c, [&](auto visit, auto end) {
-          unpool_2x2<m, all>(g, from.dy + c, dots ? from.dy_dot + c : nullptr, from.codes == nullptr ? nullptr : from.codes + c,
-                             [&](int j, std::int64_t at, V d, V d_dot) { visit(j, c + at + j * width<R>, d, d_dot); }, end);
+          unpool_2x2<m, all>(
+              g, from.dy + c, dots ? from.dy_dot + c : nullptr, from.codes == nullptr ? nullptr : from.codes + c,
+              [&](int j, std::int64_t at, V d, V d_dot) { visit(j, c + at + j * width<R>, d, d_dot); }, end);
         });
       } else {
         body(many, c, [&](auto visit, auto end) {
-          for_each<m>(c, [&](int j, std::int64_t at) { visit(j, at, load(du + at), dots ? load(du_dot + at) : V{}); }, end);
+          for_each<m>(
+              c, [&](int j, std::int64_t at) { visit(j, at, load(du + at), dots ? load(du_dot + at) : V{}); }, end);
         });
       }
     });

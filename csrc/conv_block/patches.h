@@ -11,7 +11,7 @@ namespace {
 
 constexpr int patch_tile = vector_registers == 32 ? 4 : 3;           // rows of a weight taken against as many others
 constexpr int patch_sums = patch_tile * patch_tile + patch_tile;     // products, and the sums of the first ones
-constexpr std::int64_t patch_terms = 48;  // single-precision terms of a running sum before it goes on in double precision
+constexpr std::int64_t patch_terms = 48;  // of a running sum before it goes on in double precision
 
 template <class R>
 class Patches {
@@ -75,7 +75,8 @@ class Patches {
           for (int b = 0; b < patch_tile; ++b) {
             const std::int64_t column = j * patch_tile + b;
             if (column >= rows_) continue;
-            covariance[row * rows_ + column] = covariance[column * rows_ + row] = total(sums, a * patch_tile + b) * share;
+            const double value = total(sums, a * patch_tile + b) * share;
+            covariance[row * rows_ + column] = covariance[column * rows_ + row] = value;
           }
         }
     for (std::int64_t a = 0; a < rows_; ++a)

@@ -102,7 +102,8 @@ struct Ahead {
   }
 
   FASTMETA_INLINE void ask(int part, int parts) const {
-    for (std::int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) FASTMETA_PREFETCH_READ(first + i * line);
+    for (std::int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
+      FASTMETA_PREFETCH_READ(first + i * line);
   }
 };
 

@@ -12,6 +12,7 @@ void weight_sizes(const Shape& s, const Geometry<R>& g, std::int64_t* sizes) {
   sizes[0] = g.weight();
   sizes[1] = s.bias ? g.co : 0;
   sizes[2] = sizes[3] = s.affine ? g.co : 0;
+  sizes[4] = sizes[5] = s.norm == Norm::running ? g.co : 0;
 }
 
 template <class R>

@@ -120,6 +120,7 @@ void describe_norm(const py::dict& d, Operation& operation) {
   shape->slope = get<double>(d, "slope");
   shape->weight = operation.w[0] != absent;
   shape->bias = operation.w[1] != absent;
+  shape->running = operation.w[2] != absent;
   operation.shape = shape;
   operation.f32 = [](Isa isa) { return norm::table_of(isa).f32; };
   operation.f64 = [](Isa isa) { return norm::table_of(isa).f64; };
@@ -131,26 +132,23 @@ void pair_of(const py::dict& d, const char* key, std::int64_t (&out)[2]) {
   out[1] = columns;
 }
 
-void read_pool(const py::dict& d, conv_block::Shape& shape) {
-  static const std::map<std::string, conv_block::Pool> pools{{"none", conv_block::Pool::none},
-                                                             {"max", conv_block::Pool::max},
-                                                             {"average", conv_block::Pool::average}};
-  shape.pool = pools.at(get<std::string>(d, "pool"));
-  pair_of(d, "pool_kernel", shape.pool_kernel);
-  pair_of(d, "pool_stride", shape.pool_stride);
-  pair_of(d, "pool_padding", shape.pool_padding);
+Pooling pooling_of(const py::dict& d) {
+  static const std::map<std::string, Pool> kinds{{"none", Pool::none}, {"max", Pool::max}, {"average", Pool::average}};
+  Pooling pool{};
+  pool.kind = kinds.at(get<std::string>(d, "pool"));
+  pair_of(d, "pool_kernel", pool.kernel);
+  pair_of(d, "pool_stride", pool.stride);
+  pair_of(d, "pool_padding", pool.padding);
+  return pool;
 }
 
 void describe_pool(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<pool::Shape>();
-  *shape = {};
   shape->n = get<std::int64_t>(d, "n");
-  shape->in = shape->out = get<std::int64_t>(d, "channels");
+  shape->channels = get<std::int64_t>(d, "channels");
   shape->height = get<std::int64_t>(d, "height");
   shape->width = get<std::int64_t>(d, "width");
-  shape->groups = 1;
-  for (int i = 0; i < 2; ++i) shape->kernel[i] = shape->stride[i] = shape->dilation[i] = 1;
-  read_pool(d, *shape);
+  shape->pool = pooling_of(d);
   if (!pool::table_of(isa_in_use()).supported(*shape))
     throw std::invalid_argument("pool: these windows have no native kernel");
   operation.shape = shape;
@@ -159,8 +157,9 @@ void describe_pool(const py::dict& d, Operation& operation) {
 }
 
 void describe_conv(const py::dict& d, Operation& operation) {
-  static const std::map<std::string, conv_block::Norm> norms{{"none", conv_block::Norm::none},
-                                                             {"batch", conv_block::Norm::batch}};
+  using conv_block::Norm;
+  static const std::map<std::string, Norm> norms{
+      {"none", Norm::none}, {"batch", Norm::batch}, {"running", Norm::running}};
   auto shape = std::make_shared<conv_block::Shape>();
   shape->n = get<std::int64_t>(d, "n");
   shape->in = get<std::int64_t>(d, "in");
@@ -172,7 +171,7 @@ void describe_conv(const py::dict& d, Operation& operation) {
   pair_of(d, "padding", shape->padding);
   pair_of(d, "dilation", shape->dilation);
   shape->groups = get<std::int64_t>(d, "groups");
-  read_pool(d, *shape);
+  shape->pool = pooling_of(d);
   shape->eps = get<double>(d, "eps");
   shape->slope = get<double>(d, "slope");
   shape->norm = norms.at(get<std::string>(d, "norm"));
@@ -190,8 +189,9 @@ void describe_conv(const py::dict& d, Operation& operation) {
 Operation operation_of(const py::dict& d) {
   Operation operation;
   int i = 0;
-  for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x")) operation.x[i++] = {is_data, index};
-  i = 0;
+  for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x"))
+    operation.x[i++] = {is_data, index};
+  i = 0;  // the last ones may be left out
   for (const int w : get<std::vector<int>>(d, "w")) operation.w[i++] = w;
   operation.target = get<int>(d, "target");
   operation.y = get<int>(d, "y");
@@ -270,8 +270,9 @@ void bind_type(py::module_& m, const char* name) {
                      bool rate_per_step, bool rate_per_parameter, const std::vector<Address>& parameters,
                      const std::vector<std::pair<Address, std::int64_t>>& support,
                      const std::vector<std::pair<Address, std::int64_t>>& query, bool gradient, Address d_losses,
-                     const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses, Address support_losses,
-                     Address outputs, std::int64_t output_rows, std::int64_t output_columns, int threads) {
+                     const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses,
+                     Address support_losses, Address outputs, std::int64_t output_rows, std::int64_t output_columns,
+                     int threads) {
         const Request<R> request{tasks,
                                  steps,
                                  first_order,

@@ -52,7 +52,6 @@ struct MetaGradient<R>::Layout {
   std::int64_t tape, tape_step, query_tape;
   std::int64_t tangent, scratch;
   std::int64_t total;
-  std::int64_t threads;
 };
 
 template <class R>
@@ -76,6 +75,7 @@ struct MetaGradient<R>::Workspace : Memory {
 
   const R* theta = nullptr;
   Kind kind{};
+  int within = 0;
   Layout at{};
   std::vector<Calls<R>> support;         // one a step
   std::vector<TangentCalls<R>> tangents;  // one a step
@@ -167,7 +167,6 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind, int w
   at.tape = take(support_.tape(), second_order ? kind.steps : std::min<std::int64_t>(kind.steps, 1));
   at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
   at.scratch = take(std::max(support_.scratch(within), query_.scratch(within)), 1);
-  at.threads = within;
   return at;
 }
 
@@ -196,8 +195,8 @@ void MetaGradient<R>::check(const Request<R>& request) const {
         if ((labels[i] < 0 || labels[i] >= loss.classes) && labels[i] != loss.ignored)
           throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(loss.classes) +
                                       "), got " + std::to_string(labels[i]) +
-                                      "; relabel each task's classes from 0, or mark rows to leave out with ignore_index=" +
-                                      std::to_string(loss.ignored));
+                                      "; relabel each task's classes from 0, or mark rows to leave out with " +
+                                      "ignore_index=" + std::to_string(loss.ignored));
     }
   }
 }
@@ -288,14 +287,13 @@ void MetaGradient<R>::write_rates(const Request<R>& request, R* rates) const {
 
 template <class R>
 void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const {
+  if (workspace.theta == theta && workspace.kind == kind && workspace.within == within) return;
   const Layout at = layout(kind, within);
-  if (workspace.theta == theta && workspace.kind.steps == kind.steps &&
-      std::memcmp(&workspace.at, &at, sizeof at) == 0)
-    return;
   R* memory = workspace.data;
   std::memset(memory, 0, sizeof(R) * workspace.size);  // another layout may have left something in the gaps
   workspace.theta = theta;
   workspace.kind = kind;
+  workspace.within = within;
   workspace.at = at;
   workspace.support.clear();
   workspace.tangents.clear();

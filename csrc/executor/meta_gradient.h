@@ -36,6 +36,11 @@ struct Request {
 struct Kind {
   std::int64_t steps;
   bool second_order, learned, rate_per_parameter;  // learned: gradients to alpha are wanted
+
+  bool operator==(const Kind& other) const {
+    return steps == other.steps && second_order == other.second_order && learned == other.learned &&
+           rate_per_parameter == other.rate_per_parameter;
+  }
 };
 
 // How the threads are shared out.

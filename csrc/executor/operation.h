@@ -9,7 +9,8 @@
 //
 // Fast weights lie packed, in whatever layout the operation likes best, for the whole inner loop: the executor packs
 // the shared weights once a meta-step, updates packed weights with packed gradients, and unpacks the meta-gradient
-// once. Padding of packed weights is zero, and so must be the padding of their gradients.
+// once. Padding of packed weights is zero, and so must be the padding of their gradients. Buffers, such as running
+// statistics, are weights that neither vary nor get a gradient.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +18,12 @@
 namespace fastmeta::executor {
 
 constexpr int max_inputs = 2;
-constexpr int max_weights = 4;
+constexpr int max_weights = 6;
 
 // Numbers of elements.
 struct Sizes {
   std::int64_t y;                     // the result
-  std::int64_t saved;                 // what forward and backward leave for each other and for the tangents, kept a step
+  std::int64_t saved;                 // what forward and backward leave for each other and the tangents, kept a step
   std::int64_t saved_dot;             // what tangent leaves for tangent_backward
   std::int64_t scratch;               // of any one map
   std::int64_t thread_scratch;        // beside, behind it, for each thread; 0 where the maps run on one thread

@@ -70,7 +70,9 @@ class Plan {
 
   // The value that the caller may ask for, rows that lie output_row apart.
   const R* output(const R* tape) const { return tape + slots_[program_.output].y; }
-  std::int64_t output_row(std::int64_t columns) const { return columns + (row_unit_ - columns % row_unit_) % row_unit_; }
+  std::int64_t output_row(std::int64_t columns) const {
+    return columns + (row_unit_ - columns % row_unit_) % row_unit_;
+  }
 
  private:
   // Of a value: where it and its cotangent lie on the tape, and their derivatives beside.

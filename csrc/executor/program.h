@@ -24,14 +24,14 @@ struct Operation {
   Maps<double> (*f64)(Isa);
   Source x[max_inputs];
   int target = absent;  // data tensor, for losses
-  int w[max_weights] = {absent, absent, absent, absent};
+  int w[max_weights] = {absent, absent, absent, absent, absent, absent};
   int y = absent;  // value
   // Of a loss of labels: `label_rows` of them, each in [0, classes) or `ignored`.
   std::int64_t classes = 0, label_rows = 0, ignored = 0;
 };
 
 // In execution order; the last operation is the loss. Parameters are numbered: first those that adapt, then those that
-// get a gradient all the same, then the others.
+// get a gradient all the same, then the others and the buffers.
 struct Program {
   std::vector<Operation> operations;
   int values = 0;

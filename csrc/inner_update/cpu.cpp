@@ -106,6 +106,7 @@ void columns(const AdjointArgs<R>& a, std::int64_t first, std::int64_t last) {
 
 }  // namespace
 
-extern const Table table{{step<float>, adjoint<float>, columns<float>}, {step<double>, adjoint<double>, columns<double>}};
+extern const Table table{{step<float>, adjoint<float>, columns<float>},
+                         {step<double>, adjoint<double>, columns<double>}};
 
 }  // namespace fastmeta::inner_update::FASTMETA_ISA

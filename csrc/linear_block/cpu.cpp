@@ -160,9 +160,7 @@ void forward(const void* shape, const Primal<R>& p, R*) {
       store(y + i, curve.value(z, slope));
     }
   });
-  if (l.s.activation != Activation::sigmoid) return;
-  for (std::int64_t i = 0; i < l.s.n; ++i)  // the one curve whose value at 0, the padding's, is not 0
-    for (std::int64_t j = l.s.out; j < l.out; ++j) p.y[i * l.out + j] = 0;
+  clear_padding(l.s.activation, p.y, l.s.n, l.s.out, l.out);
 }
 
 template <class R>

@@ -11,6 +11,7 @@
 //   u_dot  = (z_dot - mean_dot) a + (z - mean) e + bias_dot                 e = r (weight_dot - a t)
 //   dz     = du a - r m - (z - mean) r r n
 //   dz_dot = du_dot a + du e + r (t r m - m_dot) + (z - mean) r r (2 t r n - n_dot) - (z_dot - mean_dot) r r n
+// Running statistics are constants: t, m, n and their tangents are zero.
 // u, and with it the activation's slope, is computed again wherever it is wanted: reading it would take as long.
 
 namespace fastmeta::norm::FASTMETA_ISA {
@@ -81,6 +82,7 @@ Sizes sizes(const void* shape) {
   sizes.scratch = Scratch<R>::elements(l);
   sizes.weights[0] = l.s.weight ? l.co : 0;
   sizes.weights[1] = l.s.bias ? l.co : 0;
+  sizes.weights[2] = sizes.weights[3] = l.s.running ? l.co : 0;
   return sizes;
 }
 
@@ -102,6 +104,32 @@ void store_totals(const Scratch<R>& k, R* const* dw) {
     for (std::int64_t c = 0; dw[i] != nullptr && c < k.l.co; ++c) dw[i][c] = static_cast<R>(k.totals[i][c]);
 }
 
+template <class R>
+void find_statistics(const Layout<R>& l, const R* z, const Scratch<R>& k, const Saved<R>& saved) {
+  k.template sum_pixels<1>([&](std::int64_t) {
+    return [&](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; };
+  });
+  k.by_group(saved.mean(), k.mean, [&](auto at) { return at(k.sums[0]); },
+             [&](double total, std::int64_t) { return total * l.share; });
+  k.template sum_pixels<1>([&](std::int64_t c) {
+    return [&, mean = load(k.mean + c)](std::int64_t at) {
+      const Vector<R> centred = load(z + at) - mean;
+      return Terms<R, 1>{{centred * centred}};
+    };
+  });
+  k.by_group(saved.inverse(), k.inverse, [&](auto at) { return at(k.sums[0]); },
+             [&](double total, std::int64_t) { return 1 / square_root(total * l.share + l.s.eps); });
+}
+
+template <class R>
+void take_statistics(const Layout<R>& l, const R* mean, const R* variance, const Scratch<R>& k, const Saved<R>& saved) {
+  for (std::int64_t c = 0; c < l.s.channels; ++c) {
+    saved.mean()[c] = k.mean[c] = mean[c];
+    saved.inverse()[c] = k.inverse[c] =
+        static_cast<R>(1 / square_root(static_cast<double>(variance[c]) + l.s.eps));
+  }
+}
+
 template <class R, class C>
 void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
   const Scratch<R> k(l, scratch);
@@ -110,27 +138,17 @@ void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
     const R* z = p.x[0] + i * l.size;
     R* y = p.y + i * l.size;
     const Saved<R> saved(l, p.saved, i);
-    k.template sum_pixels<1>([&](std::int64_t) {
-      return [&](std::int64_t at) { return Terms<R, 1>{{load(z + at)}}; };
-    });
-    k.by_group(saved.mean(), k.mean, [&](auto at) { return at(k.sums[0]); },
-               [&](double total, std::int64_t) { return total * l.share; });
-    k.template sum_pixels<1>([&](std::int64_t c) {
-      return [&, mean = load(k.mean + c)](std::int64_t at) {
-        const Vector<R> centred = load(z + at) - mean;
-        return Terms<R, 1>{{centred * centred}};
-      };
-    });
-    k.by_group(saved.inverse(), k.inverse, [&](auto at) { return at(k.sums[0]); },
-               [&](double total, std::int64_t) { return 1 / square_root(total * l.share + l.s.eps); });
+    if (l.s.running) {
+      take_statistics(l, p.w[2], p.w[3], k, saved);
+    } else {
+      find_statistics(l, z, k, saved);
+    }
     for_pixels(l, [&](std::int64_t c) {
       return [&, point = Point<R>(k, l.s, p, c)](std::int64_t at) {
         store(y + at, curve.value(point.u(load(z + at)), slope));
       };
     });
-    if (l.s.activation != Activation::sigmoid) continue;
-    for (std::int64_t q = 0; q < l.s.pixels; ++q)  // the one curve whose value at 0, the padding's, is not 0
-      for (std::int64_t c = l.s.channels; c < l.co; ++c) y[q * l.co + c] = 0;
+    clear_padding(l.s.activation, y, l.s.pixels, l.s.channels, l.co);
   }
 }
 
@@ -188,12 +206,13 @@ void tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scr
     const SavedDot<R> dot(l, t.saved_dot, i);
     k.spread(saved.mean(), k.mean);
     k.spread(saved.inverse(), k.inverse);
-    k.template sum_pixels<2>([&](std::int64_t c) {
-      return [&, mean = load(k.mean + c)](std::int64_t at) {
-        const Vector<R> d = load_or_zero(z_dot, at);
-        return Terms<R, 2>{{d, d * (load(z + at) - mean)}};
-      };
-    });
+    if (!l.s.running)
+      k.template sum_pixels<2>([&](std::int64_t c) {
+        return [&, mean = load(k.mean + c)](std::int64_t at) {
+          const Vector<R> d = load_or_zero(z_dot, at);
+          return Terms<R, 2>{{d, d * (load(z + at) - mean)}};
+        };
+      });
     k.by_group(dot.mean(), k.mean_dot, [&](auto at) { return at(k.sums[0]); },
                [&](double total, std::int64_t) { return total * l.share; });
     k.by_group(dot.spread(), k.spread_dot, [&](auto at) { return at(k.sums[1]); },

@@ -11,14 +11,14 @@ template <class R>
 struct Layout {
   const Shape& s;
   std::int64_t co, size, per;  // padded channels; elements of a sample; channels of a group
-  double share;                // 1 / values of a group
+  double share;                // 1 / values of a group; 0 where statistics do not depend on them
 
   explicit Layout(const void* shape)
       : s(*static_cast<const Shape*>(shape)),
         co(padded<R>(s.channels)),
         size(s.pixels * co),
         per(s.channels / s.groups),
-        share(1 / static_cast<double>(per * s.pixels)) {}
+        share(s.running ? 0 : 1 / static_cast<double>(per * s.pixels)) {}
 };
 
 // Numbers by group, of all samples, one kind after the other.

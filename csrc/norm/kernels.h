@@ -2,7 +2,7 @@
 //
 // Statistics are of each sample and group of neighbouring channels, over their pixels. Layer norm of rows has one group
 // and one pixel, instance norm as many groups as channels; batch norm is instance norm of a single sample whose pixels
-// are those of all images.
+// are those of all images. In evaluation mode its statistics are constants, those that ran along with the training.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,14 @@
 
 namespace fastmeta::norm {
 
-// Weights in order: weight [channels], bias [channels].
+// Weights in order: weight, bias, running mean and running variance, each [channels]; the last two are constants.
 struct Shape {
   std::int64_t samples, pixels, channels, groups;
   double eps;
   Activation activation;
   double slope;  // of leaky_relu below 0
   bool weight, bias;
+  bool running;  // statistics are the running ones; one sample, as many groups as channels
 };
 
 struct Table {

@@ -52,9 +52,7 @@ void forward(const void* shape, const Primal<R>& p, R*) {
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>) store(p.y + i, curve.value(l.sum_at(p.x, i), l.slope));
   });
-  if (l.s.activation != Activation::sigmoid) return;
-  for (std::int64_t i = 0; i < l.s.rows; ++i)  // the one curve whose value at 0, the padding's, is not 0
-    for (std::int64_t j = l.s.features; j < l.row; ++j) p.y[i * l.row + j] = 0;
+  clear_padding(l.s.activation, p.y, l.s.rows, l.s.features, l.row);
 }
 
 template <class R>

@@ -1,4 +1,4 @@
-#include "../conv_block/pool.h"
+#include "../common/pool.h"
 #include "kernels.h"
 
 #ifndef FASTMETA_ISA
@@ -10,30 +10,30 @@
 namespace fastmeta::pool::FASTMETA_ISA {
 namespace {
 
-using conv_block::Geometry;
-using conv_block::Pool;
 using executor::Primal;
 using executor::Sizes;
 using executor::Tangent;
 
+template <class R>
+PooledImage image_of(const Shape& s) {
+  return PooledImage(s.pool, s.height, s.width, padded<R>(s.channels));
+}
+
 bool supported(const Shape& s) {
-  const Geometry<float> g(s);
-  if (g.n < 1 || g.ph < 1 || g.pw < 1) return false;
-  for (int i = 0; i < 2; ++i)
-    if (2 * s.pool_padding[i] > s.pool_kernel[i]) return false;
-  return s.pool == Pool::average || s.pool_kernel[0] * s.pool_kernel[1] <= conv_block::max_window;
+  const PooledImage g = image_of<float>(s);
+  return s.n > 0 && g.ph > 0 && g.pw > 0 && can_pool(s.pool);
 }
 
 template <class R>
 struct Images {
   const Shape& s;
-  Geometry<R> g;
+  const PooledImage g;
   std::uint8_t* codes;  // null where the pool is no maximum
 
   Images(const void* shape, R* saved)
       : s(*static_cast<const Shape*>(shape)),
-        g(s),
-        codes(s.pool == Pool::max ? reinterpret_cast<std::uint8_t*>(saved) : nullptr) {}
+        g(image_of<R>(s)),
+        codes(s.pool.kind == Pool::max ? reinterpret_cast<std::uint8_t*>(saved) : nullptr) {}
 
   std::uint8_t* codes_of(std::int64_t image) const { return codes == nullptr ? nullptr : codes + image * g.pooled(); }
 
@@ -41,20 +41,20 @@ struct Images {
   template <class Use>
   void for_each(const R* x, R* y, Use use) const {
     const auto with = [&](const auto& window) {
-      for (std::int64_t i = 0; i < g.n; ++i)
+      for (std::int64_t i = 0; i < s.n; ++i)
         for (std::int64_t c = 0; c < g.co; c += width<R>)
           use(window, x + i * g.result() + c, y + i * g.pooled() + c, codes == nullptr ? nullptr : codes_of(i) + c);
     };
-    if (conv_block::is_2x2(s)) {
-      with(conv_block::Window2x2{});
+    if (is_2x2(s.pool)) {
+      with(Window2x2{});
     } else {
-      with(conv_block::window_of(s));
+      with(Window{s.pool});
     }
   }
 
   void back(const R* dy, R* dx) const {
-    for (std::int64_t i = 0; i < g.n; ++i)
-      unpool(conv_block::window_of(s), g, dy + i * g.pooled(), codes_of(i), dx + i * g.result());
+    for (std::int64_t i = 0; i < s.n; ++i)
+      unpool(Window{s.pool}, g, dy + i * g.pooled(), codes_of(i), dx + i * g.result());
   }
 };
 
@@ -62,9 +62,9 @@ template <class R>
 Sizes sizes(const void* shape) {
   const Images<R> images(shape, nullptr);
   Sizes sizes{};
-  sizes.y = images.g.n * images.g.pooled();
+  sizes.y = images.s.n * images.g.pooled();
   sizes.rereads_x = sizes.rereads_y = false;
-  if (images.s.pool == Pool::max) sizes.saved = ceil_divide(sizes.y, static_cast<std::int64_t>(sizeof(R)));
+  if (images.s.pool.kind == Pool::max) sizes.saved = ceil_divide(sizes.y, static_cast<std::int64_t>(sizeof(R)));
   return sizes;
 }
 
@@ -73,10 +73,10 @@ void forward(const void* shape, const Primal<R>& p, R*) {
   const Images<R> images(shape, p.saved);
   images.for_each(p.x[0], p.y, [&](const auto& window, const R* x, R* y, std::uint8_t* codes) {
     const auto value = [=](int, std::int64_t at) { return load(x + at); };
-    if (images.s.pool == Pool::max) {
-      conv_block::pool_maximum<1>(window, images.g, y, codes, value);
+    if (images.s.pool.kind == Pool::max) {
+      pool_maximum<1>(window, images.g, y, codes, value);
     } else {
-      conv_block::pool_average<1>(window, images.g, y, value);
+      pool_average<1>(window, images.g, y, value);
     }
   });
 }
@@ -91,10 +91,10 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
   const Images<R> images(shape, p.saved);
   images.for_each(t.x_dot[0], t.y_dot, [&](const auto& window, const R* x, R* y, const std::uint8_t* codes) {
     const auto value = [=](int, std::int64_t at) { return load(x + at); };
-    if (images.s.pool == Pool::max) {
-      conv_block::pool_remembered<1>(window, images.g, codes, y, value);
+    if (images.s.pool.kind == Pool::max) {
+      pool_remembered<1>(window, images.g, codes, y, value);
     } else {
-      conv_block::pool_average<1>(window, images.g, y, value);
+      pool_average<1>(window, images.g, y, value);
     }
   });
 }

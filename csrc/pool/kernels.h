@@ -1,15 +1,18 @@
 // Pooling of images that no convolution takes along.
 #pragma once
 
+#include <cstdint>
+
 #include "../common/isa.h"
-#include "../conv_block/kernels.h"
+#include "../common/pooling.h"
 #include "../executor/operation.h"
 
 namespace fastmeta::pool {
 
-// A convolutional block's pooling (with `pool` other than none) of its `n` images of `out` channels; its convolution is
-// that of one pixel and is left out.
-typedef conv_block::Shape Shape;
+struct Shape {
+  std::int64_t n, channels, height, width;  // images of one task
+  Pooling pool;                             // other than none
+};
 
 struct Table {
   bool (*supported)(const Shape&);  // whether the maps below may be called

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastmeta.cli import peers
 from fastmeta.core import files
+from fastmeta.core.rounding import nudged
 from fastmeta.learner.config import TrainConfig, defaults
 from fastmeta.learner.problems import Problem, build
 from fastmeta.tasks import TaskBatch
@@ -69,12 +70,7 @@ class Workload:
 
     def nudged(self, seed: int) -> Workload:
         """The same with every weight moved by up to one unit in its last place."""
-        model = copy.deepcopy(self.model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1 + torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1))
-        return replace(self, model=model)
+        return replace(self, model=nudged(self.model, seed, ulps=1))
 
     def fused(self) -> peers.Gradients:
         """The meta-gradient as a user of fastmeta asks for it: forward, then ``backward()``."""
@@ -159,13 +155,13 @@ def check(load: Workload) -> list[tuple[str, str, str, str]]:
     """Error of the meta-gradient against float64 autograd, in float64 and in float32."""
     exact = load.double()
     truth = exact.loop()
-    nudged = [peers.relative_error(load.nudged(seed).loop(), truth) for seed in range(NUDGES)]
+    copies = [peers.relative_error(load.nudged(seed).loop(), truth) for seed in range(NUDGES)]
     rows = []
     for variant, kind in ((exact, "float64"), (load, "float32")):
         own, hand, func = (
             peers.relative_error(gradients(), truth) for gradients in (variant.fused, variant.loop, variant.vmapped)
         )
-        bound = EXACT if kind == "float64" else FACTOR * max(hand, *nudged)
+        bound = EXACT if kind == "float64" else FACTOR * max(hand, *copies)
         reference = "(the truth)" if kind == "float64" else f"{hand:.1e}"
         mark, off = "" if own <= bound else f" {WRONG}", "" if func <= bound else " (off)"
         rows.append((f"{load.name} {kind}", f"{own:.1e}{mark}", reference, f"{func:.1e}{off}"))

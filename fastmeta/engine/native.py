@@ -34,6 +34,8 @@ class NativeStep:
             raise NotLowered(f"the loss is of {graph.values[graph.loss].dtype}")
         lowered = [lower(program, query.outer) for program in (support, query)]
         self._lowered = lowered[1]
+        if lowered[0].buffers != lowered[1].buffers:
+            raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
         self._programs = [one.program for one in lowered]
@@ -92,6 +94,7 @@ class NativeStep:
         if alpha.requires_grad or not alpha.is_contiguous():
             alpha = alpha.detach().contiguous()
         parameters = [work.parameters[name] for name in self._lowered.parameters]
+        parameters += [work.buffers[name] for name in self._lowered.buffers]
         if not all(map(Tensor.is_contiguous, parameters)):
             parameters = [p.detach().contiguous() for p in parameters]
         support, query = leaves(work.support), leaves(work.query)

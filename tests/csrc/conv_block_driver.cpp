@@ -39,12 +39,13 @@ int failures = 0;
 std::string describe(const Shape& s) {
   char text[400];
   std::snprintf(text, sizeof text,
-                "n %ld in %ld out %ld image %ldx%ld kernel %ldx%ld stride %ld,%ld pad %ld,%ld dilation %ld,%ld groups %ld "
-                "norm %d activation %d pool %d (%ldx%ld stride %ld,%ld pad %ld,%ld) bias %d affine %d data %d",
+                "n %ld in %ld out %ld image %ldx%ld kernel %ldx%ld stride %ld,%ld pad %ld,%ld dilation %ld,%ld "
+                "groups %ld norm %d activation %d pool %d (%ldx%ld stride %ld,%ld pad %ld,%ld) bias %d affine %d "
+                "data %d",
                 s.n, s.in, s.out, s.height, s.width, s.kernel[0], s.kernel[1], s.stride[0], s.stride[1], s.padding[0],
-                s.padding[1], s.dilation[0], s.dilation[1], s.groups, int(s.norm), int(s.activation), int(s.pool),
-                s.pool_kernel[0], s.pool_kernel[1], s.pool_stride[0], s.pool_stride[1], s.pool_padding[0], s.pool_padding[1],
-                s.bias, s.affine, s.data);
+                s.padding[1], s.dilation[0], s.dilation[1], s.groups, int(s.norm), int(s.activation), int(s.pool.kind),
+                s.pool.kernel[0], s.pool.kernel[1], s.pool.stride[0], s.pool.stride[1], s.pool.padding[0],
+                s.pool.padding[1], s.bias, s.affine, s.data);
   return text;
 }
 
@@ -103,7 +104,8 @@ struct Wanted {
 template <class R>
 class Check {
  public:
-  Check(const executor::Maps<R>& maps, const Shape& s, const Plain<Dual>& expected, const Wanted& wanted, double tolerance)
+  Check(const executor::Maps<R>& maps, const Shape& s, const Plain<Dual>& expected, const Wanted& wanted,
+        double tolerance)
       : maps_(maps), s_(s), e_(expected), wanted_(wanted), tolerance_(tolerance) {}
 
   double worst = 0;
@@ -134,10 +136,11 @@ class Check {
       owned.push_back(new Buffer<R>(size));
       return owned.back()->p;
     };
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 6; ++i) {
       if ((z.weights[i] > 0) != !e_.w[i].empty()) fail("weight sizes", 1);
       if (e_.w[i].empty()) continue;
       p.w[i] = packed(i, parts(e_.w[i], false), buffer(z.weights[i]));
+      if (i > 3) continue;
       if (wanted_.w_dot[i]) t.w_dot[i] = packed(i, parts(e_.w[i], true), buffer(z.weights[i]));
       if (wanted_.dw[i]) {
         p.dw[i] = buffer(z.weights[i]);
@@ -269,21 +272,21 @@ class Random {
     s.slope = 0.1;
     s.norm = Norm::batch;
     s.activation = Activation::relu;
-    s.pool = Pool::max;
+    s.pool.kind = Pool::max;
     s.affine = true;
     s.bias = chance(.5);
     for (int i = 0; i < 2; ++i) {
       s.kernel[i] = 3;
       s.stride[i] = s.padding[i] = s.dilation[i] = 1;
-      s.pool_kernel[i] = s.pool_stride[i] = 2;
+      s.pool.kernel[i] = s.pool.stride[i] = 2;
       if (chance(.1)) s.padding[i] = among(0, 2);
     }
     if (chance(.5)) return s;
     const int64_t kernels[] = {1, 2, 3, 5};
-    s.norm = chance(.6) ? Norm::batch : Norm::none;
+    s.norm = Norm(chance(.5) ? 1 : among(0, 2));
     s.activation = Activation(chance(.5) ? among(0, 2) : among(3, 6));
-    s.pool = Pool(among(0, 2));
-    s.affine = s.norm == Norm::batch && chance(.7);
+    s.pool.kind = Pool(among(0, 2));
+    s.affine = s.norm != Norm::none && chance(.7);
     const bool usual = chance(.4), usual_pool = chance(.5);
     for (int i = 0; i < 2; ++i) {
       if (!usual) {
@@ -293,9 +296,9 @@ class Random {
         s.dilation[i] = chance(.7) ? 1 : 2;
       }
       if (!usual_pool) {
-        s.pool_kernel[i] = among(1, 4);
-        s.pool_stride[i] = among(1, 3);
-        s.pool_padding[i] = among(0, s.pool_kernel[i] / 2);
+        s.pool.kernel[i] = among(1, 4);
+        s.pool.stride[i] = among(1, 3);
+        s.pool.padding[i] = among(0, s.pool.kernel[i] / 2);
       }
     }
     if (chance(.15)) {
@@ -350,6 +353,10 @@ bool draw(Random& random, const Wanted& wanted, Plain<Dual>& e) {
       e.w[2] = random.tensor(s.out, .3, 1, wanted.w_dot[2]);
       e.w[3] = random.tensor(s.out, .3, 0, wanted.w_dot[3]);
     }
+    if (s.norm == Norm::running) {
+      e.w[4] = random.tensor(s.out, .3, 0, false);
+      e.w[5] = random.tensor(s.out, .1, 1, false);
+    }
     e.forward();
     if (well_conditioned(e)) break;
   }
@@ -399,7 +406,7 @@ int main(int argc, char** argv) {
     }
     ++checked;
   }
-  std::printf("%d shapes (%d refused, %d not in float32), worst float64 %.2g, worst float32 %.2g, %d failures\n", checked,
-              refused, close, worst64, worst32, failures);
+  std::printf("%d shapes (%d refused, %d not in float32), worst float64 %.2g, worst float32 %.2g, %d failures\n",
+              checked, refused, close, worst64, worst32, failures);
   return failures == 0 ? 0 : 1;
 }

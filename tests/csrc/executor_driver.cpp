@@ -6,6 +6,8 @@
 #include <memory>
 #include <random>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/conv_block/kernels.h"
@@ -60,15 +62,18 @@ Operation loss_of(loss::Kind kind, std::int64_t n, int x, int y) {
   return operation;
 }
 
-Operation conv(std::int64_t n, std::int64_t in, std::int64_t size, std::int64_t out, Source x, int w, int y) {
+Operation conv(std::int64_t n, std::int64_t in, std::int64_t size, std::int64_t out, Source x, int w, int y,
+               int statistics = absent) {
   Operation operation;
   auto shape = std::make_shared<conv_block::Shape>();
-  *shape = {n, in, size, size, out, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, {2, 2}, {2, 2}, {0, 0}, 1e-5, 0.1,
-            conv_block::Norm::batch, Activation::tanh, conv_block::Pool::average, true, true, x.is_data};
+  *shape = {n, in, size, size, out, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, {Pool::average, {2, 2}, {2, 2}, {0, 0}}, 1e-5,
+            0.1, statistics == absent ? conv_block::Norm::batch : conv_block::Norm::running, Activation::tanh, true,
+            true, x.is_data};
   operation.shape = shape;
   FASTMETA_MAPS(operation, conv_block)
   operation.x[0] = x;
   for (int i = 0; i < 4; ++i) operation.w[i] = w + i;
+  for (int i = 0; i < 2; ++i) operation.w[4 + i] = statistics == absent ? absent : statistics + i;
   operation.y = y;
   return operation;
 }
@@ -107,27 +112,28 @@ Operation sum(std::int64_t rows, std::int64_t channels, Activation activation, i
   return operation;
 }
 
-Operation norm_of(norm::Shape given, int x, int w, int y) {
+Operation norm_of(norm::Shape given, int x, int w, int y, int statistics = absent) {
   Operation operation;
   given.eps = 1e-5;
   given.slope = 0.1;
   given.weight = given.bias = w != absent;
+  given.running = statistics != absent;
   auto shape = std::make_shared<norm::Shape>(given);
   operation.shape = shape;
   FASTMETA_MAPS(operation, norm)
   operation.x[0] = {false, x};
   if (w != absent) operation.w[0] = w;
   if (w != absent) operation.w[1] = w + 1;
+  for (int i = 0; i < 2; ++i) operation.w[2 + i] = statistics == absent ? absent : statistics + i;
   operation.y = y;
   return operation;
 }
 
-Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, conv_block::Pool kind, std::int64_t window,
-                  int x, int y) {
+Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, Pool kind, std::int64_t window, int x,
+                  int y) {
   Operation operation;
   auto shape = std::make_shared<pool::Shape>();
-  *shape = {n, channels, size, size, channels, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, {window, window}, {2, 2}, {0, 0}, 0.0,
-            0.0, conv_block::Norm::none, Activation::identity, kind, false, false, false};
+  *shape = {n, channels, size, size, {kind, {window, window}, {2, 2}, {0, 0}}};
   operation.shape = shape;
   FASTMETA_MAPS(operation, pool)
   operation.x[0] = {false, x};
@@ -141,6 +147,7 @@ struct Case {
   std::vector<std::int64_t> weights;  // elements of each parameter
   std::int64_t input;                 // elements of a sample
   bool labels;
+  std::size_t constants = 0;  // the last parameters: running statistics
 };
 
 Program rows(std::int64_t n, loss::Kind kind) {
@@ -169,10 +176,10 @@ Program images(std::int64_t n) {
 Program residual_rows(std::int64_t n) {
   Program p;
   p.operations = {linear(n, features, hidden, Activation::identity, {true, 0}, 0, 0),
-                  norm_of({n, 1, hidden, 1, 0, Activation::gelu, 0, false, false}, 0, 2, 1),
+                  norm_of({n, 1, hidden, 1, 0, Activation::gelu, 0, false, false, false}, 0, 2, 1),
                   linear(n, hidden, hidden, Activation::silu, {false, 1}, 4, 2),
                   sum(n, hidden, Activation::sigmoid, 0, 2, 3),
-                  norm_of({1, n, hidden, hidden, 0, Activation::identity, 0, false, false}, 3, absent, 4),
+                  norm_of({1, n, hidden, hidden, 0, Activation::identity, 0, false, false, false}, 3, absent, 4),
                   sum(n, hidden, Activation::identity, 4, 4, 5),
                   linear(n, hidden, features, Activation::tanh, {false, 5}, 6, 6),
                   data_of(n, features, 1, 7),
@@ -190,14 +197,14 @@ Program residual_images(std::int64_t n) {
   Program p;
   const std::int64_t half = side / 2, pixels = half * half;
   p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0),
-                  norm_of({n, pixels, 6, 3, 0, Activation::silu, 0, false, false}, 0, 4, 1),
+                  norm_of({n, pixels, 6, 3, 0, Activation::silu, 0, false, false, false}, 0, 4, 1),
                   data_of(n, 2, side * side, 2),
                   conv(n, 2, side, 6, {false, 2}, 6, 3),
                   sum(n * pixels, 6, Activation::leaky_relu, 1, 3, 4),
                   sum(n * pixels, 6, Activation::identity, 4, 1, 5),
-                  pool_of(n, 6, half, conv_block::Pool::max, 2, 5, 6),
-                  pool_of(n, 6, half, conv_block::Pool::average, 3, 4, 7),
-                  norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false}, 7, 10, 8),
+                  pool_of(n, 6, half, Pool::max, 2, 5, 6),
+                  pool_of(n, 6, half, Pool::average, 3, 4, 7),
+                  norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false, false}, 7, 10, 8),
                   flat(n, 6, 4, 6, 9),
                   linear(n, 24, 6, Activation::identity, {false, 9}, 12, 10),
                   sum(n, 6, Activation::tanh, 10, 8, 11),
@@ -209,7 +216,26 @@ Program residual_images(std::int64_t n) {
   return p;
 }
 
-const std::vector<std::int64_t> row_weights{features * hidden, hidden, hidden * hidden, hidden, hidden * classes, classes};
+// Batch norm in evaluation mode, in a convolution and elsewhere.
+Program evaluation(std::int64_t n) {
+  Program p;
+  const std::int64_t half = side / 2;
+  p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0, 12),
+                  norm_of({1, n * half * half, 6, 6, 0, Activation::silu, 0, false, false, false}, 0, 4, 1, 14),
+                  conv(n, 6, half, 5, {false, 1}, 6, 2, 16),
+                  flat(n, 5, 4, 2, 3),
+                  linear(n, 20, classes, Activation::identity, {false, 3}, 10, 4),
+                  loss_of(loss::Kind::cross_entropy, n, 4, 5)};
+  p.values = 6;
+  p.output = 4;
+  p.adapted = 11;
+  p.differentiated = 12;
+  p.parameters = 18;
+  return p;
+}
+
+const std::vector<std::int64_t> row_weights{features * hidden, hidden,           hidden * hidden,
+                                            hidden,            hidden * classes, classes};
 
 const Case cases[] = {
     {"cross entropy", [](std::int64_t n) { return rows(n, loss::Kind::cross_entropy); }, row_weights, features, true},
@@ -223,13 +249,16 @@ const Case cases[] = {
     {"residual images", residual_images,
      {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
+    {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
+     true, 6},
 };
 
 template <class R>
 struct Problem {
   std::int64_t n[2] = {4, 6};
   std::vector<std::vector<R>> weights, gradients;
-  std::vector<R> inputs[2], numbers[2], alpha{R(0.1), R(0.05), R(0.2)}, d_alpha{0, 0, 0}, losses, support_losses, outputs;
+  std::vector<R> inputs[2], numbers[2], alpha{R(0.1), R(0.05), R(0.2)}, d_alpha{0, 0, 0};
+  std::vector<R> losses, support_losses, outputs;
   std::vector<std::int64_t> labels[2];
   const Case& which;
 
@@ -239,14 +268,19 @@ struct Problem {
     for (const std::int64_t size : c.weights) {
       weights.emplace_back(size);
       gradients.emplace_back(size, std::nan(""));
+      const bool constant = weights.size() > c.weights.size() - c.constants;
       for (R& w : weights.back()) w = static_cast<R>(0.5 * normal(random));
+      if (constant)  // half of them variances
+        for (R& w : weights.back()) w = R(0.5) + std::abs(w);
     }
+    gradients.resize(gradients.size() - c.constants);
     for (int s = 0; s < 2; ++s) {
       inputs[s].resize(tasks * n[s] * c.input);
       for (R& x : inputs[s]) x = static_cast<R>(normal(random));
       numbers[s].resize(tasks * n[s] * classes);
       for (R& x : numbers[s]) x = static_cast<R>(0.5 + 0.2 * normal(random));
-      for (std::int64_t i = 0; i < tasks * n[s]; ++i) labels[s].push_back(static_cast<std::int64_t>(random() % classes));
+      for (std::int64_t i = 0; i < tasks * n[s]; ++i)
+        labels[s].push_back(static_cast<std::int64_t>(random() % classes));
     }
     labels[0][1] = -100;
     losses.resize(tasks);
@@ -261,7 +295,8 @@ struct Problem {
     return {input, {reinterpret_cast<const char*>(numbers[s].data()), n[s] * classes * bytes}};
   }
 
-  double run(MetaGradient<R>& step, bool gradient, int threads) {
+  // Where rates are not learned, operations that can take their steps along with their gradients.
+  double run(MetaGradient<R>& step, bool gradient, bool learned, int threads) {
     std::vector<const R*> parameters;
     std::vector<R*> results;
     for (const auto& w : weights) parameters.push_back(w.data());
@@ -271,7 +306,7 @@ struct Problem {
                              alpha.data(),    true,          false,
                              parameters,      leaves(0),     leaves(1),
                              gradient,        nullptr,       gradient ? results : std::vector<R*>{},
-                             gradient ? d_alpha.data() : nullptr,
+                             learned ? d_alpha.data() : nullptr,
                              &loss,           losses.data(), support_losses.data(),
                              outputs.data(),  n[1],          classes,
                              threads};
@@ -280,47 +315,67 @@ struct Problem {
   }
 };
 
+// The meta-loss's derivative by weights and rates along a direction, d_alpha where `learned`.
 template <class R>
-int check(const Case& c, double tolerance) {
+struct Direction {
+  std::vector<std::vector<double>> weights;
+  std::vector<double> rates;
+
+  Direction(const Problem<R>& problem, bool learned) {
+    std::mt19937 random(2);
+    std::normal_distribution<double> normal;
+    for (const auto& g : problem.gradients) {
+      weights.emplace_back(g.size());
+      for (double& x : weights.back()) x = normal(random);
+    }
+    for (std::int64_t k = 0; k < steps; ++k) rates.push_back(learned ? k + 1.0 : 0);
+  }
+
+  // The gradient along it, and the sum of the gradient's absolute entries.
+  std::pair<double, double> along(const Problem<R>& problem) const {
+    double slope = 0, size = 0;
+    for (std::size_t p = 0; p < weights.size(); ++p)
+      for (std::size_t i = 0; i < weights[p].size(); ++i) {
+        const auto g = static_cast<double>(problem.gradients[p][i]);
+        slope += g * weights[p][i];
+        size += std::abs(g);
+      }
+    for (std::int64_t k = 0; k < steps; ++k) slope += rates[k] * static_cast<double>(problem.d_alpha[k]);
+    return {slope, size};
+  }
+
+  // By central differences of the meta-loss, always in double.
+  double differences(const Case& c) const {
+    MetaGradient<double> exact(c.program(4), c.program(6), isa_in_use());
+    double ends[2];
+    const double h = 5e-6;
+    for (int end = 0; end < 2; ++end) {
+      Problem<double> here(c, 1);
+      const double move = end == 0 ? -h : h;
+      for (std::size_t p = 0; p < weights.size(); ++p)
+        for (std::size_t i = 0; i < weights[p].size(); ++i) here.weights[p][i] += move * weights[p][i];
+      for (std::int64_t k = 0; k < steps; ++k) here.alpha[k] += move * rates[k];
+      ends[end] = here.run(exact, false, false, 1);
+    }
+    return (ends[1] - ends[0]) / (2 * h);
+  }
+};
+
+template <class R>
+int check(const Case& c, bool learned, double tolerance) {
   MetaGradient<R> step(c.program(4), c.program(6), isa_in_use());
   Problem<R> problem(c, 1);
-  problem.run(step, true, 3);
-  const auto gradients = problem.gradients;
-  const auto d_alpha = problem.d_alpha;
+  problem.run(step, true, learned, 3);
 
-  // The truth along a direction, always in double.
-  MetaGradient<double> exact(c.program(4), c.program(6), isa_in_use());
-  Problem<double> moved(c, 1);
-  std::mt19937 random(2);
-  std::normal_distribution<double> normal;
-  std::vector<std::vector<double>> direction;
-  double slope = 0, size = 0;
-  for (std::size_t p = 0; p < gradients.size(); ++p) {
-    direction.emplace_back();
-    for (const R g : gradients[p]) {
-      direction.back().push_back(normal(random));
-      slope += static_cast<double>(g) * direction.back().back();
-      size += std::abs(static_cast<double>(g));
-    }
-  }
-  for (std::size_t k = 0; k < d_alpha.size(); ++k) slope += static_cast<double>(d_alpha[k]) * (k + 1.0);
-  double ends[2];
-  const double h = 5e-6;
-  for (int side_of = 0; side_of < 2; ++side_of) {
-    Problem<double> here(c, 1);
-    const double move = side_of == 0 ? -h : h;
-    for (std::size_t p = 0; p < direction.size(); ++p)
-      for (std::size_t i = 0; i < direction[p].size(); ++i) here.weights[p][i] += move * direction[p][i];
-    for (std::size_t k = 0; k < d_alpha.size(); ++k) here.alpha[k] += move * (k + 1.0);
-    ends[side_of] = here.run(exact, false, 1);
-  }
-  const double found = (ends[1] - ends[0]) / (2 * h), error = std::abs(found - slope) / (size + 1e-3);
-  std::printf("%-22s %s: %.9g along a direction, differences %.9g, off by %.1e of the gradient's size\n", c.name,
-              sizeof(R) == 4 ? "float " : "double", slope, found, error);
+  const Direction<R> direction(problem, learned);
+  const auto [slope, size] = direction.along(problem);
+  const double found = direction.differences(c), error = std::abs(found - slope) / (size + 1e-3);
+  std::printf("%-22s %s, %s rates: %.9g along a direction, differences %.9g, off by %.1e of the gradient's size\n",
+              c.name, sizeof(R) == 4 ? "float " : "double", learned ? "learned" : "given  ", slope, found, error);
   if (!(error <= tolerance)) return 1;
 
   // The same bits with another number of threads, also within a task, and from several callers at once.
-  const Sharing within = step.sharing(tasks, {steps, true, true, false}, tasks + 2);
+  const Sharing within = step.sharing(tasks, {steps, true, learned, false}, tasks + 2);
   if (c.program == images && (within.at_once != 1 || within.within != tasks + 2)) {
     std::printf("%s: %d threads within a task\n", c.name, within.within);
     return 1;
@@ -329,23 +384,86 @@ int check(const Case& c, double tolerance) {
   std::vector<std::unique_ptr<Problem<R>>> others;
   for (int i = 0; i < 4; ++i) others.push_back(std::make_unique<Problem<R>>(c, 1));
   std::vector<std::thread> callers;
-  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, threads[i]); });
+  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, learned, threads[i]); });
   for (std::thread& caller : callers) caller.join();
   others.push_back(std::make_unique<Problem<R>>(c, 1));
-  others.back()->run(step, true, tasks + 2);
+  others.back()->run(step, true, learned, tasks + 2);
   for (const auto& other : others)
-    if (other->gradients != gradients || other->d_alpha != d_alpha) {
+    if (other->gradients != problem.gradients || other->d_alpha != problem.d_alpha) {
       std::printf("%s: other bits from other threads\n", c.name);
       return 1;
     }
+
+  // A workspace that the other kind of call leaves behind serves as well.
+  Problem<R> after(c, 1);
+  Problem<R>(c, 1).run(step, true, !learned, 1);
+  after.run(step, true, learned, 1);
+  if (after.gradients != problem.gradients || after.d_alpha != problem.d_alpha) {
+    std::printf("%s: other bits after another kind of call\n", c.name);
+    return 1;
+  }
   return 0;
 }
+
+enum class Wrong { backward, tangent, tangent_backward };
+
+template <class R>
+Maps<R> sound(Isa isa) {
+  if constexpr (std::is_same_v<R, float>)
+    return linear_block::table_of(isa).f32;
+  else
+    return linear_block::table_of(isa).f64;
+}
+
+// A linear layer's maps, of which one gives too much in one place.
+template <class R, Wrong wrong>
+Maps<R> spoiled(Isa isa) {
+  Maps<R> maps = sound<R>(isa);
+  if constexpr (wrong == Wrong::backward)
+    maps.backward = [](const void* shape, const Primal<R>& p, R* scratch) {
+      sound<R>(isa_in_use()).backward(shape, p, scratch);
+      p.dx[0][0] *= R(1.1);
+    };
+  if constexpr (wrong == Wrong::tangent)
+    maps.tangent = [](const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+      sound<R>(isa_in_use()).tangent(shape, p, t, scratch);
+      t.y_dot[0] *= R(3);
+    };
+  if constexpr (wrong == Wrong::tangent_backward)
+    maps.tangent_backward = [](const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+      sound<R>(isa_in_use()).tangent_backward(shape, p, t, scratch);
+      t.dx_dot[0][0] *= R(1.1);
+    };
+  return maps;
+}
+
+template <Wrong wrong>
+Program spoiled_rows(std::int64_t n) {
+  Program p = rows(n, loss::Kind::cross_entropy);
+  p.operations[1].f32 = spoiled<float, wrong>;
+  p.operations[1].f64 = spoiled<double, wrong>;
+  return p;
+}
+
+const Case spoiled_cases[] = {
+    {"wrong backward", spoiled_rows<Wrong::backward>, row_weights, features, true},
+    {"wrong tangent", spoiled_rows<Wrong::tangent>, row_weights, features, true},
+    {"wrong tangent backward", spoiled_rows<Wrong::tangent_backward>, row_weights, features, true},
+};
 
 }  // namespace
 
 int main() {
   int failures = 0;
-  for (const Case& c : cases) failures += check<double>(c, 1e-8) + check<float>(c, 1e-5);
+  for (const Case& c : cases)
+    for (const bool learned : {true, false})
+      failures += check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5);
+  for (const Case& c : spoiled_cases)
+    for (const bool learned : {true, false})
+      if (check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5) != 2) {
+        std::printf("%s: not noticed\n", c.name);
+        ++failures;
+      }
   std::printf("%d failures\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -14,7 +14,6 @@ namespace {
 
 using namespace fastmeta;
 using conv_block::Norm;
-using conv_block::Pool;
 using conv_block::Shape;
 using std::int64_t;
 
@@ -39,7 +38,7 @@ using Tensor = std::vector<T>;
 template <class T>
 struct Plain {
   const Shape& s;
-  Tensor<T> x, w[4];  // w[1..3] empty where there is none
+  Tensor<T> x, w[6];  // from w[1] on empty where there is none
   Tensor<T> y, dy, dx, dw[4];
   Tensor<T> z, u, xhat, inverse;
   std::vector<int64_t> argmax;
@@ -50,8 +49,8 @@ struct Plain {
     int64_t* const size[] = {&h, &w_, &ph, &pw};
     for (int i = 0; i < 2; ++i) {
       *size[i] = places(i == 0 ? s.height : s.width, s.dilation[i] * (s.kernel[i] - 1) + 1, s.stride[i], s.padding[i]);
-      const bool pooled = s.pool != Pool::none;
-      *size[2 + i] = pooled ? places(*size[i], s.pool_kernel[i], s.pool_stride[i], s.pool_padding[i]) : *size[i];
+      const bool pooled = s.pool.kind != Pool::none;
+      *size[2 + i] = pooled ? places(*size[i], s.pool.kernel[i], s.pool.stride[i], s.pool.padding[i]) : *size[i];
     }
   }
 
@@ -115,10 +114,10 @@ struct Plain {
     for (int64_t plane = 0; plane < s.n * s.out; ++plane)
       for (int64_t a = 0; a < ph; ++a)
         for (int64_t b = 0; b < pw; ++b)
-          for (int64_t i = 0; i < s.pool_kernel[0]; ++i)
-            for (int64_t j = 0; j < s.pool_kernel[1]; ++j) {
-              const int64_t p = a * s.pool_stride[0] - s.pool_padding[0] + i;
-              const int64_t q = b * s.pool_stride[1] - s.pool_padding[1] + j;
+          for (int64_t i = 0; i < s.pool.kernel[0]; ++i)
+            for (int64_t j = 0; j < s.pool.kernel[1]; ++j) {
+              const int64_t p = a * s.pool.stride[0] - s.pool.padding[0] + i;
+              const int64_t q = b * s.pool.stride[1] - s.pool.padding[1] + j;
               if (p >= 0 && p < h && q >= 0 && q < w_) visit((plane * ph + a) * pw + b, (plane * h + p) * w_ + q);
             }
   }
@@ -145,17 +144,26 @@ struct Plain {
     } else {
       for (size_t i = 0; i < z.size(); ++i) u[i] = z[i] + weight(1, channel(i), 0);
     }
+    if (s.norm == Norm::running) {
+      inverse.clear();
+      for (const T& v : w[5]) inverse.push_back(T(1) / sqrt(v + T(s.eps)));
+      for (size_t i = 0; i < z.size(); ++i) {
+        const int64_t c = channel(i);
+        xhat[i] = (u[i] - w[4][c]) * inverse[c];
+        u[i] = xhat[i] * weight(2, c, 1) + weight(3, c, 0);
+      }
+    }
     Tensor<T> a;
     for (const T& v : u) a.push_back(activate(v));
     if (s.activation == Activation::relu || s.activation == Activation::leaky_relu)
       for (const T& v : u) margin = std::min(margin, std::fabs(value(v)));
-    if (s.pool == Pool::none) {
+    if (s.pool.kind == Pool::none) {
       y = a;
       return;
     }
     y.assign(s.n * s.out * ph * pw, T(0));
-    if (s.pool == Pool::average) {
-      const T share = T(1. / (s.pool_kernel[0] * s.pool_kernel[1]));
+    if (s.pool.kind == Pool::average) {
+      const T share = T(1. / (s.pool.kernel[0] * s.pool.kernel[1]));
       windows([&](int64_t o, int64_t i) { y[o] = y[o] + a[i] * share; });
       return;
     }
@@ -171,20 +179,23 @@ struct Plain {
 
   void backward() {
     Tensor<T> dv(z.size(), T(0)), dz;
-    if (s.pool == Pool::none) dv = dy;
-    if (s.pool == Pool::max)
+    if (s.pool.kind == Pool::none) dv = dy;
+    if (s.pool.kind == Pool::max)
       for (size_t o = 0; o < y.size(); ++o) dv[argmax[o]] = dv[argmax[o]] + dy[o];
-    const T share = T(1. / (s.pool_kernel[0] * s.pool_kernel[1]));
-    if (s.pool == Pool::average) windows([&](int64_t o, int64_t i) { dv[i] = dv[i] + dy[o] * share; });
+    const T share = T(1. / (s.pool.kernel[0] * s.pool.kernel[1]));
+    if (s.pool.kind == Pool::average) windows([&](int64_t o, int64_t i) { dv[i] = dv[i] + dy[o] * share; });
     for (size_t i = 0; i < z.size(); ++i) dv[i] = slope(u[i]) * dv[i];
     for (Tensor<T>& d : dw) d.assign(s.out, T(0));
     for (size_t i = 0; i < z.size(); ++i) {
       const int64_t c = channel(i);
-      if (s.norm == Norm::none) dw[1][c] = dw[1][c] + dv[i];
       dw[2][c] = dw[2][c] + dv[i] * xhat[i];
       dw[3][c] = dw[3][c] + dv[i];
     }
     dz = dv;
+    if (s.norm == Norm::running)
+      for (size_t i = 0; i < z.size(); ++i) dz[i] = weight(2, channel(i), 1) * inverse[channel(i)] * dv[i];
+    if (s.norm != Norm::batch)
+      for (size_t i = 0; i < z.size(); ++i) dw[1][channel(i)] = dw[1][channel(i)] + dz[i];
     if (s.norm == Norm::batch) {
       const T count = T(double(s.n * h * w_));
       for (size_t i = 0; i < z.size(); ++i) {

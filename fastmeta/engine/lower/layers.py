@@ -51,12 +51,20 @@ def _batch_normalised(lowering: Lowering, slot: int, shape: tuple[int, ...]) -> 
     """The batch norm of images of ``shape`` that a convolution can take along: ``(slot, description, weights)``."""
     follower = lowering.follower(slot)
     op: Any = None if follower is None else follower.op
-    if follower is None or op.name != "batch_norm" or op.shape != shape:
-        return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
-    if not op.uses_batch_statistics or (op.scale is None) != (op.shift is None):
-        return slot, {"norm": "none", "eps": 0.0}, [ABSENT, ABSENT]
-    scales = parameters_at(lowering, follower, op.scale, op.shift)
-    return lowering.take(slot, follower), {"norm": "batch", "eps": op.eps}, scales
+    if follower is None or op.name != "batch_norm" or op.shape != shape or (op.scale is None) != (op.shift is None):
+        return slot, {"norm": "none", "eps": 0.0}, []
+    weights = norm_weights(lowering, follower)
+    kind = "batch" if op.uses_batch_statistics else "running"
+    return lowering.take(slot, follower), {"norm": kind, "eps": op.eps}, weights
+
+
+def norm_weights(lowering: Lowering, instruction: Instruction) -> list[int]:
+    """Numbers of what a batch norm reads: weight, bias and, in evaluation mode, running mean and variance."""
+    op: Any = instruction.op
+    weights = parameters_at(lowering, instruction, op.scale, op.shift)
+    if op.uses_batch_statistics:
+        return weights
+    return weights + [lowering.buffer(instruction.inputs[at]) for at in op.running]
 
 
 def activated(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:

@@ -34,11 +34,13 @@ class Lowered:
     Attributes:
         program: its operations and counts, as csrc/executor/bind.cpp reads them.
         parameters: names in the program's order: adapted, otherwise differentiated, others.
+        buffers: names of the buffers that are read, whose numbers follow.
         output: rows and features of the query output that can be had, if there is exactly one.
     """
 
     program: dict[str, Any]
     parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
     output: tuple[int, int] | None
 
 
@@ -95,7 +97,8 @@ class Lowering:
         self.dtype = dtypes.pop()
         self.held: dict[int, Data | Value] = {slot: Data(i) for i, slot in enumerate(self.graph.data)}
         self._parameters = {slot: name for name, slot in self.graph.parameters.items()}
-        self._read: set[str] = set()  # parameters that have their one reader
+        self._read: set[str] = set()  # parameters and buffers that have their one reader
+        self._buffers: list[str] = []
         self._taken: set[int] = set()  # results of instructions that another one took along
         self._made: dict[tuple[Any, ...], Value] = {}  # other layouts of values and data, by what they are of
         self._operations: list[dict[str, Any]] = []
@@ -137,10 +140,21 @@ class Lowering:
         name = self._parameters.get(slot)
         if name is None:
             raise NotLowered("a weight that is computed, or a buffer")
+        return self.names.index(self._read_once(name))
+
+    def buffer(self, slot: int) -> int:
+        """The number of the buffer behind ``slot``, a constant whose one reader this is."""
+        name = next((name for name, place in self.graph.buffers.items() if place == slot), None)
+        if name is None:
+            raise NotLowered("running statistics that are computed")
+        self._buffers.append(self._read_once(name))
+        return len(self.names) + len(self._buffers) - 1
+
+    def _read_once(self, name: str) -> str:
         if name in self._read:
-            raise NotLowered(f"parameter {name} has several readers")
+            raise NotLowered(f"{name} has several readers")
         self._read.add(name)
-        return self.names.index(name)
+        return name
 
     def is_parameter(self, slot: int) -> bool:
         """Whether ``slot`` is a parameter or a view of one."""
@@ -260,9 +274,10 @@ class Lowering:
             "output": ABSENT if output is None else output.index,
             "adapted": len(self.program.adapted),
             "differentiated": len(self.program.adapted) + len(self.outer),
-            "parameters": len(self.names),
+            "parameters": len(self.names) + len(self._buffers),
         }
-        return Lowered(program, self.names, None if output is None else (output.samples, output.channels))
+        shape = None if output is None else (output.samples, output.channels)
+        return Lowered(program, self.names, tuple(self._buffers), shape)
 
 
 def is_rename(instruction: Instruction) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from fastmeta.engine.lower.layers import activated, parameters_at
+from fastmeta.engine.lower.layers import activated, norm_weights, parameters_at
 from fastmeta.engine.lower.lowering import ABSENT, Lowering, NotLowered, Value
 from fastmeta.engine.program import Instruction
 
@@ -34,13 +34,11 @@ def _layer_norm(lowering: Lowering, instruction: Instruction) -> None:
 
 def _batch_norm(lowering: Lowering, instruction: Instruction) -> None:
     op: Any = instruction.op
-    if not op.uses_batch_statistics:
-        raise NotLowered("batch norm by running statistics")
     value = lowering.value(instruction.inputs[0])
     if (*op.shape, 1, 1)[:4] != value.shape:
         raise NotLowered(f"a value of shape {value.shape} read as {op.shape}")
     shape = {"samples": 1, "pixels": value.samples * value.pixels, "groups": value.channels, "eps": op.eps}
-    _emit(lowering, instruction.outputs[0], value, shape, parameters_at(lowering, instruction, op.scale, op.shift))
+    _emit(lowering, instruction.outputs[0], value, shape, norm_weights(lowering, instruction))
 
 
 def _scaled(lowering: Lowering, slot: int, value: Value) -> tuple[int, list[int]]:

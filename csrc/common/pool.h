@@ -2,14 +2,29 @@
 // in the window.
 #pragma once
 
-#include "geometry.h"
+#include "pooling.h"
+#include "vectors.h"
 
-namespace fastmeta::conv_block {
+namespace fastmeta {
 namespace {
 
-struct Window {
+// An image and what is pooled from it, both with `co` padded channels.
+struct PooledImage {
+  std::int64_t h, w, ph, pw, co;
+
+  PooledImage(const Pooling& p, std::int64_t height, std::int64_t width_, std::int64_t channels)
+      : h(height), w(width_), ph(height), pw(width_), co(channels) {
+    if (p.kind == Pool::none) return;
+    ph = places(h, p.kernel[0], p.stride[0], p.padding[0]);
+    pw = places(w, p.kernel[1], p.stride[1], p.padding[1]);
+  }
+
+  std::int64_t result() const { return h * w * co; }
+  std::int64_t pooled() const { return ph * pw * co; }
+};
+
+struct Window : Pooling {
   static constexpr bool pools = true, disjoint = false;
-  std::int64_t kernel[2], stride[2], padding[2];
 };
 
 // The usual one, known to the compiler.
@@ -24,19 +39,23 @@ struct NoWindow {
 
 constexpr int max_window = 255;  // what a byte can remember
 
-inline bool is_2x2(const Shape& s) {
+inline bool is_2x2(const Pooling& p) {
   for (int i = 0; i < 2; ++i)
-    if (s.pool_kernel[i] != 2 || s.pool_stride[i] != 2 || s.pool_padding[i] != 0) return false;
+    if (p.kernel[i] != 2 || p.stride[i] != 2 || p.padding[i] != 0) return false;
   return true;
 }
 
-inline Window window_of(const Shape& s) {
-  return {{s.pool_kernel[0], s.pool_kernel[1]}, {s.pool_stride[0], s.pool_stride[1]}, {s.pool_padding[0], s.pool_padding[1]}};
+// Whether every window meets the image, and its maximum can be remembered.
+inline bool can_pool(const Pooling& p) {
+  if (p.kind == Pool::none) return true;
+  for (int i = 0; i < 2; ++i)
+    if (2 * p.padding[i] > p.kernel[i]) return false;
+  return p.kind == Pool::average || p.kernel[0] * p.kernel[1] <= max_window;
 }
 
 // visit(index within the window, offset of the pixel) for the pixels of a window that lie in the image.
-template <class R, class W, class Visit>
-FASTMETA_INLINE void for_each_pixel(const W& win, const Geometry<R>& g, std::int64_t py, std::int64_t px, Visit visit) {
+template <class W, class Visit>
+FASTMETA_INLINE void for_each_pixel(const W& win, const PooledImage& g, std::int64_t py, std::int64_t px, Visit visit) {
 #pragma GCC unroll 2
   for (int i = 0; i < win.kernel[0]; ++i)
 #pragma GCC unroll 2
@@ -49,21 +68,21 @@ FASTMETA_INLINE void for_each_pixel(const W& win, const Geometry<R>& g, std::int
     }
 }
 
-// Calls body with the window of the shape, as its own type where the compiler can make use of it.
+// Calls body with the windows, as a type of their own where the compiler can make use of it.
 template <class Body>
-FASTMETA_INLINE void for_window(const Shape& s, Body body) {
-  if (s.pool == Pool::none) {
+FASTMETA_INLINE void for_window(const Pooling& p, Body body) {
+  if (p.kind == Pool::none) {
     body(NoWindow{});
-  } else if (is_2x2(s)) {
+  } else if (is_2x2(p)) {
     body(Window2x2{});
   } else {
-    body(window_of(s));
+    body(Window{p});
   }
 }
 
 // y = the maximum over windows of value(j, offset of the pixel); the first of equals is remembered.
 template <int many, class R, class W, class Value>
-FASTMETA_INLINE void pool_maximum(const W& win, const Geometry<R>& g, R* y, std::uint8_t* codes, Value value) {
+FASTMETA_INLINE void pool_maximum(const W& win, const PooledImage& g, R* y, std::uint8_t* codes, Value value) {
   std::int64_t at = 0;
   for (std::int64_t py = 0; py < g.ph; ++py)
     for (std::int64_t px = 0; px < g.pw; ++px, at += g.co)
@@ -91,7 +110,7 @@ FASTMETA_INLINE void pool_maximum(const W& win, const Geometry<R>& g, R* y, std:
 
 // y = value at the pixel remembered.
 template <int many, class R, class W, class Value>
-FASTMETA_INLINE void pool_remembered(const W& win, const Geometry<R>& g, const std::uint8_t* codes, R* y, Value value) {
+FASTMETA_INLINE void pool_remembered(const W& win, const PooledImage& g, const std::uint8_t* codes, R* y, Value value) {
   std::int64_t at = 0;
   for (std::int64_t py = 0; py < g.ph; ++py)
     for (std::int64_t px = 0; px < g.pw; ++px, at += g.co)
@@ -108,7 +127,7 @@ FASTMETA_INLINE void pool_remembered(const W& win, const Geometry<R>& g, const s
 
 // y = the mean over windows, pixels outside the image counted as zeros.
 template <int many, class R, class W, class Value>
-FASTMETA_INLINE void pool_average(const W& win, const Geometry<R>& g, R* y, Value value) {
+FASTMETA_INLINE void pool_average(const W& win, const PooledImage& g, R* y, Value value) {
   const R scale = R(1) / static_cast<R>(win.kernel[0] * win.kernel[1]);
   std::int64_t at = 0;
   for (std::int64_t py = 0; py < g.ph; ++py)
@@ -123,7 +142,7 @@ FASTMETA_INLINE void pool_average(const W& win, const Geometry<R>& g, R* y, Valu
 
 // The transpose of either: d[pixel] = what the windows over it pass back. `codes` is null for averages.
 template <class R>
-void unpool(const Window& win, const Geometry<R>& g, const R* dy, const std::uint8_t* codes, R* d) {
+void unpool(const Window& win, const PooledImage& g, const R* dy, const std::uint8_t* codes, R* d) {
   const R scale = R(1) / static_cast<R>(win.kernel[0] * win.kernel[1]);
   fill_zero(d, g.result());
   for (std::int64_t py = 0; py < g.ph; ++py)
@@ -144,8 +163,8 @@ void unpool(const Window& win, const Geometry<R>& g, const R* dy, const std::uin
 // visit(j, offset of the pixel, what comes back of dy, and of dy_dot if it is there) for windows that share no pixel,
 // and if `all` for the pixels under no window; end after each row of windows.
 template <int many, bool all, class R, class Visit, class End>
-FASTMETA_INLINE void unpool_2x2(const Geometry<R>& g, const R* dy, const R* dy_dot, const std::uint8_t* codes, Visit visit,
-                                End end) {
+FASTMETA_INLINE void unpool_2x2(const PooledImage& g, const R* dy, const R* dy_dot, const std::uint8_t* codes,
+                                Visit visit, End end) {
   typedef Vector<R> V;
   const auto nothing = [&](std::int64_t y, std::int64_t x) {
 #pragma GCC unroll 4
@@ -183,4 +202,4 @@ FASTMETA_INLINE void unpool_2x2(const Geometry<R>& g, const R* dy, const R* dy_d
 }
 
 }  // namespace
-}  // namespace fastmeta::conv_block
+}  // namespace fastmeta
