@@ -314,6 +314,7 @@ std::vector<std::vector<std::pair<std::int64_t, double>>> table_of(const Profile
 void bind(py::module_& m) {
   py::class_<Profile>(m, "Profile", "Where the time of meta-steps went; see csrc/executor/profile.h.")
       .def_property_readonly("meta_steps", &Profile::meta_steps)
+      .def_property_readonly("within", &Profile::within)
       .def_property_readonly("seconds", [](const Profile& self) { return self.seconds(); })
       .def_property_readonly("support", [](const Profile& self) { return table_of(self, self.support()); })
       .def_property_readonly("query", [](const Profile& self) { return table_of(self, self.query()); });

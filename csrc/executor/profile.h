@@ -49,6 +49,7 @@ class Profile {
     std::lock_guard<std::mutex> lock(mutex_);
     add(support, within, support_);
     add(query, within, query_);
+    within_ = within;
   }
 
   // A meta-step from its begin to its end by both clocks, which is what a tick's length is known from.
@@ -81,6 +82,7 @@ class Profile {
   const std::vector<Tally>& support() const { return support_; }  // [operations, maps]
   const std::vector<Tally>& query() const { return query_; }
   std::int64_t meta_steps() const { return meta_steps_; }
+  int within() const { return within_; }       // threads on each task, in the last meta-step
   double seconds() const { return seconds_; }  // of all meta-steps, from begin to end
   double seconds(const Tally& tally) const {   // of threads
     return ticks_ == 0 ? 0 : seconds_ * static_cast<double>(tally.ticks) / static_cast<double>(ticks_);
@@ -97,6 +99,7 @@ class Profile {
   std::mutex mutex_;
   std::vector<Tally> support_, query_;
   std::int64_t meta_steps_ = 0, ticks_ = 0;
+  int within_ = 1;
   double seconds_ = 0;
 };
 

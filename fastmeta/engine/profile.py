@@ -27,6 +27,7 @@ class Record:
         flops: floating-point operations of the products, convolutions counted directly;
             :func:`fastmeta.engine.cost.flops_by_map`.
         bytes: of operands and results, each once a call; :func:`fastmeta.engine.cost.bytes_by_map`.
+        threads: that worked on each call, in the last meta-step.
     """
 
     operation: str
@@ -37,6 +38,7 @@ class Record:
     seconds: float
     flops: int
     bytes: int
+    threads: int
 
 
 class Profile:
@@ -98,6 +100,7 @@ class _Part:
                             seconds,
                             calls * flops[i],
                             calls * size[i],
+                            self.native.within,
                         )
 
 
