@@ -92,14 +92,14 @@ def break_down(problem: Problem) -> Breakdown | None:
                 start = time.perf_counter()
                 maml.value_and_grad(tasks)
                 times.append(time.perf_counter() - start)
+        if not profile.meta_steps:
+            return None
         blocks.append((sum(times) / len(times), profile))
     return _breakdown(*min(blocks, key=lambda block: block[0]))
 
 
-def _breakdown(seconds: float, profile: Profile) -> Breakdown | None:
+def _breakdown(seconds: float, profile: Profile) -> Breakdown:
     threads, count = torch.get_num_threads(), profile.meta_steps
-    if not count:
-        return None
     grouped: dict[tuple[str, str], list[Record]] = {}
     for record in profile.records:
         grouped.setdefault((record.operation, record.module), []).append(record)
