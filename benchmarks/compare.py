@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import compare
 from benchmarks.machine import THREADS, machine_line, use_threads
-from benchmarks.report import details, remarks, summary, text_table, write
+from benchmarks.report import details, remarks, summary, text_table, where_time_goes, write
 from benchmarks.timing import Effort
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.workload or [name for name, w in WORKLOADS.items() if not w.untuned]:
         comparisons.append(compare(WORKLOADS[name], variants, effort, memory=options.memory, say=_to_stderr))
         print(f"\n{comparisons[-1].title}\n{text_table(*details(comparisons[-1]))}", flush=True)
+        if comparisons[-1].breakdown is not None:
+            print(f"\n{text_table(*where_time_goes(comparisons[-1].breakdown))}", flush=True)
         print("\n".join(remarks(comparisons[-1:])), flush=True)
     if len(comparisons) > 1:
         print("\n" + summary(comparisons, machine_line()))

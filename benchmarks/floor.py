@@ -10,13 +10,22 @@ from functools import cache
 import torch
 
 from benchmarks.workloads import Problem
+from fastmeta.core import native
+from fastmeta.core.peak import peak_flops
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the machine does at its best, with the threads in use: floating-point operations and bytes a second."""
+    """What the machine does at its best, with the threads in use.
+
+    Attributes:
+        flops: float32 operations a second.
+        source: by what they were reached.
+        bytes: of memory, read and written a second.
+    """
 
     flops: float
+    source: str
     bytes: float
 
 
@@ -27,23 +36,25 @@ class Floor:
     Attributes:
         flops: of all products, convolutions counted directly (Winograd's form takes fewer and can go below this floor).
         bytes: tasks, weights and gradients, each once.
-        peak_gflops, peak_gb_s: the machine's measured peaks.
+        peak_gflops, peak_source, peak_gb_s: the machine's measured peaks.
         ms: the longer of the two times.
     """
 
     flops: int
     bytes: int
     peak_gflops: float
+    peak_source: str
     peak_gb_s: float
     ms: float
 
 
 @cache
 def peaks() -> Peaks:
-    """Measured now: the quickest of several large float32 products, and a copy far larger than the caches.
+    """Measured now: multiply-adds in registers or, where it is quicker, a large product; a copy far above the caches.
 
-    No library is the quickest everywhere: a plain matrix product may not use the widest vectors of a processor that a
-    convolution of one pixel, the same product, does use.
+    A product can be quicker where the extension lacks the processor's widest vectors. Of the libraries' products no one
+    is the quickest everywhere: a matrix product may not use vectors that a convolution of one pixel, the same product,
+    does use.
     """
     n = 2048
     a, b, product = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
@@ -52,8 +63,12 @@ def peaks() -> Peaks:
     copy = torch.empty_like(source)
     with torch.no_grad():
         seconds = min(_best(lambda: torch.mm(a, b, out=product)), _best(lambda: torch.conv2d(image, filters)))
-        moved = 2 * source.numel() * source.element_size()
-        return Peaks(2 * n**3 / seconds, moved / _best(lambda: copy.copy_(source)))
+        moved = 2 * source.numel() * source.element_size() / _best(lambda: copy.copy_(source))
+    reached = {"a library's product": 2 * n**3 / seconds}
+    if native.extension() is not None:
+        reached["multiply-adds in registers"] = peak_flops(torch.float32, torch.get_num_threads())
+    best = max(reached, key=lambda name: reached[name])
+    return Peaks(reached[best], best, moved)
 
 
 def floor_of(problem: Problem) -> Floor:
@@ -65,7 +80,8 @@ def floor_of(problem: Problem) -> Floor:
     tensors = [*problem.support, *problem.query, *problem.model.parameters(), *problem.model.parameters()]
     size = sum(t.numel() * t.element_size() for t in tensors)
     peak = peaks()
-    return Floor(flops, size, peak.flops / 1e9, peak.bytes / 1e9, 1e3 * max(flops / peak.flops, size / peak.bytes))
+    ms = 1e3 * max(flops / peak.flops, size / peak.bytes)
+    return Floor(flops, size, peak.flops / 1e9, peak.source, peak.bytes / 1e9, ms)
 
 
 def _best(call: Callable[[], object], times: int = 12) -> float:

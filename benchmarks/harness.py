@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from benchmarks import probe
+from benchmarks.breakdown import Breakdown, break_down
 from benchmarks.floor import Floor, floor_of
 from benchmarks.gate import Errors, Gate, open_gate
 from benchmarks.memory import Memory, measure_all
@@ -60,6 +61,7 @@ class Comparison:
     loop: Errors  # the hand-written loop's error in float32
     float32: Errors  # the largest of the loop's and of its nudged copies'
     floor: Floor
+    breakdown: Breakdown | None  # of fastmeta's time, where it was timed and the native executor runs
     foreign_cores: float | None  # what other processes took of the machine meanwhile
     wall_s: float
 
@@ -105,7 +107,7 @@ def compare(
     tell("truth and float32's own error")
     outcomes, steps = [], {}
     for variant in variants:
-        outcome, step = _admit(variant, workload.name, problem, gate)
+        outcome, step = _admit(variant, workload, problem, gate)
         outcomes.append(outcome)
         tell(f"{outcome.name}: {outcome.status} {outcome.reason}")
         if step is not None:
@@ -121,6 +123,8 @@ def compare(
         if outcome.name in times:
             outcome.times_ms = [1e3 * s for s in times[outcome.name].seconds]
             outcome.disturbed = times[outcome.name].disturbed
+    breakdown = break_down(problem) if any(o.kind == "ours" and o.times_ms for o in outcomes) else None
+    tell("where the time goes")
     if memory:
         peaks = measure_all(workload.name, list(steps))
         tell("peak memory")
@@ -134,17 +138,18 @@ def compare(
         gate.loop,
         gate.float32,
         floor,
+        breakdown,
         cores,
         time.perf_counter() - begin,
     )
 
 
-def _admit(variant: Variant, workload: str, problem: Problem, gate: Gate) -> tuple[Outcome, Step | None]:
+def _admit(variant: Variant, workload: Workload, problem: Problem, gate: Gate) -> tuple[Outcome, Step | None]:
     """Prepare a variant on its own copy of the model and let it through only with the right gradient."""
     outcome = Outcome(variant.name, variant.peer, variant.kind, variant.about)
     own = dataclasses.replace(problem, model=copy.deepcopy(problem.model))
     if variant.probe:
-        outcome.reason = probe.refusal(workload, variant.name)
+        outcome.reason = probe.refusal(workload.name, variant.name, workload.compile_s)
         if outcome.reason:
             outcome.status = "unsupported"
             return outcome, None

@@ -12,10 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT_S = 100
 
-
-def refusal(workload: str, variant: str, limit_s: float = LIMIT_S) -> str:
+def refusal(workload: str, variant: str, limit_s: float) -> str:
     """Why ``variant`` cannot be prepared for ``workload``; empty where it can."""
     command = [sys.executable, "-m", "benchmarks.probe", workload, variant]
     root = Path(__file__).resolve().parents[1]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.breakdown import Breakdown, Line
 from benchmarks.floor import Floor
 from benchmarks.harness import Comparison, Outcome
 from benchmarks.variants import VARIANTS
@@ -60,6 +61,20 @@ def _detail(o: Outcome, ours: float | None) -> dict[str, str]:
         "peak MiB": f"{o.memory.peak_mib:.1f}" if o.memory and o.memory.peak_mib is not None else "",
         "first s": f"{o.first_s:.1f}" if o.first_s is not None else "",
     }
+
+
+def where_time_goes(b: Breakdown) -> tuple[list[str], Rows]:
+    """One row an operation of fastmeta, one for everything else, one for the meta-step."""
+    rows = [_line(line) for line in b.lines]
+    rows.append(["everything else", _ms(b.rest_ms), f"{100 * b.rest_ms / b.ms:.1f} %", "", "", ""])
+    rows.append(_line(b.total))
+    return ["operation", "ms", "share", "GFLOP/s", "floor ms", "floor / time"], rows
+
+
+def _line(line: Line) -> list[str]:
+    gflops = "" if line.gflops is None else f"{line.gflops:.3g}"
+    name = f"{line.operation} {line.module}".strip()
+    return [name, _ms(line.ms), f"{100 * line.share:.1f} %", gflops, _ms(line.floor_ms), _ratio(line.floor_share)]
 
 
 def remarks(comparisons: Sequence[Comparison]) -> list[str]:
@@ -120,6 +135,8 @@ def markdown(comparisons: Sequence[Comparison], machine: str, picture: str) -> s
             f"The hand-written loop and its nudged copies: {bound}.",
             _floor(c.floor),
         ]
+        if c.breakdown is not None:
+            parts += ["Where fastmeta's time goes:", markdown_table(*where_time_goes(c.breakdown))]
     notes = remarks(comparisons)
     if notes:
         parts += ["## Remarks", "\n".join(f"- {n}" for n in notes)]
@@ -137,6 +154,9 @@ def as_json(comparisons: Sequence[Comparison], machine: str) -> dict[str, Any]:
         data["best_eager_over_ours"] = c.ratio("eager")
         data["best_peer_over_ours"] = c.ratio("eager", "compiled")
         data["floor_over_ours"] = c.floor_share
+        if c.breakdown is not None:
+            for row, line in zip(data["breakdown"]["lines"], c.breakdown.lines, strict=True):
+                row.update(gflops=line.gflops, floor_over_time=line.floor_share)
         workloads.append(data)
     return {"machine": machine, "workloads": workloads}
 
@@ -202,7 +222,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _floor(floor: Floor) -> str:
     return (
-        f"Floor: {floor.flops / 1e6:.4g} MFLOP of products at {floor.peak_gflops:.0f} GFLOP/s, "
+        f"Floor: {floor.flops / 1e6:.4g} MFLOP of products at {floor.peak_gflops:.0f} GFLOP/s ({floor.peak_source}), "
         f"{floor.bytes / 1e6:.3g} MB at {floor.peak_gb_s:.0f} GB/s, each measured here: {_ms(floor.ms)} ms."
     )
 

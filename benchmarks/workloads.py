@@ -80,6 +80,7 @@ class Workload:
     title: str
     build: Callable[[], Problem]
     untuned: bool = False  # a shape that no kernel was made for; run only when it is named
+    compile_s: int = 100  # what each compiled form has to get ready; more where that is known to be enough
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -202,7 +203,12 @@ WORKLOADS: dict[str, Workload] = {
             lambda: sinusoid(5, tasks=100, width=64, activation=nn.Tanh),
         ),
         Workload("mlp784", "MLP 784-256-128-64-5, T = 32, 25 + 25, K = 5", mlp784),
-        Workload("omniglot_5way", "Conv4-64 28x28, 5-way 1-shot, T = 32, K = 1", lambda: omniglot(32, 5, 1, 0.4)),
+        Workload(
+            "omniglot_5way",
+            "Conv4-64 28x28, 5-way 1-shot, T = 32, K = 1",
+            lambda: omniglot(32, 5, 1, 0.4),
+            compile_s=300,
+        ),
         Workload("omniglot_20way", "Conv4-64 28x28, 20-way 1-shot, T = 4, K = 5", lambda: omniglot(4, 20, 5, 0.1)),
         Workload("conv4_84", "Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),
         Workload("filters_48", "Conv4-48 28x28, 10-way, T = 8, K = 1", lambda: omniglot(8, 10, 1, 0.1, 48), True),

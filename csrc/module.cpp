@@ -15,6 +15,9 @@ void bind(py::module_&);
 namespace fastmeta::executor {
 void bind(py::module_&);
 }
+namespace fastmeta::peak {
+void bind(py::module_&);
+}
 
 namespace {
 
@@ -37,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", [](const std::string& name) { fastmeta::use_isa(name.c_str()); }, py::arg("name"));
   fastmeta::inner_update::bind(m);
   fastmeta::executor::bind(m);
+  fastmeta::peak::bind(m);
 }

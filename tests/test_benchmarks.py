@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import probe
+from benchmarks.breakdown import Breakdown, Line, break_down
 from benchmarks.harness import compare
 from benchmarks.memory import RESET, peak_mib
 from benchmarks.peers import LOOP
 from benchmarks.peers.base import Step, Unavailable, Variant
-from benchmarks.report import markdown, summary, write
+from benchmarks.report import as_json, markdown, markdown_table, summary, text_table, where_time_goes, write
 from benchmarks.timing import Effort, interleave
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS, Problem, sinusoid
+from fastmeta.core import native
 from tests.oracle import maml_loop, relative_error, relative_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +46,49 @@ def test_sinusoid_comparison_is_timed_judged_and_written(tmp_path: Path) -> None
     assert [o["name"] for o in stored["outcomes"]] == names
     assert stored["outcomes"][2]["errors"]["total"] == result["fastmeta"].errors.total
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
+def test_the_breakdown_adds_up_and_is_written() -> None:
+    result = compare(K1, [VARIANTS["fastmeta"]], BRIEF)
+    breakdown = result.breakdown
+    names = [(line.operation, line.module) for line in breakdown.lines]
+    assert names == [("linear_block", "0"), ("linear_block", "2"), ("linear_block", "4"), ("loss", "")]
+    # Threads do not overlap, so nothing is left over but what no operation takes.
+    assert 0 <= breakdown.rest_ms < breakdown.ms
+    assert breakdown.executor_ms < breakdown.ms
+    assert sum(line.ms for line in breakdown.lines) <= breakdown.executor_ms
+    assert sum(line.share for line in breakdown.lines) + breakdown.rest_ms / breakdown.ms == pytest.approx(1)
+    assert breakdown.total.flops == result.floor.flops
+    assert all(line.floor_ms > 0 for line in breakdown.lines)
+    # Each operation's floor is at least that of its products, and the loss, without products, has that of its bytes.
+    assert breakdown.total.floor_ms >= result.floor.flops / (1e6 * result.floor.peak_gflops) * (1 - 1e-9)
+    assert breakdown.lines[3].gflops is None
+
+    header, *_, rest, total = markdown_table(*where_time_goes(breakdown)).splitlines()
+    assert header.split(" | ")[0] == "| operation"
+    assert rest.startswith("| everything else |")
+    assert total.startswith("| meta-step |")
+    assert "| linear_block 2 |" in markdown([result], "", "picture.png")
+    stored = as_json([result], "")["workloads"][0]["breakdown"]
+    assert [line["floor_over_time"] for line in stored["lines"]] == [line.floor_share for line in breakdown.lines]
+
+
+def test_a_breakdown_is_shown_line_by_line() -> None:
+    lines = [Line("conv_block", "0", 2.0, 0.5, 4_000_000_000, 10**6, 1.0), Line("loss", "", 0.5, 0.125, 0, 100, 0.25)]
+    shown = text_table(*where_time_goes(Breakdown(4.0, 3.0, lines, 1.5))).splitlines()
+    assert [line.split() for line in shown[2:]] == [
+        ["conv_block", "0", "2", "50.0", "%", "2e+03", "1", "0.50"],
+        ["loss", "0.5", "12.5", "%", "0.25", "0.50"],
+        ["everything", "else", "1.5", "37.5", "%"],
+        ["meta-step", "4", "100.0", "%", "1e+03", "1.25", "0.31"],
+    ]
+
+
+def test_without_the_native_executor_there_is_no_breakdown() -> None:
+    problem = sinusoid(1, tasks=2)
+    model = nn.Sequential(nn.Linear(1, 3), nn.Softplus(), nn.Linear(3, 1))  # without a native kernel
+    assert break_down(dataclasses.replace(problem, model=model)) is None
 
 
 def test_a_wrong_gradient_gets_no_time() -> None:
@@ -77,9 +123,9 @@ def test_an_absent_or_broken_peer_is_shown_with_its_reason() -> None:
 
 
 def test_a_compiler_that_does_not_end_is_stopped_and_a_broken_one_is_named() -> None:
-    assert probe.refusal("sinusoid_k1", "loop") == ""
-    assert probe.refusal("sinusoid_k1", "loop", limit_s=0.01) == "compiling did not finish within 0.01 s"
-    assert "'nobody'" in probe.refusal("sinusoid_k1", "nobody")
+    assert probe.refusal("sinusoid_k1", "loop", 100) == ""
+    assert probe.refusal("sinusoid_k1", "loop", 0.01) == "compiling did not finish within 0.01 s"
+    assert "'nobody'" in probe.refusal("sinusoid_k1", "nobody", 100)
 
 
 def test_turns_are_interleaved() -> None:

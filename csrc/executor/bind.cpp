@@ -258,6 +258,7 @@ void bind_type(py::module_& m, const char* name) {
               int within) {
              return self.workspace_bytes({steps, second_order, learned, rate_per_parameter}, within);
            })
+      .def("profile", &Self::profile)
       .def("kept_bytes", [](const Self& self, bool second_order, bool learned) {
         const auto size = static_cast<std::int64_t>(sizeof(R));
         std::map<std::string, std::int64_t> kept;
@@ -272,7 +273,7 @@ void bind_type(py::module_& m, const char* name) {
                      const std::vector<std::pair<Address, std::int64_t>>& query, bool gradient, Address d_losses,
                      const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses,
                      Address support_losses, Address outputs, std::int64_t output_rows, std::int64_t output_columns,
-                     int threads) {
+                     int threads, Profile* profile) {
         const Request<R> request{tasks,
                                  steps,
                                  first_order,
@@ -292,15 +293,31 @@ void bind_type(py::module_& m, const char* name) {
                                  at<R>(outputs),
                                  output_rows,
                                  output_columns,
-                                 threads};
+                                 threads,
+                                 profile};
         py::gil_scoped_release released;
         self.run(request);
       });
 }
 
+// Calls and seconds of threads, [operations][maps].
+std::vector<std::vector<std::pair<std::int64_t, double>>> table_of(const Profile& profile,
+                                                                   const std::vector<Tally>& tallies) {
+  std::vector<std::vector<std::pair<std::int64_t, double>>> rows(tallies.size() / map_count);
+  for (std::size_t i = 0; i < tallies.size(); ++i)
+    rows[i / map_count].emplace_back(tallies[i].calls, profile.seconds(tallies[i]));
+  return rows;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
+  py::class_<Profile>(m, "Profile", "Where the time of meta-steps went; see csrc/executor/profile.h.")
+      .def_property_readonly("meta_steps", &Profile::meta_steps)
+      .def_property_readonly("within", &Profile::within)
+      .def_property_readonly("seconds", [](const Profile& self) { return self.seconds(); })
+      .def_property_readonly("support", [](const Profile& self) { return table_of(self, self.support()); })
+      .def_property_readonly("query", [](const Profile& self) { return table_of(self, self.query()); });
   bind_type<float>(m, "MetaGradient32");
   bind_type<double>(m, "MetaGradient64");
 }

@@ -88,6 +88,12 @@ struct MetaGradient<R>::Workspace : Memory {
   R* lam(std::int64_t count) const { return this->data + at.lam[count % 2]; }
 };
 
+// A thread's, where its time is wanted.
+template <class R>
+struct MetaGradient<R>::Watches {
+  Stopwatch support, query;
+};
+
 // What no call uses now lies here for the next one.
 template <class R>
 template <class T>
@@ -143,6 +149,11 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
 
 template <class R>
 MetaGradient<R>::~MetaGradient() = default;
+
+template <class R>
+std::unique_ptr<Profile> MetaGradient<R>::profile() const {
+  return std::make_unique<Profile>(support_program_.operations.size(), query_program_.operations.size());
+}
 
 template <class R>
 typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind, int within) const {
@@ -204,6 +215,7 @@ void MetaGradient<R>::check(const Request<R>& request) const {
 template <class R>
 void MetaGradient<R>::run(const Request<R>& request) {
   check(request);
+  const Profile::Whole whole(request.profile);
   const Packing& packing = support_.packing();
   const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
   const Kind kind{request.steps, gradient && !request.first_order, learned, request.rate_per_parameter};
@@ -228,10 +240,15 @@ void MetaGradient<R>::run(const Request<R>& request) {
       const typename Shelf<Workspace>::Loan loan(*workspaces_, elements);
       Workspace& workspace = *loan;
       bind(workspace, kind, share.within, theta);
+      std::unique_ptr<Watches> watches;
+      if (request.profile != nullptr)
+        watches.reset(new Watches{Stopwatch(support_program_.operations.size()),
+                                  Stopwatch(query_program_.operations.size())});
       for (std::int64_t b = first; b < last; ++b)
         for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
           run_task(request, t, workspace, totals.get() + b * packing.differentiated, t == begin,
-                   losses[t], d_alpha.data() + b * rates);
+                   losses[t], d_alpha.data() + b * rates, watches.get());
+      if (watches != nullptr) request.profile->add(watches->support, watches->query, share.within);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
       failure = std::current_exception();
@@ -321,7 +338,9 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, c
 
 template <class R>
 void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total,
-                               bool first, double& loss, double* d_alpha) const {
+                               bool first, double& loss, double* d_alpha, Watches* watches) const {
+  Stopwatch* const on_support = watches == nullptr ? nullptr : &watches->support;
+  Stopwatch* const on_query = watches == nullptr ? nullptr : &watches->query;
   const Packing& packing = support_.packing();
   const Layout& at = workspace.at;
   R* memory = workspace.data;
@@ -329,9 +348,9 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
   for (std::int64_t k = 0; k < request.steps; ++k) {  // eq. (2)-(3)
     const Calls<R>& calls = workspace.support[k];
     support_.aim(workspace.support[k], request.support, task);
-    const R loss = support_.forward(calls, scratch);
+    const R loss = support_.forward(calls, scratch, on_support);
     if (request.support_losses != nullptr) request.support_losses[k * request.tasks + task] = loss;
-    support_.backward(memory + at.tape + k * at.tape_step, calls, R(1), scratch);
+    support_.backward(memory + at.tape + k * at.tape_step, calls, R(1), scratch, on_support);
     if (!workspace.kind.learned) continue;
     const R *g = workspace.gradient(k), *own = k == 0 ? workspace.theta : workspace.weights(k);
     R* next = workspace.weights(k + 1);
@@ -341,7 +360,7 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
                   });
   }
   query_.aim(workspace.query, request.query, task);
-  const R of_task = query_.forward(workspace.query, scratch);
+  const R of_task = query_.forward(workspace.query, scratch, on_query);
   loss = static_cast<double>(of_task);
   if (request.losses != nullptr) request.losses[task] = of_task;
   R* tape = memory + at.query_tape;
@@ -354,8 +373,8 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
   }
   if (!request.gradient) return;
   const R d_loss = request.d_losses != nullptr ? request.d_losses[task] : R(1) / static_cast<R>(request.tasks);
-  query_.backward(tape, workspace.query, d_loss, scratch);
-  const R* lam = adjoint(request, workspace, d_alpha);
+  query_.backward(tape, workspace.query, d_loss, scratch, on_query);
+  const R* lam = adjoint(request, workspace, d_alpha, on_support);
   if (first)
     std::memcpy(total, lam, sizeof(R) * packing.differentiated);
   else
@@ -364,7 +383,8 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
 
 // Returns lam of the shared weights.
 template <class R>
-const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha) const {
+const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha,
+                                  Stopwatch* watch) const {
   const Packing& packing = support_.packing();
   const Layout& at = workspace.at;
   const std::int64_t rates = request.rate_per_parameter ? support_program_.adapted : 1;
@@ -382,7 +402,8 @@ const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspac
                       if (scales) kernels_.scale(u + begin, rate, lam + begin, n);  // eq. (5)
                     });
     if (request.first_order) continue;
-    support_.hessian_product(memory + at.tangent, workspace.support[k], workspace.tangents[k], memory + at.scratch);
+    support_.hessian_product(memory + at.tangent, workspace.support[k], workspace.tangents[k], memory + at.scratch,
+                             watch);
     lam = workspace.lam(request.steps - k);
   }
   return lam;

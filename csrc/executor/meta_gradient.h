@@ -30,6 +30,7 @@ struct Request {
   R* outputs;                 // [tasks, output_rows, output_columns]
   std::int64_t output_rows, output_columns;
   int threads;
+  Profile* profile;  // is added to
 };
 
 // What a workspace's layout depends on.
@@ -57,6 +58,7 @@ class MetaGradient {
   Isa isa() const { return isa_; }
   void run(const Request<R>& request);
   const Plan<R>& support() const { return support_; }
+  std::unique_ptr<Profile> profile() const;  // an empty one
   Sharing sharing(std::int64_t tasks, const Kind& kind, int threads) const;
   // Bytes that each of the tasks at work holds.
   std::int64_t workspace_bytes(const Kind& kind, int within) const;
@@ -65,6 +67,7 @@ class MetaGradient {
   struct Layout;
   struct Memory;
   struct Workspace;
+  struct Watches;
   template <class T>
   class Shelf;
 
@@ -73,8 +76,8 @@ class MetaGradient {
   void write_rates(const Request<R>& request, R* rates) const;
   void bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const;
   void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total, bool first,
-                double& loss, double* d_alpha) const;
-  const R* adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha) const;
+                double& loss, double* d_alpha, Watches* watches) const;
+  const R* adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha, Stopwatch* watch) const;
 
   const Isa isa_;
   const packed::Kernels<R>& kernels_;

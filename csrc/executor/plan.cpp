@@ -257,29 +257,38 @@ void Plan<R>::take_steps(const Item& item, const Step<R>& step, R* const* dw) co
 }
 
 template <class R>
-R Plan<R>::forward(const Calls<R>& calls, R* scratch) const {
-  for (std::size_t n = 0; n < items_.size(); ++n) items_[n].maps.forward(items_[n].shape, calls[n], scratch);
+R Plan<R>::forward(const Calls<R>& calls, R* scratch, Stopwatch* watch) const {
+  if (watch != nullptr) watch->start();
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    items_[n].maps.forward(items_[n].shape, calls[n], scratch);
+    if (watch != nullptr) watch->lap(n, forward_map);
+  }
   return *calls.back().y;
 }
 
 template <class R>
-void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) const {
+void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch, Stopwatch* watch) const {
+  if (watch != nullptr) watch->start();
   tape[slots_[items_.back().operation->y].dy] = d_loss;
   for (std::size_t n = items_.size(); n-- > 0;) {
     if (!items_[n].active) continue;
     items_[n].maps.backward(items_[n].shape, calls[n], scratch);
     take_steps(items_[n], calls[n].step, calls[n].dw);
     add_cotangents(items_[n], tape, aside_, &Slot::dy);
+    if (watch != nullptr) watch->lap(n, backward_map);
   }
 }
 
 template <class R>
-void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch) const {
+void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch,
+                              Stopwatch* watch) const {
+  for (std::size_t n = 0; n < items_.size(); ++n)
+    if (!items_[n].varies) std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
+  if (watch != nullptr) watch->start();
   for (std::size_t n = 0; n < items_.size(); ++n) {
-    if (items_[n].varies)
-      items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
-    else
-      std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
+    if (!items_[n].varies) continue;
+    items_[n].maps.tangent(items_[n].shape, calls[n], tangents[n], scratch);
+    if (watch != nullptr) watch->lap(n, tangent_map);
   }
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
   for (std::size_t n = items_.size(); n-- > 0;) {
@@ -287,6 +296,7 @@ void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCa
     items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
     take_steps(items_[n], tangents[n].step, tangents[n].dw_dot);
     add_cotangents(items_[n], tangent, aside_dot_, &Slot::dy_dot);
+    if (watch != nullptr) watch->lap(n, tangent_backward_map);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "packed.h"
+#include "profile.h"
 #include "program.h"
 
 namespace fastmeta::executor {
@@ -61,12 +62,14 @@ class Plan {
   // Fills in the addresses of a task's data.
   void aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const;
 
+  // The sweeps; a watch takes the laps of their maps, where there is one.
   // Runs the objective; its loss is returned.
-  R forward(const Calls<R>& calls, R* scratch) const;
+  R forward(const Calls<R>& calls, R* scratch, Stopwatch* watch) const;
   // Gradient of d_loss times the loss.
-  void backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch) const;
+  void backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch, Stopwatch* watch) const;
   // Derivative of that gradient (with d_loss = 1, all differentiated parameters).
-  void hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch) const;
+  void hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch,
+                       Stopwatch* watch) const;
 
   // The value that the caller may ask for, rows that lie output_row apart.
   const R* output(const R* tape) const { return tape + slots_[program_.output].y; }

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmeta.core import native
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.lower import NotLowered, lower
+from fastmeta.engine.profile import collecting
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, leaves, require_finite
 
@@ -39,6 +40,7 @@ class NativeStep:
         double = graph.values[graph.loss].dtype == torch.float64
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
         self._programs = [one.program for one in lowered]
+        self._operands = [one.operands for one in lowered]
         self._isa = extension.instruction_set
         try:
             self._step: Any = self._type(*self._programs)
@@ -87,7 +89,10 @@ class NativeStep:
         return ""
 
     def run(self, work: Work, cotangents: Cotangents | None, *, learned: bool, outputs: bool) -> Evaluation:
-        """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`."""
+        """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`.
+
+        Inside :func:`fastmeta.engine.profile.collect` it is profiled.
+        """
         if self._step.isa != self._isa():  # another one was asked for since
             self._step = self._type(*self._programs)
         steps, alpha = work.steps, work.alpha
@@ -109,6 +114,7 @@ class NativeStep:
         d_alpha = torch.zeros_like(alpha) if learned and cotangents is not None else None
         rows, features = self._lowered.output or (0, 0)
         results = [alpha.new_empty((tasks, *value.shape)) for value in self._outputs] if outputs else []
+        profile = collecting()
         self._step.run(
             tasks,
             steps,
@@ -130,6 +136,7 @@ class NativeStep:
             rows,
             features,
             torch.get_num_threads(),
+            None if profile is None else profile.part(self._step, *self._operands),
         )
         if work.check_finite:
             for k in range(steps):

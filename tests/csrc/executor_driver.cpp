@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <random>
 #include <thread>
@@ -296,7 +297,7 @@ struct Problem {
   }
 
   // Where rates are not learned, operations that can take their steps along with their gradients.
-  double run(MetaGradient<R>& step, bool gradient, bool learned, int threads) {
+  double run(MetaGradient<R>& step, bool gradient, bool learned, int threads, Profile* profile = nullptr) {
     std::vector<const R*> parameters;
     std::vector<R*> results;
     for (const auto& w : weights) parameters.push_back(w.data());
@@ -309,11 +310,31 @@ struct Problem {
                              learned ? d_alpha.data() : nullptr,
                              &loss,           losses.data(), support_losses.data(),
                              outputs.data(),  n[1],          classes,
-                             threads};
+                             threads,         profile};
     step.run(request);
     return static_cast<double>(loss);
   }
 };
+
+// Of some calls at the same time, on so many threads each at the most. Data have no derivative; all else varies here.
+int check_profile(const Case& c, const Profile& profile, int calls, int threads) {
+  double seconds = 0;
+  bool right = profile.meta_steps() == calls;
+  for (const bool query : {false, true}) {
+    const Program program = c.program(4);
+    const std::vector<Tally>& tallies = query ? profile.query() : profile.support();
+    for (std::size_t i = 0; i < tallies.size(); ++i) {
+      const Operation& operation = program.operations[i / map_count];
+      const bool constant = operation.x[0].is_data && operation.w[0] == absent;
+      const bool runs = i % map_count == forward_map || (!constant && (!query || i % map_count == backward_map));
+      right = right && tallies[i].calls == (runs ? calls * tasks * (query ? 1 : steps) : 0) && tallies[i].ticks >= 0;
+      seconds += profile.seconds(tallies[i]);
+    }
+  }
+  right = right && seconds > 0 && seconds <= threads * profile.seconds();
+  if (!right) std::printf("%s: a profile of %g s of threads in %g s\n", c.name, seconds, profile.seconds());
+  return right ? 0 : 1;
+}
 
 // The meta-loss's derivative by weights and rates along a direction, d_alpha where `learned`.
 template <class R>
@@ -384,7 +405,10 @@ int check(const Case& c, bool learned, double tolerance) {
   std::vector<std::unique_ptr<Problem<R>>> others;
   for (int i = 0; i < 4; ++i) others.push_back(std::make_unique<Problem<R>>(c, 1));
   std::vector<std::thread> callers;
-  for (int i = 0; i < 4; ++i) callers.emplace_back([&, i] { others[i]->run(step, true, learned, threads[i]); });
+  const std::unique_ptr<Profile> profile = step.profile();
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back(
+        [&, i] { others[i]->run(step, true, learned, threads[i], i == 0 ? nullptr : profile.get()); });
   for (std::thread& caller : callers) caller.join();
   others.push_back(std::make_unique<Problem<R>>(c, 1));
   others.back()->run(step, true, learned, tasks + 2);
@@ -402,7 +426,7 @@ int check(const Case& c, bool learned, double tolerance) {
     std::printf("%s: other bits after another kind of call\n", c.name);
     return 1;
   }
-  return 0;
+  return check_profile(c, *profile, 3, tasks + 2);
 }
 
 enum class Wrong { backward, tangent, tangent_backward };

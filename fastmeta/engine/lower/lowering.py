@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastmeta.core.task_op import Output
+from fastmeta.engine.lower.operands import ABSENT, Operands, Sizes, operands
 from fastmeta.engine.program import Instruction, Program
 
 # Calls that leave a contiguous tensor's elements in place.
@@ -20,7 +22,6 @@ RENAMES = frozenset(
         *("squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int", "alias.default", "clone.default"),
     )
 )
-ABSENT = -1
 
 
 class NotLowered(Exception):
@@ -36,12 +37,14 @@ class Lowered:
         parameters: names in the program's order: adapted, otherwise differentiated, others.
         buffers: names of the buffers that are read, whose numbers follow.
         output: rows and features of the query output that can be had, if there is exactly one.
+        operands: one an operation.
     """
 
     program: dict[str, Any]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     output: tuple[int, int] | None
+    operands: tuple[Operands, ...]
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Lowering:
         self._taken: set[int] = set()  # results of instructions that another one took along
         self._made: dict[tuple[Any, ...], Value] = {}  # other layouts of values and data, by what they are of
         self._operations: list[dict[str, Any]] = []
+        self._instructions: list[Instruction | None] = []  # one an operation
+        self._at: Instruction | None = None  # whose handler is at work
 
     def run(self, handlers: Mapping[str, Callable[[Lowering, Instruction], None]]) -> Lowered:
         """Lower all instructions, each by the handler of its operation's name."""
@@ -116,6 +121,7 @@ class Lowering:
             handler = handlers.get(op.name)
             if handler is None:
                 raise NotLowered(f"{op.name} ({op.call.target}) has no native kernel of its own")
+            self._at = instruction
             handler(self, instruction)
         return self._result()
 
@@ -177,7 +183,7 @@ class Lowering:
         key = (held, samples, channels, *size)
         if key not in self._made:
             described = {"n": samples, "channels": channels, "pixels": math.prod(size)}
-            index = self.emit("data", described, [(True, held.index)])
+            index = self._append("data", described, [(True, held.index)], None)
             self._made[key] = Value(index, samples, channels, *size)
         return self._made[key]
 
@@ -187,7 +193,7 @@ class Lowering:
             return value
         if (value,) not in self._made:
             described = {"n": value.samples, "channels": value.channels, "pixels": value.pixels}
-            index = self.emit("flatten", described, [(False, value.index)])
+            index = self._append("flatten", described, [(False, value.index)], None)
             self._made[(value,)] = Value(index, value.samples, value.channels * value.pixels)
         return self._made[(value,)]
 
@@ -215,9 +221,21 @@ class Lowering:
         w: list[int] | None = None,
         target: int = ABSENT,
     ) -> int:
-        """Append a native operation; return the number of its value."""
+        """Append the native operation of the instruction at hand; return the number of its value."""
+        return self._append(operation, shape, x, self._at, w or [], target)
+
+    def _append(
+        self,
+        operation: str,
+        shape: dict[str, Any],
+        x: list[tuple[bool, int]],
+        instruction: Instruction | None,
+        w: Sequence[int] = (),
+        target: int = ABSENT,
+    ) -> int:
         y = len(self._operations)
-        self._operations.append({"operation": operation, **shape, "x": x, "w": w or [], "target": target, "y": y})
+        self._operations.append({"operation": operation, **shape, "x": x, "w": list(w), "target": target, "y": y})
+        self._instructions.append(instruction)
         return y
 
     def _held(self, slot: int) -> Data | Value:
@@ -277,7 +295,25 @@ class Lowering:
             "parameters": len(self.names) + len(self._buffers),
         }
         shape = None if output is None else (output.samples, output.channels)
-        return Lowered(program, self.names, tuple(self._buffers), shape)
+        return Lowered(program, self.names, tuple(self._buffers), shape, self._operands())
+
+    def _operands(self) -> tuple[Operands, ...]:
+        size = self.dtype.itemsize
+        sizes = Sizes(
+            [size] * len(self._operations),  # the loss, which no slot holds
+            [_bytes(self.graph.values[slot]) for slot in self.graph.data],
+            [_bytes(self.graph.values[self.graph.parameters[name]]) for name in self.names]
+            + [_bytes(self.graph.values[self.graph.buffers[name]]) for name in self._buffers],
+        )
+        for value in (*self.held.values(), *self._made.values()):
+            if isinstance(value, Value):
+                sizes.values[value.index] = math.prod(value.shape) * size
+        adapted = len(self.program.adapted)
+        return operands(self._operations, self._instructions, sizes, adapted, adapted + len(self.outer))
+
+
+def _bytes(value: Output) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def is_rename(instruction: Instruction) -> bool:
