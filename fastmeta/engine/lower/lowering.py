@@ -146,19 +146,19 @@ class Lowering:
         name = self._parameters.get(slot)
         if name is None:
             raise NotLowered("a weight that is computed, or a buffer")
-        return self.names.index(self._read_once(name))
+        return self.names.index(self._read_once("parameter", name))
 
     def buffer(self, slot: int) -> int:
         """The number of the buffer behind ``slot``, a constant whose one reader this is."""
         name = next((name for name, place in self.graph.buffers.items() if place == slot), None)
         if name is None:
             raise NotLowered("running statistics that are computed")
-        self._buffers.append(self._read_once(name))
+        self._buffers.append(self._read_once("buffer", name))
         return len(self.names) + len(self._buffers) - 1
 
-    def _read_once(self, name: str) -> str:
+    def _read_once(self, kind: str, name: str) -> str:
         if name in self._read:
-            raise NotLowered(f"{name} has several readers")
+            raise NotLowered(f"{kind} {name} has several readers")
         self._read.add(name)
         return name
 
