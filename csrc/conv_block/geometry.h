@@ -7,13 +7,20 @@
 namespace fastmeta::conv_block {
 namespace {
 
-constexpr std::int64_t least_slices = 4;  // with fewer, Winograd's transform of the whole convolution costs no more
+// Whether Winograd's transform (winograd.h) computes such a convolution.
+inline bool has_tiles(const Shape& s) {
+  for (int i = 0; i < 2; ++i)
+    if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return false;
+  return !s.data;
+}
 
 // Input channels come in panels: a whole vector of them where the input is an image between operations, one channel
 // where it is a task's data. Rows of a packed weight are ordered by (block of channels, tap, channel within the block).
 //
-// A convolution of many groups is cut into slices of neighbouring groups, each with whole panels of input and whole
+// A convolution of several groups is cut into slices of neighbouring groups, each with whole panels of input and whole
 // vectors of output channels: a small dense convolution, the last one perhaps smaller, with a packed weight of its own.
+// Support and query share packed weights, so this depends on nothing but the weight and how it is applied. Two slices
+// take half of the multiplications, Winograd's transform of the whole convolution about a quarter.
 template <class R>
 struct Geometry : PooledImage {                    // the convolution's result
   std::int64_t n, in, out, groups, height, width;  // of the input
@@ -41,8 +48,9 @@ struct Geometry : PooledImage {                    // the convolution's result
     std::int64_t together = 1;
     while (together < groups && (together * group_in % depth != 0 || together * group_out % fastmeta::width<R> != 0))
       ++together;
-    if (ceil_divide(groups, together) < least_slices) return;
-    slices = ceil_divide(groups, together);
+    const std::int64_t parts = ceil_divide(groups, together);
+    if (parts < (has_tiles(s) ? 3 : 2)) return;
+    slices = parts;
     slice_in = together * group_in;
     slice_out = together * group_out;
   }

@@ -94,6 +94,7 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "no padding": lambda: network(2, 12, {"padding": 0}, {"padding": 0}),
     "dilation": lambda: network(2, 10, {"dilation": 2, "padding": 2}, {"dilation": 2, "padding": 2}),
     "average pool": lambda: network(2, 9, {"pool": nn.AvgPool2d(2)}, {"pool": nn.AvgPool2d(2)}),
+    "average of many pixels": lambda: network(2, 18, {"pool": nn.AvgPool2d(17, 1)}),
     "overlapping pool": lambda: network(2, 9, {"pool": nn.MaxPool2d(3, 2, 1)}, {"pool": nn.MaxPool2d(3, 2, 1)}),
     "leaky": lambda: network(2, 9, {"activation": nn.LeakyReLU(0.1)}, {"activation": nn.LeakyReLU(0.1)}),
     "tanh": lambda: network(2, 9, {"activation": nn.Tanh()}, {"activation": nn.Tanh()}),
@@ -155,6 +156,7 @@ def test_packed_weights_of_depthwise_convolutions_do_not_grow_with_their_square(
 
 def _size(name: str) -> int:
     sizes = {"conv4, odd halves": 28, "colour": 11, "many channels": 6, "stride instead of pool": 14}
+    sizes["average of many pixels"] = 18
     return sizes.get(name) or {"5x5": 10, "1x1": 6, "no padding": 12, "dilation": 10}.get(name, 9)
 
 
