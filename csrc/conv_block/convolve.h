@@ -46,22 +46,30 @@ class Direct {
 
   // z (+)= painted images * w.
   void apply(const R* w, std::int64_t count, R* z, bool add) {
-    multiply(Product<R>{painted_, canvas_.size(), s_.stride[0] * canvas_.row(), offset_, g_.panels(), w, g_.co, z,
-                        g_.result(), g_.w * g_.co, g_.co, count, g_.h, g_.w, g_.co, add},
-             g_.depth);
+    for (std::int64_t k = 0; k < g_.slices; ++k)
+      multiply(Product<R>{painted_, canvas_.size(), s_.stride[0] * canvas_.row(), offset_ + k * g_.slice_panels(),
+                          g_.in_of(k) / g_.depth * g_.taps, w + k * g_.slice_weight(), g_.slice_out,
+                          z + k * g_.slice_out, g_.result(), g_.w * g_.co, g_.co, count, g_.h, g_.w, g_.out_of(k), add},
+               g_.depth);
   }
 
   // d_w (+)= painted images^T dz.
   void weight_gradient(const R* dz, std::int64_t count, R* dw, bool add, int threads) {
-    const Outer<R> o{{}, canvas_.size(), s_.stride[0] * canvas_.row(), g_.depth, dz, g_.result(), g_.w * g_.co, g_.co,
-                     width<R>, count, g_.h, g_.w, dw, g_.co, add};
+    const auto outer = [&](std::int64_t slice) {
+      return Outer<R>{{}, canvas_.size(), s_.stride[0] * canvas_.row(), g_.depth, dz + slice * g_.slice_out, g_.result(),
+                      g_.w * g_.co, g_.co, width<R>, count, g_.h, g_.w, nullptr, g_.slice_out, add};
+    };
     if (s_.data) {
-      outer_scattered(o, painted_, offset_, g_.panels(), dw, g_.co);
+      for (std::int64_t k = 0; k < g_.slices; ++k)
+        outer_scattered(outer(k), painted_, offset_ + k * g_.slice_panels(), g_.in_of(k) * g_.taps,
+                        dw + k * g_.slice_weight(), g_.out_of(k));
       return;
     }
     parallel_for(g_.panels(), threads, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t p = begin; p < end; ++p)
-        outer_panel(o, painted_ + offset_[p], dw + p * width<R> * g_.co, g_.co);
+      for (std::int64_t p = begin; p < end; ++p) {
+        const std::int64_t k = p / g_.slice_panels();
+        outer_panel(outer(k), painted_ + offset_[p], dw + p * width<R> * g_.slice_out, g_.out_of(k));
+      }
     });
   }
 
@@ -80,7 +88,7 @@ class DirectTransposed {
  public:
   DirectTransposed(const Shape& s, const Geometry<R>& g, int weights, Arena<R>& common, Arena<R>& own)
       : s_(s), g_(g), canvas_(canvas_of_gradient(s, g)), group_(group_of(g, canvas_.size())),
-        panels_(canvas_.blocks * g.taps), offset_(common.template take_as<std::int64_t>(panels_)),
+        offset_(common.template take_as<std::int64_t>(canvas_.blocks * g.taps)),
         painted_(own.take(group_ * canvas_.size())) {
     for (int i = 0; i < weights; ++i) turned_[i] = common.take(g.weight());
   }
@@ -88,12 +96,18 @@ class DirectTransposed {
   void prepare() { panel_offsets(canvas_, s_, true, offset_); }
   void prepare_own() { fill_zero(painted_, group_ * canvas_.size()); }
 
-  // turned[block of results][tap][result][channel of the input], those from input channel i and result o.
+  // Of a slice turned[block of results][tap][result][channel of the input], those from input channel i and result o.
   void turn(const R* w, int which, std::int64_t i, std::int64_t o) {
     constexpr int v = width<R>;
+    const std::int64_t slice = i / g_.slice_in;
+    if (o / g_.slice_out != slice) return;
+    i -= slice * g_.slice_in;
+    o -= slice * g_.slice_out;
+    const R* from = w + slice * g_.slice_weight();
+    R* to = turned_[which] + slice * g_.slice_weight();
     for (std::int64_t t = 0; t < g_.taps; ++t)
-      transpose_square(w + (i * g_.taps + t * v) * g_.co + o, g_.co,
-                       turned_[which] + (o * g_.taps + t * v) * g_.ci + i, g_.ci);
+      transpose_square(from + (i * g_.taps + t * v) * g_.slice_out + o, g_.slice_out,
+                       to + (o * g_.taps + t * v) * g_.slice_in + i, g_.slice_in);
   }
 
   // d_x (+)= dz * w^T
@@ -103,10 +117,13 @@ class DirectTransposed {
         R* const painted = painted_ + begin * canvas_.size();
         for (std::int64_t i = begin; i < end; ++i)
           paint(canvas_, dz + (first + i) * g_.result(), g_.h, g_.w, painted_ + i * canvas_.size());
-        multiply(Product<R>{painted, canvas_.size(), canvas_.row(), offset_, panels_, turned_[which], g_.ci,
-                            dx + (first + begin) * g_.image(), g_.image(), g_.width * g_.ci, g_.ci, end - begin,
-                            g_.height, g_.width, g_.ci, add},
-                 width<R>);
+        for (std::int64_t k = 0; k < g_.slices; ++k)
+          multiply(Product<R>{painted, canvas_.size(), canvas_.row(),
+                              offset_ + k * g_.slice_out / width<R> * g_.taps, g_.out_of(k) / width<R> * g_.taps,
+                              turned_[which] + k * g_.slice_weight(), g_.slice_in,
+                              dx + (first + begin) * g_.image() + k * g_.slice_in, g_.image(), g_.width * g_.ci, g_.ci,
+                              end - begin, g_.height, g_.width, g_.in_of(k), add},
+                   width<R>);
       });
     }
   }
@@ -115,7 +132,7 @@ class DirectTransposed {
   const Shape& s_;
   const Geometry<R>& g_;
   Canvas canvas_;
-  std::int64_t group_, panels_;
+  std::int64_t group_;
   std::int64_t* offset_;
   R* painted_;
   R* turned_[2];

@@ -16,8 +16,8 @@ using executor::Sizes;
 using executor::Tangent;
 
 bool supported(const Shape& s) {
-  const Geometry<float> g(s);
   if (s.groups < 1 || s.in % s.groups != 0 || s.out % s.groups != 0) return false;
+  const Geometry<float> g(s);
   if (g.n < 1 || g.h < 1 || g.w < 1 || g.ph < 1 || g.pw < 1) return false;
   return can_pool(s.pool);
 }

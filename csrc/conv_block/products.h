@@ -14,9 +14,7 @@ constexpr std::int64_t gradient_group_bytes = 256 * 1024;
 // Winograd where it wins by count of multiplications, with its transforms: of tiles, and of the weight (the constant).
 template <class T, class R>
 bool prefers_tiles(const Shape& s, const Geometry<R>& g) {
-  for (int i = 0; i < 2; ++i)
-    if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return false;
-  if (s.data) return false;
+  if (!has_tiles(s) || g.slices > 1) return false;
   const std::int64_t tiles = grid_of(s, g, g.n, T::side).tiles();
   return T::all * (tiles * 5 / 4 + 7) < g.count() * taps3x3;
 }

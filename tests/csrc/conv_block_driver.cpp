@@ -301,10 +301,11 @@ class Random {
         s.pool.padding[i] = among(0, s.pool.kernel[i] / 2);
       }
     }
-    if (chance(.15)) {
-      s.groups = among(2, 3);
-      s.in = s.groups * among(1, 8);
-      s.out = s.groups * among(1, 8);
+    if (chance(.25)) {  // few, or so many that the convolution is cut into slices
+      const bool many = chance(.5);
+      s.groups = many ? among(20, 70) : among(2, 3);
+      s.in = s.groups * among(1, many ? 2 : 8);
+      s.out = s.groups * among(1, many ? 2 : 8);
     }
     return s;
   }

@@ -94,6 +94,7 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "no padding": lambda: network(2, 12, {"padding": 0}, {"padding": 0}),
     "dilation": lambda: network(2, 10, {"dilation": 2, "padding": 2}, {"dilation": 2, "padding": 2}),
     "average pool": lambda: network(2, 9, {"pool": nn.AvgPool2d(2)}, {"pool": nn.AvgPool2d(2)}),
+    "average of many pixels": lambda: network(2, 18, {"pool": nn.AvgPool2d(17, 1)}),
     "overlapping pool": lambda: network(2, 9, {"pool": nn.MaxPool2d(3, 2, 1)}, {"pool": nn.MaxPool2d(3, 2, 1)}),
     "leaky": lambda: network(2, 9, {"activation": nn.LeakyReLU(0.1)}, {"activation": nn.LeakyReLU(0.1)}),
     "tanh": lambda: network(2, 9, {"activation": nn.Tanh()}, {"activation": nn.Tanh()}),
@@ -114,8 +115,48 @@ def test_blocks_agree_with_the_reference(name: str) -> None:
     assert errors(model, tasks) <= EXACT
 
 
+GROUPS: dict[str, Callable[[], nn.Sequential]] = {
+    "two": lambda: network(2, 9, {}, {"groups": 2}, {"groups": 2, "pool": None}, filters=12),
+    "depthwise": lambda: network(2, 9, {}, {"groups": 36, "pool": None}, filters=36),
+    "depthwise, many channels": lambda: network(2, 9, {}, {"groups": 70}, {"groups": 70, "pool": None}, filters=70),
+    "depthwise and pointwise": lambda: network(
+        2, 9, {}, {"groups": 64, "norm": None}, {"kernel": 1, "padding": 0, "pool": None}, filters=64
+    ),
+    "data": lambda: network(70, 5, {"groups": 70, "pool": None}, {"groups": 10}, filters=70),
+    "several a group": lambda: network(2, 9, {}, {"groups": 23, "stride": 2, "pool": None}, filters=69),
+}
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+def test_grouped_convolutions(name: str) -> None:
+    model = GROUPS[name]()
+    tasks = episodes(model[0].in_channels, 5 if name == "data" else 9)
+    assert errors(model, tasks) <= EXACT
+    truth = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.2, 2)[3]
+    assert total_error(fm.MAML(model, F.cross_entropy, lr=0.2, steps=2).value_and_grad(tasks)[1], truth) <= EXACT
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_grouped_convolutions_by_instruction_set(name: str) -> None:
+    _C.use_instruction_set(name)
+    try:
+        assert errors(GROUPS["depthwise, many channels"](), episodes(2, 9), steps=1) <= EXACT
+    finally:
+        _C.use_instruction_set("")
+
+
+def test_packed_weights_of_depthwise_convolutions_do_not_grow_with_their_square() -> None:
+    def size(channels: int) -> float:
+        model = network(2, 5, {}, {"groups": channels, "pool": None}, filters=channels)
+        text = str(fm.MAML(model, F.cross_entropy, lr=0.2, executor="native").explain(episodes(2, 5)))
+        return float(re.findall(r"fast weights ([\d.]+) KiB", text)[0])
+
+    assert size(512) < 4.1 * size(128)
+
+
 def _size(name: str) -> int:
     sizes = {"conv4, odd halves": 28, "colour": 11, "many channels": 6, "stride instead of pool": 14}
+    sizes["average of many pixels"] = 18
     return sizes.get(name) or {"5x5": 10, "1x1": 6, "no padding": 12, "dilation": 10}.get(name, 9)
 
 

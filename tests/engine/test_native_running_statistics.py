@@ -114,6 +114,17 @@ def test_one_norm_in_evaluation_mode_beside_one_in_training_mode() -> None:
     assert error(model, episodes(2, 9)) <= EXACT
 
 
+def test_statistics_that_are_read_twice_run_on_the_reference() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, affine=False)
+    layers = [nn.Conv2d(2, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm, nn.Flatten(), nn.Linear(100, WAYS)]
+    model, tasks = trained(nn.Sequential(*layers)), episodes(2, 9)
+    maml = fm.MAML(model, F.cross_entropy, lr=0.2)
+    assert "1.running_mean has several readers" in maml.explain(tasks).executor
+    right = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.2, 1)[3]
+    assert total_error(maml.value_and_grad(tasks)[1], right) <= EXACT
+
+
 def test_statistics_that_change_between_calls() -> None:
     model, tasks = network({}, {}), episodes(2, 9)
     maml = fm.MAML(model, F.cross_entropy, lr=0.2, steps=2, executor="native")
