@@ -80,7 +80,7 @@ class Workload:
     title: str
     build: Callable[[], Problem]
     untuned: bool = False  # a shape that no kernel was made for; run only when it is named
-    compile_s: int = 100  # what each compiled form has to get ready; more where that is known to be enough
+    compile_s: int = 100  # seconds that a compiled form has to get ready, in the process that tries it first
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
