@@ -55,6 +55,14 @@ void describe_linear(const py::dict& d, Operation& operation) {
   shape->bias = operation.w[1] != absent;
   shape->data = operation.x[0].is_data;
   operation.shape = shape;
+  if (get<bool>(d, "gram")) {
+    shape->support = get<std::int64_t>(d, "support");
+    shape->query = get<std::int64_t>(d, "query");
+    shape->asks = get<bool>(d, "asks");
+    operation.f32 = [](Isa isa) { return linear_block::table_of(isa).gram32; };
+    operation.f64 = [](Isa isa) { return linear_block::table_of(isa).gram64; };
+    return;
+  }
   operation.f32 = [](Isa isa) { return linear_block::table_of(isa).f32; };
   operation.f64 = [](Isa isa) { return linear_block::table_of(isa).f64; };
 }

@@ -50,7 +50,7 @@ struct MetaGradient<R>::Layout {
   std::int64_t lam[2];         // in turn
   std::int64_t u;              // rates times lam, where each parameter has its own; else lam is the direction itself
   std::int64_t tape, tape_step, query_tape;
-  std::int64_t tangent, scratch;
+  std::int64_t tangent, tangent_step, scratch;
   std::int64_t total;
 };
 
@@ -80,6 +80,7 @@ struct MetaGradient<R>::Workspace : Memory {
   std::vector<Calls<R>> support;         // one a step
   std::vector<TangentCalls<R>> tangents;  // one a step
   Calls<R> query;
+  std::vector<std::vector<Past<R>>> pasts;  // of calls that collect a weight
 
   // Adapted weights after so many steps, packed.
   R* weights(std::int64_t k) const { return this->data + at.theta + (k - 1) % at.thetas * at.theta_size; }
@@ -141,6 +142,7 @@ MetaGradient<R>::MetaGradient(Program support, Program query, Isa isa)
       query_program_(std::move(query)),
       support_(support_program_, isa, kernels_, true),
       query_(query_program_, isa, kernels_, false),
+      collects_(support_.collects()),
       thetas_(std::make_unique<Shelf<Memory>>()),
       workspaces_(std::make_unique<Shelf<Workspace>>()) {
   if (support_.packing().sizes != query_.packing().sizes)
@@ -174,9 +176,16 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind, int w
   at.lam[0] = take(packing.differentiated, 1);
   at.g = take(packing.adapted, kind.learned ? kind.steps : 0);
   at.u = take(packing.adapted, kind.rate_per_parameter ? 1 : 0);
-  at.tape_step = second_order ? support_.tape() : 0;
-  at.tape = take(support_.tape(), second_order ? kind.steps : std::min<std::int64_t>(kind.steps, 1));
-  at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
+  const bool keeps = second_order || collects_;
+  at.tape_step = keeps ? support_.tape() : 0;
+  at.tape = take(support_.tape(), keeps ? kind.steps : std::min<std::int64_t>(kind.steps, 1));
+  if (collects_) {  // of a collected weight all factors stay: the query's, and those of each step's tangents
+    at.query_tape = take(query_.tape(), 1);
+    at.tangent = take(support_.tangent(), second_order ? kind.steps : 0);
+    at.tangent_step = support_.tangent();
+  } else {
+    at.query_tape = at.tangent = take(std::max(query_.tape(), support_.tangent()), 1);  // never in use together
+  }
   at.scratch = take(std::max(support_.scratch(within), query_.scratch(within)), 1);
   return at;
 }
@@ -221,7 +230,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   const Kind kind{request.steps, gradient && !request.first_order, learned, request.rate_per_parameter};
   const Sharing share = sharing(request.tasks, kind, request.threads);
   const std::int64_t elements = layout(kind, share.within).total;
-  const std::int64_t blocks = blocks_of<R>(request.tasks, packing.differentiated);
+  const std::int64_t blocks = blocks_of<R>(request.tasks, packing.gradient);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
   const std::int64_t row = support_program_.adapted + support_program_.differentiated;
@@ -231,7 +240,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   write_rates(request, theta + support_.packed_size());
 
   // Not initialised: the first task of a block writes, the others add.
-  const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.differentiated] : nullptr);
+  const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.gradient] : nullptr);
   std::vector<double> d_alpha(learned ? blocks * rates : 0), losses(request.tasks);
   std::mutex mutex;
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
@@ -246,7 +255,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
                                   Stopwatch(query_program_.operations.size())});
       for (std::int64_t b = first; b < last; ++b)
         for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
-          run_task(request, t, workspace, totals.get() + b * packing.differentiated, t == begin,
+          run_task(request, t, workspace, totals.get() + b * packing.gradient, t == begin,
                    losses[t], d_alpha.data() + b * rates, watches.get());
       if (watches != nullptr) request.profile->add(watches->support, watches->query, share.within);
     } catch (...) {
@@ -258,7 +267,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   *request.loss = static_cast<R>(std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(request.tasks));
   if (!gradient) return;
   for (std::int64_t b = 1; b < blocks; ++b)
-    kernels_.add(totals.get(), totals.get() + b * packing.differentiated, packing.differentiated);
+    kernels_.add(totals.get(), totals.get() + b * packing.gradient, packing.gradient);
   support_.unpack(totals.get(), request.gradients.data());
   if (!learned) return;
   for (std::int64_t b = 1; b < blocks; ++b)
@@ -328,12 +337,16 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, c
       const R* lam = workspace.lam(passed);
       const Gradients<R> next{workspace.lam(passed + 1), true, lam, rates + support_program_.adapted};
       const R* u = kind.rate_per_parameter ? memory + at.u : lam;
-      workspace.tangents.push_back(support_.bind_tangent(memory + at.tangent, u, next));
+      workspace.tangents.push_back(support_.bind_tangent(memory + at.tangent + k * at.tangent_step, u, next));
     }
     rates += support_program_.adapted + support_program_.differentiated;
     own = workspace.weights(k + 1);
   }
   workspace.query = query_.bind(memory + at.query_tape, own, theta, {workspace.lam(0), true}, within);
+  if (collects_)
+    workspace.pasts = support_.remember(workspace.support, workspace.tangents, workspace.query,
+                                        theta + support_.packed_size(),
+                                        support_program_.adapted + support_program_.differentiated);
 }
 
 template <class R>
@@ -379,6 +392,7 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
     std::memcpy(total, lam, sizeof(R) * packing.differentiated);
   else
     kernels_.add(total, lam, packing.differentiated);
+  if (collects_) query_.collect(workspace.query, !first, total, scratch);
 }
 
 // Returns lam of the shared weights.
@@ -402,7 +416,7 @@ const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspac
                       if (scales) kernels_.scale(u + begin, rate, lam + begin, n);  // eq. (5)
                     });
     if (request.first_order) continue;
-    support_.hessian_product(memory + at.tangent, workspace.support[k], workspace.tangents[k], memory + at.scratch,
+    support_.hessian_product(memory + at.tangent + k * at.tangent_step, workspace.support[k], workspace.tangents[k], memory + at.scratch,
                              watch);
     lam = workspace.lam(request.steps - k);
   }

@@ -83,6 +83,7 @@ class MetaGradient {
   const packed::Kernels<R>& kernels_;
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
+  const bool collects_;  // some weight is formed for no task
   const std::unique_ptr<Shelf<Memory>> thetas_;         // shared weights, packed, and the rates behind them
   const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a task at work
 };

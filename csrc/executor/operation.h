@@ -40,6 +40,19 @@ struct Step {
   const R* rate[max_weights];
 };
 
+template <class R>
+struct Primal;
+template <class R>
+struct Tangent;
+
+// An inner step that has been taken, to an operation that holds its fast weight as the steps that made it.
+template <class R>
+struct Past {
+  const Primal<R>* call;
+  const Tangent<R>* tangent;  // filled in once the adjoint has passed the step; null in first order
+  const R* rate;
+};
+
 // One operation at one inner step of one task. No buffer overlaps another; all start at multiples of 64 bytes.
 template <class R>
 struct Primal {
@@ -54,6 +67,8 @@ struct Primal {
   R* dw[max_weights];   // overwritten; null where it is not wanted
   Step<R> step;
   int threads;          // that may work on this task
+  const Past<R>* past;  // where w[0] is collected: the steps taken so far, the first one first
+  std::int64_t taken;
 };
 
 // Derivatives of the above along a direction.
@@ -67,6 +82,10 @@ struct Tangent {
   R* dx_dot[max_inputs];   // overwritten; null where it is not wanted
   R* dw_dot[max_weights];  // overwritten; null where it is not wanted
   Step<R> step;
+  // Where w[0] is collected, the direction is what the query's call and the steps that the adjoint has passed make it.
+  const Primal<R>* query;
+  const Past<R>* passed;
+  std::int64_t passed_steps;
 };
 
 // Where tangent has not run, because nothing varies, saved_dot is zero in tangent_backward.
@@ -84,6 +103,9 @@ struct Maps {
   void (*tangent_backward)(const void* shape, const Primal<R>&, const Tangent<R>&, R* scratch);
   void (*turn)(const void* shape, const R* packed, R* turned) = nullptr;  // null where there is no second form
   bool takes_steps = false;
+  // Not null where w[0] is never formed for a task: the maps are given the shared weight and the past, all of whose
+  // values stay in place, and no dw[0]; this adds the gradient of the shared weight to dw, or writes it.
+  void (*collect)(const void* shape, const Primal<R>& query, bool adds, R* dw, R* scratch) = nullptr;
 };
 
 }  // namespace fastmeta::executor

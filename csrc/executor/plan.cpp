@@ -33,7 +33,8 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   packing_.sizes.assign(program.parameters, 0);
   for (const Operation& operation : program.operations) {
     const Maps<R> maps = maps_of<R>(operation, isa);
-    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, 0, false, false, {}};
+    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, 0, false, false, false, {}};
+    item.collects = maps.collect != nullptr;
     const Sizes& sizes = item.sizes;
     const int number = static_cast<int>(items_.size());
     for (int i = 0; i < max_weights; ++i) {
@@ -44,6 +45,8 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
       item.varies = item.varies || p < program.adapted;
       item.active = item.active || p < program.differentiated;
     }
+    if (item.collects && operation.w[0] >= program.adapted)
+      throw std::invalid_argument("executor: a collected weight must adapt, got one that does not");
     for (const Source& x : operation.x) {
       if (x.is_data || x.index == absent) continue;
       slots_[x.index].readers.push_back(number);
@@ -64,11 +67,18 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   share_cotangents();
   find_places(kept);
   packing_.offsets.resize(program.parameters);
-  for (int p = 0; p < program.parameters; ++p) {
-    packing_.offsets[p] = take<R>(packing_.total, packing_.sizes[p]);
-    if (p < program.adapted) packing_.adapted = packing_.total;
-    if (p < program.differentiated) packing_.differentiated = packing_.total;
-  }
+  std::vector<bool> collected(program.parameters);
+  for (const Item& item : items_)
+    if (item.collects) collected[item.operation->w[0]] = true;
+  const auto place = [&](int first, int last, bool these) {
+    for (int p = first; p < last; ++p)
+      if (collected[p] == these) packing_.offsets[p] = take<R>(packing_.total, packing_.sizes[p]);
+    return packing_.total;
+  };
+  packing_.adapted = place(0, program.adapted, false);
+  packing_.differentiated = place(program.adapted, program.differentiated, false);
+  packing_.gradient = place(0, program.adapted, true);
+  place(program.differentiated, program.parameters, false);
 }
 
 // A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add.
@@ -111,9 +121,11 @@ void Plan<R>::find_places(bool kept) {
     for (const int r : slot.readers)
       if (items_[r].active && items_[r].sizes.rereads_x) last = std::max<std::int64_t>(last, 2 * n - r);
     if (item.active && item.sizes.rereads_y) last = 2 * n - slot.maker;
+    // What a collected weight is made of stays to the end.
+    const std::int64_t back = item.collects ? 2 * n + 1 : 2 * n - slot.maker;
     add(item.sizes.y, slot.maker, last, &slot.y);
-    add(item.sizes.saved, slot.maker, item.active ? 2 * n - slot.maker : slot.maker, &item.saved);
-    if (item.active) add(item.sizes.y, 2 * n - reader, 2 * n - slot.maker, &slot.dy);
+    add(item.sizes.saved, slot.maker, item.active ? back : slot.maker, &item.saved);
+    if (item.active) add(item.sizes.y, 2 * n - reader, back, &slot.dy);
   }
   for (int i = 0; i < max_inputs; ++i) add(aside_size_[i], n, 2 * n, &aside_[i]);
   if (!kept) tape_ = executor::find_places(buffers);
@@ -162,7 +174,7 @@ Step<R> Plan<R>::step_of(const Item& item, const Gradients<R>& to) const {
   Step<R> step{};
   for (int i = 0; i < max_weights; ++i) {
     const int q = item.operation->w[i];
-    if (q == absent || to.from == nullptr) continue;
+    if (q == absent || to.from == nullptr || (i == 0 && item.collects)) continue;
     step.from[i] = to.from + packing_.offsets[q];
     step.rate[i] = to.rates + q;
   }
@@ -185,8 +197,9 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
       if (q == absent) continue;
-      p.w[i] = (q < program_.adapted ? own : shared) + packing_.offsets[q];
-      p.dw[i] = q < wanted ? to.dw + packing_.offsets[q] : nullptr;
+      const bool collected = i == 0 && item.collects;
+      p.w[i] = (q < program_.adapted && !collected ? own : shared) + packing_.offsets[q];
+      p.dw[i] = q < wanted && !collected ? to.dw + packing_.offsets[q] : nullptr;
     }
     const bool is_shared = own == shared || operation.w[0] >= program_.adapted;
     if (item.sizes.turned > 0 && is_shared) p.turned = shared + packing_.total + item.turned;
@@ -215,6 +228,7 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, const Gradients<R>
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
       if (q == absent) continue;
+      if (i == 0 && item.collects) continue;
       t.w_dot[i] = q < program_.adapted ? u + packing_.offsets[q] : nullptr;
       t.dw_dot[i] = q < program_.differentiated ? to.dw + packing_.offsets[q] : nullptr;
     }
@@ -225,6 +239,45 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, const Gradients<R>
     calls.push_back(t);
   }
   return calls;
+}
+
+template <class R>
+std::vector<std::vector<Past<R>>> Plan<R>::remember(std::vector<Calls<R>>& support,
+                                                    std::vector<TangentCalls<R>>& tangents, Calls<R>& query,
+                                                    const R* rates, std::int64_t row) const {
+  std::vector<std::vector<Past<R>>> pasts(items_.size());
+  const std::size_t steps = support.size();
+  for (std::size_t n = 0; n < items_.size(); ++n) {
+    if (!items_[n].collects) continue;
+    std::vector<Past<R>>& past = pasts[n];
+    for (std::size_t k = 0; k < steps; ++k)
+      past.push_back({&support[k][n], tangents.empty() ? nullptr : &tangents[k][n],
+                      rates + static_cast<std::int64_t>(k) * row + items_[n].operation->w[0]});
+    for (std::size_t k = 0; k < steps; ++k) {
+      support[k][n].past = past.data();
+      support[k][n].taken = static_cast<std::int64_t>(k);
+      if (tangents.empty()) continue;
+      tangents[k][n].query = &query[n];
+      tangents[k][n].passed = past.data() + k + 1;
+      tangents[k][n].passed_steps = static_cast<std::int64_t>(steps - k - 1);
+    }
+    query[n].past = past.data();
+    query[n].taken = static_cast<std::int64_t>(steps);
+  }
+  return pasts;
+}
+
+template <class R>
+bool Plan<R>::collects() const {
+  return std::any_of(items_.begin(), items_.end(), [](const Item& item) { return item.collects; });
+}
+
+template <class R>
+void Plan<R>::collect(const Calls<R>& query, bool adds, R* gradient, R* scratch) const {
+  for (std::size_t n = 0; n < items_.size(); ++n)
+    if (items_[n].collects)
+      items_[n].maps.collect(items_[n].shape, query[n], adds, gradient + packing_.offsets[items_[n].operation->w[0]],
+                             scratch);
 }
 
 template <class R>

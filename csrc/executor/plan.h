@@ -10,10 +10,11 @@
 
 namespace fastmeta::executor {
 
-// Offsets in packed weights of all parameters, [adapted | differentiated | others].
+// Offsets in packed weights of all parameters, [adapted | differentiated | collected | others]. Collected weights adapt,
+// but are formed for no task; their gradients are.
 struct Packing {
   std::vector<std::int64_t> offsets, sizes;
-  std::int64_t adapted = 0, differentiated = 0, total = 0;  // elements, each count includes the one before
+  std::int64_t adapted = 0, differentiated = 0, gradient = 0, total = 0;  // elements, each includes the one before
 };
 
 // A data tensor of all tasks: the first task's address, and the distance to the next one's in bytes.
@@ -59,6 +60,14 @@ class Plan {
   Calls<R> bind(R* tape, const R* own, const R* shared, const Gradients<R>& to, int threads) const;
   // Calls of a Hessian-vector product along u, packed like the adapted parameters; of all differentiated parameters.
   TangentCalls<R> bind_tangent(R* tangent, const R* u, const Gradients<R>& to) const;
+  // Tells calls that collect a weight what has passed before and after them: `support` and `tangents` hold one set of
+  // calls a step (no tangents in first order), `rates` one a step and parameter, `row` of them a step.
+  std::vector<std::vector<Past<R>>> remember(std::vector<Calls<R>>& support, std::vector<TangentCalls<R>>& tangents,
+                                             Calls<R>& query, const R* rates, std::int64_t row) const;
+  bool collects() const;
+  // Adds the gradients of collected weights to `gradient`, packed like weights, or writes them; this is the query's plan.
+  void collect(const Calls<R>& query, bool adds, R* gradient, R* scratch) const;
+
   // Fills in the addresses of a task's data.
   void aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const;
 
@@ -92,6 +101,7 @@ class Plan {
     Sizes sizes;
     std::int64_t saved, saved_dot, turned;
     bool varies, active;
+    bool collects;  // w[0] of a task is never formed
     bool adds[max_inputs];  // to the cotangent that a later reader of the input has written
   };
 

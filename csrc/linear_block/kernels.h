@@ -16,11 +16,16 @@ struct Shape {
   double slope;  // of leaky_relu below 0
   bool bias;
   bool data;  // the input is a task's data: rows of `in` elements, not padded; constant, without a gradient
+  // In the Gram form (gram.h): rows of a support and of a query set, and whether this is the query's call.
+  std::int64_t support, query;
+  bool asks;
 };
 
 struct Table {
   executor::Maps<float> f32;
   executor::Maps<double> f64;
+  executor::Maps<float> gram32;
+  executor::Maps<double> gram64;
 };
 
 FASTMETA_TABLES

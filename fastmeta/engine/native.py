@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.core import native
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
-from fastmeta.engine.lower import NotLowered, lower
+from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
 from fastmeta.engine.profile import collecting
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, leaves, require_finite
@@ -42,8 +42,10 @@ class NativeStep:
         self._programs = [one.program for one in lowered]
         self._operands = [one.operands for one in lowered]
         self._isa = extension.instruction_set
+        self._steps: dict[Any, Any] = {}  # by the operations in Gram form, and the instruction set
+        self._forms: dict[tuple[int, bool], tuple[bool, ...]] = {}
         try:
-            self._step: Any = self._type(*self._programs)
+            self._step_of(self._dense())
         except ValueError as error:
             raise NotLowered(str(error)) from error
         self._wanted = len(query.adapted), len(query.adapted) + len(query.outer)
@@ -55,20 +57,44 @@ class NativeStep:
     @property
     def instruction_set(self) -> str:
         """The one its kernels are compiled for."""
-        return self._step.isa
+        return self._isa()
 
     def kept(self, work: Work, *, learned: bool) -> dict[str, int]:
         """Named bytes kept per inner step for the adjoint of each task at work."""
-        return self._step.kept_bytes(not work.first_order and work.steps > 0, learned)
+        return self._step(work, learned).kept_bytes(not work.first_order and work.steps > 0, learned)
 
     def sharing(self, work: Work, *, learned: bool) -> tuple[int, int]:
         """How many tasks are at work at once, and how many threads on each."""
-        return self._step.sharing(work.tasks, *self._kind(work, learned), torch.get_num_threads())
+        return self._step(work, learned).sharing(work.tasks, *self._kind(work, learned), torch.get_num_threads())
 
     def workspace_bytes(self, work: Work, *, learned: bool) -> int:
         """Bytes each of the tasks at work holds."""
         _, threads = self.sharing(work, learned=learned)
-        return self._step.workspace_bytes(*self._kind(work, learned), threads)
+        return self._step(work, learned).workspace_bytes(*self._kind(work, learned), threads)
+
+    def gram(self, work: Work, *, learned: bool) -> tuple[bool, ...]:
+        """For each operation, whether its weight is held as products with the task's data and formed for no task."""
+        if learned or work.alpha.shape[1] > 1:
+            return self._dense()
+        key = work.steps, work.first_order
+        form = self._forms.get(key)
+        if form is None:
+            form = with_gram(*self._programs, work.steps, second_order=not work.first_order)
+            self._forms[key] = form
+        return form
+
+    def _dense(self) -> tuple[bool, ...]:
+        return (False,) * len(self._programs[0]["operations"])
+
+    def _step(self, work: Work, learned: bool) -> Any:
+        return self._step_of(self.gram(work, learned=learned))
+
+    def _step_of(self, form: tuple[bool, ...]) -> Any:
+        key = form, self._isa()  # another instruction set may be asked for at any time
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = self._type(*in_gram_form(*self._programs, form))
+        return step
 
     @staticmethod
     def _kind(work: Work, learned: bool) -> tuple[int, bool, bool, bool]:
@@ -93,8 +119,7 @@ class NativeStep:
 
         Inside :func:`fastmeta.engine.profile.collect` it is profiled.
         """
-        if self._step.isa != self._isa():  # another one was asked for since
-            self._step = self._type(*self._programs)
+        step = self._step(work, learned)
         steps, alpha = work.steps, work.alpha
         if alpha.requires_grad or not alpha.is_contiguous():
             alpha = alpha.detach().contiguous()
@@ -115,7 +140,7 @@ class NativeStep:
         rows, features = self._lowered.output or (0, 0)
         results = [alpha.new_empty((tasks, *value.shape)) for value in self._outputs] if outputs else []
         profile = collecting()
-        self._step.run(
+        step.run(
             tasks,
             steps,
             work.first_order,
@@ -136,7 +161,7 @@ class NativeStep:
             rows,
             features,
             torch.get_num_threads(),
-            None if profile is None else profile.part(self._step, *self._operands),
+            None if profile is None else profile.part(step, *self._operands),
         )
         if work.check_finite:
             for k in range(steps):

@@ -6,10 +6,11 @@ activation and pooling that follow. Values that only change their shape are rena
 """
 
 from fastmeta.engine.lower import layers, losses, norms
+from fastmeta.engine.lower.gram import in_gram_form, with_gram
 from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
 from fastmeta.engine.program import Program
 
-__all__ = ["Lowered", "NotLowered", "lower"]
+__all__ = ["Lowered", "NotLowered", "in_gram_form", "lower", "with_gram"]
 
 
 def lower(program: Program, outer: tuple[str, ...]) -> Lowered:

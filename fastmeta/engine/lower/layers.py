@@ -25,7 +25,7 @@ def _linear(lowering: Lowering, instruction: Instruction) -> None:
     source = lowering.source(instruction.inputs[0], (op.rows, op.fan_in))
     weights = [lowering.parameter(slot) for slot in instruction.inputs[1:]]
     slot, activation = activated(lowering, instruction.outputs[0])
-    shape = {"n": op.rows, "in": op.fan_in, "out": op.fan_out, **activation}
+    shape = {"n": op.rows, "in": op.fan_in, "out": op.fan_out, "gram": False, **activation}
     lowering.held[slot] = Value(lowering.emit("linear_block", shape, [source], weights), op.rows, op.fan_out)
 
 
