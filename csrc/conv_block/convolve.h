@@ -56,8 +56,8 @@ class Direct {
   // d_w (+)= painted images^T dz.
   void weight_gradient(const R* dz, std::int64_t count, R* dw, bool add, int threads) {
     const auto outer = [&](std::int64_t slice) {
-      return Outer<R>{{}, canvas_.size(), s_.stride[0] * canvas_.row(), g_.depth, dz + slice * g_.slice_out, g_.result(),
-                      g_.w * g_.co, g_.co, width<R>, count, g_.h, g_.w, nullptr, g_.slice_out, add};
+      return Outer<R>{{}, canvas_.size(), s_.stride[0] * canvas_.row(), g_.depth, dz + slice * g_.slice_out,
+                      g_.result(), g_.w * g_.co, g_.co, width<R>, count, g_.h, g_.w, nullptr, g_.slice_out, add};
     };
     if (s_.data) {
       for (std::int64_t k = 0; k < g_.slices; ++k)

@@ -7,20 +7,18 @@
 namespace fastmeta::conv_block {
 namespace {
 
-// Whether Winograd's transform (winograd.h) computes such a convolution.
-inline bool has_tiles(const Shape& s) {
-  for (int i = 0; i < 2; ++i)
-    if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return false;
-  return !s.data;
-}
+// Channels on one side of a convolution, padded: of all slices, of each one, of the k-th.
+struct Sides {
+  std::int64_t all, slices, each;
+  std::int64_t of(std::int64_t k) const { return minimum(each, all - k * each); }
+};
 
 // Input channels come in panels: a whole vector of them where the input is an image between operations, one channel
 // where it is a task's data. Rows of a packed weight are ordered by (block of channels, tap, channel within the block).
 //
 // A convolution of several groups is cut into slices of neighbouring groups, each with whole panels of input and whole
 // vectors of output channels: a small dense convolution, the last one perhaps smaller, with a packed weight of its own.
-// Support and query share packed weights, so this depends on nothing but the weight and how it is applied. Two slices
-// take half of the multiplications, Winograd's transform of the whole convolution about a quarter.
+// Support and query share packed weights, so this depends on nothing but the weight.
 template <class R>
 struct Geometry : PooledImage {                    // the convolution's result
   std::int64_t n, in, out, groups, height, width;  // of the input
@@ -48,9 +46,8 @@ struct Geometry : PooledImage {                    // the convolution's result
     std::int64_t together = 1;
     while (together < groups && (together * group_in % depth != 0 || together * group_out % fastmeta::width<R> != 0))
       ++together;
-    const std::int64_t parts = ceil_divide(groups, together);
-    if (parts < (has_tiles(s) ? 3 : 2)) return;
-    slices = parts;
+    if (together == groups) return;
+    slices = ceil_divide(groups, together);
     slice_in = together * group_in;
     slice_out = together * group_out;
   }
@@ -65,9 +62,10 @@ struct Geometry : PooledImage {                    // the convolution's result
   std::int64_t slice_panels() const { return slice_in / depth * taps; }
   std::int64_t slice_weight() const { return slice_in * taps * slice_out; }
   std::int64_t weight() const { return slices * slice_weight(); }
-  // Channels of slice k that are there.
-  std::int64_t in_of(std::int64_t k) const { return minimum(slice_in, ci - k * slice_in); }
-  std::int64_t out_of(std::int64_t k) const { return minimum(slice_out, co - k * slice_out); }
+  Sides inputs() const { return {ci, slices, slice_in}; }
+  Sides outputs() const { return {co, slices, slice_out}; }
+  std::int64_t in_of(std::int64_t k) const { return inputs().of(k); }
+  std::int64_t out_of(std::int64_t k) const { return outputs().of(k); }
   std::int64_t image() const { return height * width * ci; }  // of the input, in the layout between operations
   std::int64_t count() const { return n * h * w; }  // values a channel is normalised over
 };

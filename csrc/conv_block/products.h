@@ -11,10 +11,14 @@ namespace {
 
 constexpr std::int64_t gradient_group_bytes = 256 * 1024;
 
+constexpr int most_slices = 3;  // more are so narrow that the transforms of tiles cost what they save
+
 // Winograd where it wins by count of multiplications, with its transforms: of tiles, and of the weight (the constant).
 template <class T, class R>
 bool prefers_tiles(const Shape& s, const Geometry<R>& g) {
-  if (!has_tiles(s) || g.slices > 1) return false;
+  for (int i = 0; i < 2; ++i)
+    if (s.kernel[i] != 3 || s.stride[i] != 1 || s.dilation[i] != 1) return false;
+  if (s.data || g.slices > most_slices) return false;
   const std::int64_t tiles = grid_of(s, g, g.n, T::side).tiles();
   return T::all * (tiles * 5 / 4 + 7) < g.count() * taps3x3;
 }
@@ -54,30 +58,36 @@ struct Blocks {
     }
   }
 
-  // products (+)= tiles * points, for matrices [in, out].
-  void multiply_points(const R* from, const R* points, std::int64_t in, std::int64_t out, std::int64_t count, bool add,
+  // products (+)= tiles * points, for matrices [in, out] of slices.
+  void multiply_points(const R* from, const R* points, const Sides& in, const Sides& out, std::int64_t count, bool add,
                        int threads) const {
     parallel_for(T::all, threads, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t i = begin; i < end; ++i) {
         ahead.ask(i, T::all);
-        const R *a = from + i * point_size<R>(room * in), *b = points + i * point_size<R>(in * out);
-        R* const c = products + i * point_size<R>(room * out);
-        multiply(Product<R>{a, 0, 0, offset, in / width<R>, b, out, c, 0, 0, out, 1, 1, count, out, add, sum_terms},
-                 width<R>);
+        const R* const a = from + i * point_size<R>(room * in.all);
+        const R* const b = points + i * point_size<R>(in.slices * in.each * out.each);
+        R* const c = products + i * point_size<R>(room * out.all);
+        for (std::int64_t k = 0; k < in.slices; ++k)
+          multiply(Product<R>{a, 0, 0, offset + k * in.each / width<R>, in.of(k) / width<R>, b + k * in.each * out.each,
+                              out.each, c + k * out.each, 0, 0, out.all, 1, 1, count, out.of(k), add, sum_terms},
+                   width<R>);
       }
     });
   }
 
   // points (+)= x^T d, where both are tiles.
-  void outer_points(const R* x, const R* d, std::int64_t in, std::int64_t out, std::int64_t count, R* points, bool add,
+  void outer_points(const R* x, const R* d, const Sides& in, const Sides& out, std::int64_t count, R* points, bool add,
                     int threads) const {
     parallel_for(T::all, threads, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t i = begin; i < end; ++i) {
-        const R *a = x + i * point_size<R>(room * in), *z = d + i * point_size<R>(room * out);
-        R* const g = points + i * point_size<R>(in * out);
-        for (std::int64_t c = 0; c < in; c += width<R>)
-          outer_panel(Outer<R>{{}, 0, 0, width<R>, z, 0, 0, width<R>, room * width<R>, 1, 1, count, nullptr, out, add},
-                      a + c * room, g + c * out, out);
+        const R *a = x + i * point_size<R>(room * in.all), *z = d + i * point_size<R>(room * out.all);
+        R* const g = points + i * point_size<R>(in.slices * in.each * out.each);
+        for (std::int64_t c = 0; c < in.all; c += width<R>) {
+          const std::int64_t k = c / in.each;
+          outer_panel(Outer<R>{{}, 0, 0, width<R>, z + k * out.each * room, 0, 0, width<R>, room * width<R>, 1, 1,
+                               count, nullptr, out.each, add},
+                      a + c * room, g + c * out.each, out.of(k));
+        }
       }
     });
   }
@@ -99,7 +109,7 @@ class ForwardProduct {
                  Arena<R> none = Arena<R>(nullptr))
       : g_(g), tiled_(prefers_tiles<T>(s, g)), direct_(s, g, tiled_ ? none : common, tiled_ ? none : own),
         grid_(grid_of(s, g, g.n, T::side)), blocks_(g, grid_.tiles(), false, tiled_ ? own : none),
-        points_((tiled_ ? common : none).take(T::all * point_size<R>(g.ci * g.co))) {
+        points_((tiled_ ? common : none).take(T::all * point_size<R>(g.weight() / taps3x3))) {
     const std::int64_t fitting = Blocks<T, R>::size / (grid_.down * grid_.across);
     bands_ = tiled_ && fitting == 0 ? ceil_divide(grid_.down, maximum(1, Blocks<T, R>::size / grid_.across)) : 1;
     pieces_ = ceil_divide(g.n, tiled_ ? maximum(1, fitting) : direct_.group()) * bands_;
@@ -139,7 +149,7 @@ class ForwardProduct {
       const Some some{tile, 0, tiles};
       transform_input<T>(grid_, x, g_.ci, some, blocks_.tiles[0], blocks_.room);
       blocks_.ahead = Ahead<R>(grid_, x, g_.ci, tile + tiles, tiles, g_.n);
-      blocks_.multiply_points(blocks_.tiles[0], points_, g_.ci, g_.co, tiles, false, 1);
+      blocks_.multiply_points(blocks_.tiles[0], points_, g_.inputs(), g_.outputs(), tiles, false, 1);
       finish_output<T>(grid_, blocks_.products, g_.co, some, z, blocks_.room);
     });
   }
@@ -169,7 +179,7 @@ class TangentProduct {
       : g_(g), tiled_(prefers_tiles<T>(s, g)), grid_(grid_of(s, g, g.n, T::side)),
         direct_(s, g, tiled_ ? none : common, tiled_ ? none : own),
         blocks_(g, grid_.tiles(), false, tiled_ ? own : none) {
-    for (R*& p : points_) p = (tiled_ ? common : none).take(T::all * point_size<R>(g.ci * g.co));
+    for (R*& p : points_) p = (tiled_ ? common : none).take(T::all * point_size<R>(g.weight() / taps3x3));
   }
 
   void prepare(const Term* terms, int count, int threads) {
@@ -202,7 +212,7 @@ class TangentProduct {
       transform_input<T>(grid_, terms[i].x, g_.ci, Some{first, 0, size}, blocks_.tiles[0], blocks_.room);
       const bool last = i + 1 == count;
       blocks_.ahead = Ahead<R>(grid_, terms[last ? 0 : i + 1].x, g_.ci, last ? first + size : first, size, g_.n);
-      blocks_.multiply_points(blocks_.tiles[0], points_[i], g_.ci, g_.co, size, i > 0, 1);
+      blocks_.multiply_points(blocks_.tiles[0], points_[i], g_.inputs(), g_.outputs(), size, i > 0, 1);
     }
     if (tiled_) finish_output<T>(grid_, blocks_.products, g_.co, Some{first, 0, size}, z_dot, blocks_.room);
   }
@@ -240,8 +250,8 @@ class GradientProduct {
         group_(minimum(chunk_, maximum(1, gradient_group_bytes / (g.result() * static_cast<std::int64_t>(sizeof(R)))))),
         grid_(grid_of(s, g, group_, T::side)), blocks_(g, grid_.tiles(), true, tiled_ ? own : none) {
     Arena<R>& tiled_arena = tiled_ ? common : none;
-    for (int i = 0; i < weights; ++i) points_[i] = tiled_arena.take(T::all * point_size<R>(g.ci * g.co));
-    sum_size_ = tiled_ ? T::all * point_size<R>(g.ci * g.co) : g.weight();
+    for (int i = 0; i < weights; ++i) points_[i] = tiled_arena.take(T::all * point_size<R>(g.weight() / taps3x3));
+    sum_size_ = tiled_ ? T::all * point_size<R>(g.weight() / taps3x3) : g.weight();
     sums_ = common.take((tiled_ ? chunks() : chunks() - 1) * sum_size_);
   }
 
@@ -353,7 +363,8 @@ class GradientProduct {
         if (to_dx) {
           blocks_.ahead = to_sum ? Ahead<R>(grid_, terms[i].x + first * g_.image(), g_.ci, tile, tiles, images)
                                  : Ahead<R>();
-          blocks_.multiply_points(blocks_.tiles[0], points_[terms[i].weight], g_.co, g_.ci, tiles, more_dx, threads);
+          blocks_.multiply_points(blocks_.tiles[0], points_[terms[i].weight], g_.outputs(), g_.inputs(), tiles, more_dx,
+                                  threads);
           more_dx = true;
         }
         if (to_sum) {
@@ -361,7 +372,8 @@ class GradientProduct {
             transform_input<T>(grid_, terms[i].x + first * g_.image(), g_.ci, Some{tile, begin, end}, blocks_.tiles[1],
                                blocks_.room);
           });
-          blocks_.outer_points(blocks_.tiles[1], blocks_.tiles[0], g_.ci, g_.co, tiles, sum, more_sum, threads);
+          blocks_.outer_points(blocks_.tiles[1], blocks_.tiles[0], g_.inputs(), g_.outputs(), tiles, sum, more_sum,
+                               threads);
           more_sum = true;
         }
       }

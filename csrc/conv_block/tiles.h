@@ -194,27 +194,29 @@ void finish_gradient(const Grid& g, const R* products, std::int64_t channels, st
 
 constexpr int taps3x3 = 9;
 
-// points[point][channel of the input][channel of the result] = G w G^T, of input channel i.
+// points[point][channel of the input][channel of its slice's result] = G w G^T, of input channel i.
 template <class T, class R>
 void transform_weight(const Geometry<R>& g, const R* w, std::int64_t i, R* points) {
-  const std::int64_t point = point_size<R>(g.ci * g.co);
-  const R* from = w + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
-  for (std::int64_t o = 0; o < g.co; o += width<R>) {
-    R* to = points + i * g.co + o;
-    both_axes<3, T::points, Vector<R>>([&](int t) { return load(from + t * width<R> * g.co + o); }, T::weight,
+  const std::int64_t point = point_size<R>(g.weight() / taps3x3);
+  const R* from = w + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.slice_out;
+  for (std::int64_t o = 0; o < g.slice_out; o += width<R>) {
+    R* to = points + i * g.slice_out + o;
+    both_axes<3, T::points, Vector<R>>([&](int t) { return load(from + t * width<R> * g.slice_out + o); }, T::weight,
                                        [&](int k, Vector<R> v) { store(to + k * point, v); });
   }
 }
 
-// points[point][channel of the result][channel of the input], of the vectors from input channel i and result o.
+// points[point][channel of the result][channel of its slice's input], of the vectors from input channel i and result o.
 template <class T, class R>
 void transform_weight_transposed(const Geometry<R>& g, const R* w, std::int64_t i, std::int64_t o, R* points) {
-  const std::int64_t point = point_size<R>(g.ci * g.co);
+  const std::int64_t point = point_size<R>(g.weight() / taps3x3), slice = i / g.slice_in;
+  if (o / g.slice_out != slice) return;
   alignas(64) R turned[taps3x3 * width<R> * width<R>];
   for (int t = 0; t < taps3x3; ++t)
-    transpose_square(w + (i * taps3x3 + t * width<R>) * g.co + o, g.co, turned + t * width<R> * width<R>, width<R>);
+    transpose_square(w + (i * taps3x3 + t * width<R>) * g.slice_out + o - slice * g.slice_out, g.slice_out,
+                     turned + t * width<R> * width<R>, width<R>);
   for (int k = 0; k < width<R>; ++k) {
-    R* to = points + (o + k) * g.ci + i;
+    R* to = points + (o + k) * g.slice_in + i - slice * g.slice_in;
     both_axes<3, T::points, Vector<R>>([&](int t) { return load(turned + (t * width<R> + k) * width<R>); }, T::weight,
                                        [&](int p, Vector<R> v) { store(to + p * point, v); });
   }
@@ -223,13 +225,13 @@ void transform_weight_transposed(const Geometry<R>& g, const R* w, std::int64_t 
 // d_w = G^T points G, of the input channels from `first` to `last`.
 template <class T, class R>
 void finish_weight(const Geometry<R>& g, const R* points, std::int64_t first, std::int64_t last, R* dw) {
-  const std::int64_t point = point_size<R>(g.ci * g.co);
+  const std::int64_t point = point_size<R>(g.weight() / taps3x3);
   for (std::int64_t i = first; i < last; ++i) {
-    R* to = dw + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.co;
-    for (std::int64_t o = 0; o < g.co; o += width<R>) {
-      const R* from = points + i * g.co + o;
+    R* to = dw + (i / width<R> * taps3x3 * width<R> + i % width<R>) * g.slice_out;
+    for (std::int64_t o = 0; o < g.out_of(i / g.slice_in); o += width<R>) {
+      const R* from = points + i * g.slice_out + o;
       both_axes<T::points, 3, Vector<R>>([&](int k) { return load(from + k * point); }, T::weight_transposed,
-                                         [&](int t, Vector<R> v) { store(to + t * width<R> * g.co + o, v); });
+                                         [&](int t, Vector<R> v) { store(to + t * width<R> * g.slice_out + o, v); });
     }
   }
 }
