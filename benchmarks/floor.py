@@ -13,6 +13,8 @@ from benchmarks.workloads import Problem
 from fastmeta.core import native
 from fastmeta.core.peak import peak_flops
 
+PEAKS = 8
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -66,7 +68,9 @@ def peaks() -> Peaks:
         moved = 2 * source.numel() * source.element_size() / _best(lambda: copy.copy_(source))
     reached = {"a library's product": 2 * n**3 / seconds}
     if native.extension() is not None:
-        reached["multiply-adds in registers"] = peak_flops(torch.float32, torch.get_num_threads())
+        # Several times: where another process holds a core, the system may leave all threads to the others for a while.
+        threads = torch.get_num_threads()
+        reached["multiply-adds in registers"] = max(peak_flops(torch.float32, threads) for _ in range(PEAKS))
     best = max(reached, key=lambda name: reached[name])
     return Peaks(reached[best], best, moved)
 
