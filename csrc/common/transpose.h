@@ -93,9 +93,9 @@ FASTMETA_INLINE V interleave_parts(V a, V b) {
   }
 }
 
-// The columns of one part's width, from `present` rows that need `pieces` parts behind each other, become rows. Parts are
-// put in place on the way from memory, and change elements with each other within parts alone. `exact`: the last piece
-// has all its rows.
+// The columns of one part's width, from `present` rows that need `pieces` parts behind each other, become rows. Parts
+// are put in place on the way from memory, and change elements with each other within parts alone. `exact`: the last
+// piece has all its rows.
 template <class R, int pieces, bool exact>
 FASTMETA_INLINE void transpose_parts(const R* in, std::int64_t in_row, std::int64_t present, R* out,
                                      std::int64_t out_row) {

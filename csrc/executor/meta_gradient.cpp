@@ -224,6 +224,8 @@ void MetaGradient<R>::check(const Request<R>& request) const {
 template <class R>
 void MetaGradient<R>::run(const Request<R>& request) {
   check(request);
+  if (collects_ && (request.rate_per_parameter || request.d_alpha != nullptr))
+    throw std::invalid_argument("executor: a collected weight must have one rate with all others, not learned");
   const Profile::Whole whole(request.profile);
   const Packing& packing = support_.packing();
   const bool gradient = request.gradient, learned = request.d_alpha != nullptr;
@@ -264,7 +266,8 @@ void MetaGradient<R>::run(const Request<R>& request) {
     }
   });
   if (failure) std::rethrow_exception(failure);
-  *request.loss = static_cast<R>(std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(request.tasks));
+  const double sum_of_losses = std::accumulate(losses.begin(), losses.end(), 0.0);
+  *request.loss = static_cast<R>(sum_of_losses / static_cast<double>(request.tasks));
   if (!gradient) return;
   for (std::int64_t b = 1; b < blocks; ++b)
     kernels_.add(totals.get(), totals.get() + b * packing.gradient, packing.gradient);
@@ -416,7 +419,8 @@ const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspac
                       if (scales) kernels_.scale(u + begin, rate, lam + begin, n);  // eq. (5)
                     });
     if (request.first_order) continue;
-    support_.hessian_product(memory + at.tangent + k * at.tangent_step, workspace.support[k], workspace.tangents[k], memory + at.scratch,
+    support_.hessian_product(memory + at.tangent + k * at.tangent_step, workspace.support[k], workspace.tangents[k],
+                             memory + at.scratch,
                              watch);
     lam = workspace.lam(request.steps - k);
   }

@@ -33,7 +33,11 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   packing_.sizes.assign(program.parameters, 0);
   for (const Operation& operation : program.operations) {
     const Maps<R> maps = maps_of<R>(operation, isa);
-    Item item{&operation, operation.shape.get(), maps, maps.sizes(operation.shape.get()), 0, 0, 0, false, false, false, {}};
+    Item item{};
+    item.operation = &operation;
+    item.shape = operation.shape.get();
+    item.maps = maps;
+    item.sizes = maps.sizes(item.shape);
     item.collects = maps.collect != nullptr;
     const Sizes& sizes = item.sizes;
     const int number = static_cast<int>(items_.size());

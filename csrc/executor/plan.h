@@ -10,8 +10,8 @@
 
 namespace fastmeta::executor {
 
-// Offsets in packed weights of all parameters, [adapted | differentiated | collected | others]. Collected weights adapt,
-// but are formed for no task; their gradients are.
+// Offsets in packed weights of all parameters, [adapted | differentiated | collected | others]. Collected weights
+// adapt, but are formed for no task; their gradients are.
 struct Packing {
   std::vector<std::int64_t> offsets, sizes;
   std::int64_t adapted = 0, differentiated = 0, gradient = 0, total = 0;  // elements, each includes the one before
@@ -65,7 +65,7 @@ class Plan {
   std::vector<std::vector<Past<R>>> remember(std::vector<Calls<R>>& support, std::vector<TangentCalls<R>>& tangents,
                                              Calls<R>& query, const R* rates, std::int64_t row) const;
   bool collects() const;
-  // Adds the gradients of collected weights to `gradient`, packed like weights, or writes them; this is the query's plan.
+  // Of the query's plan: adds the gradients of collected weights to `gradient`, packed like weights, or writes them.
   void collect(const Calls<R>& query, bool adds, R* gradient, R* scratch) const;
 
   // Fills in the addresses of a task's data.

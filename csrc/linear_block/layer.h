@@ -27,7 +27,8 @@ struct Layout {
   std::int64_t weight_row() const { return narrow() ? in : out; }
   bool identity() const { return s.activation == Activation::identity; }
   bool keeps_input() const {  // z where the slope cannot be had from y
-    return s.activation == Activation::silu || s.activation == Activation::gelu || s.activation == Activation::leaky_relu;
+    return s.activation == Activation::silu || s.activation == Activation::gelu ||
+           s.activation == Activation::leaky_relu;
   }
   bool bends() const { return s.activation >= Activation::tanh; }
 

@@ -145,7 +145,11 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         executor = f"reference, because {refusal}"
     else:
         calls = cost.paired(programs.support, programs.query)
-        rows = tuple(_row(call, "native", cost.flops(work, call, query), 0, 0) for call, query in calls)
+        collected = native.collected(work, learned=work.alpha.requires_grad)
+        rows = tuple(
+            _row(call, "native", cost.flops(work, call, query), 0, 0, collected=any(call is c for c in collected))
+            for call, query in calls
+        )
         kept = native.kept(work, learned=work.alpha.requires_grad)
         room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
         at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
@@ -177,17 +181,22 @@ def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict
     return tuple(rows), kept
 
 
-def _row(instruction: Instruction, backend: str, flops: int, saved: int, cotangents: int) -> Row:
+def _row(
+    instruction: Instruction, backend: str, flops: int, saved: int, cotangents: int, *, collected: bool = False
+) -> Row:
     route = instruction.later
     reason = instruction.reason
     if route.single and not reason:
         reason = "no task differs: runs once"
+    if collected:
+        reason = "reads the task's data: its weight changes by products with them and is formed for no task"
+    plan = "factored" if collected else "resident" if backend == "native" else "shared" if route.single else "dense"
     return Row(
         instruction.module,
         instruction.op.name,
         str(instruction.op.call.target).removeprefix("aten.").partition(".")[0],
         instruction.op.call.outputs[0].shape,
-        "resident" if backend == "native" else "shared" if route.single else "dense",
+        plan,
         backend,
         flops,
         saved,

@@ -13,7 +13,7 @@ from fastmeta.core import native
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
 from fastmeta.engine.profile import collecting
-from fastmeta.engine.program import Program
+from fastmeta.engine.program import Instruction, Program
 from fastmeta.engine.work import Work, leaves, require_finite
 
 _NONE = torch.empty(0)
@@ -39,7 +39,7 @@ class NativeStep:
             raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
-        self._programs = [one.program for one in lowered]
+        self._programs = lowered[0].program, lowered[1].program
         self._operands = [one.operands for one in lowered]
         self._isa = extension.instruction_set
         self._steps: dict[Any, Any] = {}  # by the operations in Gram form, and the instruction set
@@ -82,6 +82,12 @@ class NativeStep:
             form = with_gram(*self._programs, work.steps, second_order=not work.first_order)
             self._forms[key] = form
         return form
+
+    def collected(self, work: Work, *, learned: bool) -> list[Instruction]:
+        """The support program's instructions whose weight is in that form."""
+        operands = self._operands[0]
+        form = self.gram(work, learned=learned)
+        return [o.instruction for o, gram in zip(operands, form, strict=True) if gram and o.instruction is not None]
 
     def _dense(self) -> tuple[bool, ...]:
         return (False,) * len(self._programs[0]["operations"])

@@ -23,7 +23,8 @@ class Record:
         map: ``forward``, ``backward``, ``tangent`` or ``tangent_backward``.
         calls: one a task and inner step.
         seconds: of threads: where several work on one task, all of them count for as long as the call takes. Sums over
-            readers of a value, and steps along a gradient, count with the map that they follow.
+            readers of a value, and steps along a gradient, count with the map that they follow; the gradient of a
+            weight that no task forms is summed up behind all maps and counts with none.
         flops: floating-point operations of the products, convolutions counted directly;
             :func:`fastmeta.engine.cost.flops_by_map`.
         bytes: of operands and results, each once a call; :func:`fastmeta.engine.cost.bytes_by_map`.

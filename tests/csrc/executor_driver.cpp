@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <initializer_list>
 #include <memory>
 #include <random>
 #include <thread>
@@ -11,248 +10,13 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/conv_block/kernels.h"
-#include "../../csrc/data/kernels.h"
 #include "../../csrc/executor/meta_gradient.h"
-#include "../../csrc/flatten/kernels.h"
-#include "../../csrc/linear_block/kernels.h"
-#include "../../csrc/loss/kernels.h"
-#include "../../csrc/norm/kernels.h"
-#include "../../csrc/pointwise/kernels.h"
-#include "../../csrc/pool/kernels.h"
+#include "executor_cases.h"
 
 using namespace fastmeta;
 using namespace fastmeta::executor;
 
 namespace {
-
-#define FASTMETA_MAPS(operation, space)                                      \
-  operation.f32 = [](Isa isa) { return space::table_of(isa).f32; };          \
-  operation.f64 = [](Isa isa) { return space::table_of(isa).f64; };
-
-constexpr int tasks = 7;
-constexpr std::int64_t steps = 3, features = 5, hidden = 19, classes = 3, side = 9;
-
-Operation linear(std::int64_t n, std::int64_t in, std::int64_t out, Activation activation, Source x, int w, int y) {
-  Operation operation;
-  auto shape = std::make_shared<linear_block::Shape>();
-  *shape = {n, in, out, activation, 0.1, true, x.is_data};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, linear_block)
-  operation.x[0] = x;
-  operation.w[0] = w;
-  operation.w[1] = w + 1;
-  operation.y = y;
-  return operation;
-}
-
-Operation loss_of(loss::Kind kind, std::int64_t n, int x, int y) {
-  Operation operation;
-  auto shape = std::make_shared<loss::Shape>();
-  *shape = {kind, n, classes, true, -100};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, loss)
-  operation.x[0] = {false, x};
-  operation.target = 1;
-  operation.y = y;
-  if (kind == loss::Kind::cross_entropy) {
-    operation.classes = classes;
-    operation.label_rows = n;
-    operation.ignored = -100;
-  }
-  return operation;
-}
-
-Operation conv(std::int64_t n, std::int64_t in, std::int64_t size, std::int64_t out, Source x, int w, int y,
-               int statistics = absent) {
-  Operation operation;
-  auto shape = std::make_shared<conv_block::Shape>();
-  *shape = {n, in, size, size, out, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, {Pool::average, {2, 2}, {2, 2}, {0, 0}}, 1e-5,
-            0.1, statistics == absent ? conv_block::Norm::batch : conv_block::Norm::running, Activation::tanh, true,
-            true, x.is_data};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, conv_block)
-  operation.x[0] = x;
-  for (int i = 0; i < 4; ++i) operation.w[i] = w + i;
-  for (int i = 0; i < 2; ++i) operation.w[4 + i] = statistics == absent ? absent : statistics + i;
-  operation.y = y;
-  return operation;
-}
-
-Operation flat(std::int64_t n, std::int64_t channels, std::int64_t pixels, int x, int y) {
-  Operation operation;
-  auto shape = std::make_shared<flatten::Shape>();
-  *shape = {n, channels, pixels};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, flatten)
-  operation.x[0] = {false, x};
-  operation.y = y;
-  return operation;
-}
-
-Operation data_of(std::int64_t n, std::int64_t channels, std::int64_t pixels, int y) {
-  Operation operation;
-  auto shape = std::make_shared<data::Shape>();
-  *shape = {n, channels, pixels};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, data)
-  operation.x[0] = {true, 0};
-  operation.y = y;
-  return operation;
-}
-
-Operation sum(std::int64_t rows, std::int64_t channels, Activation activation, int a, int b, int y) {
-  Operation operation;
-  auto shape = std::make_shared<pointwise::Shape>();
-  *shape = {rows, channels, {1, -0.7}, activation, 0.1};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, pointwise)
-  operation.x[0] = {false, a};
-  operation.x[1] = {false, b};
-  operation.y = y;
-  return operation;
-}
-
-Operation norm_of(norm::Shape given, int x, int w, int y, int statistics = absent) {
-  Operation operation;
-  given.eps = 1e-5;
-  given.slope = 0.1;
-  given.weight = given.bias = w != absent;
-  given.running = statistics != absent;
-  auto shape = std::make_shared<norm::Shape>(given);
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, norm)
-  operation.x[0] = {false, x};
-  if (w != absent) operation.w[0] = w;
-  if (w != absent) operation.w[1] = w + 1;
-  for (int i = 0; i < 2; ++i) operation.w[2 + i] = statistics == absent ? absent : statistics + i;
-  operation.y = y;
-  return operation;
-}
-
-Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, Pool kind, std::int64_t window, int x,
-                  int y) {
-  Operation operation;
-  auto shape = std::make_shared<pool::Shape>();
-  *shape = {n, channels, size, size, {kind, {window, window}, {2, 2}, {0, 0}}};
-  operation.shape = shape;
-  FASTMETA_MAPS(operation, pool)
-  operation.x[0] = {false, x};
-  operation.y = y;
-  return operation;
-}
-
-struct Case {
-  const char* name;
-  Program (*program)(std::int64_t n);
-  std::vector<std::int64_t> weights;  // elements of each parameter
-  std::int64_t input;                 // elements of a sample
-  bool labels;
-  std::size_t constants = 0;  // the last parameters: running statistics
-};
-
-Program rows(std::int64_t n, loss::Kind kind) {
-  Program p;
-  p.operations = {linear(n, features, hidden, Activation::silu, {true, 0}, 0, 0),
-                  linear(n, hidden, hidden, Activation::tanh, {false, 0}, 2, 1),
-                  linear(n, hidden, classes, Activation::identity, {false, 1}, 4, 2), loss_of(kind, n, 2, 3)};
-  p.values = 4;
-  p.output = 2;
-  p.adapted = p.differentiated = p.parameters = 6;
-  return p;
-}
-
-Program images(std::int64_t n) {
-  Program p;
-  p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0), conv(n, 6, side / 2, 5, {false, 0}, 4, 1),
-                  flat(n, 5, 4, 1, 2), linear(n, 20, classes, Activation::identity, {false, 2}, 8, 3),
-                  loss_of(loss::Kind::cross_entropy, n, 3, 4)};
-  p.values = 5;
-  p.output = 3;
-  p.adapted = p.differentiated = p.parameters = 10;
-  return p;
-}
-
-// Layer norm before and group norm after, data and values that are read twice, a value added to itself.
-Program residual_rows(std::int64_t n) {
-  Program p;
-  p.operations = {linear(n, features, hidden, Activation::identity, {true, 0}, 0, 0),
-                  norm_of({n, 1, hidden, 1, 0, Activation::gelu, 0, false, false, false}, 0, 2, 1),
-                  linear(n, hidden, hidden, Activation::silu, {false, 1}, 4, 2),
-                  sum(n, hidden, Activation::sigmoid, 0, 2, 3),
-                  norm_of({1, n, hidden, hidden, 0, Activation::identity, 0, false, false, false}, 3, absent, 4),
-                  sum(n, hidden, Activation::identity, 4, 4, 5),
-                  linear(n, hidden, features, Activation::tanh, {false, 5}, 6, 6),
-                  data_of(n, features, 1, 7),
-                  sum(n, features, Activation::tanh, 6, 7, 8),
-                  linear(n, features, classes, Activation::identity, {false, 8}, 8, 9),
-                  loss_of(loss::Kind::cross_entropy, n, 9, 10)};
-  p.values = 11;
-  p.output = 9;
-  p.adapted = p.differentiated = p.parameters = 10;
-  return p;
-}
-
-// A block of two channels a group beside a skip from the images, and pools of values.
-Program residual_images(std::int64_t n) {
-  Program p;
-  const std::int64_t half = side / 2, pixels = half * half;
-  p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0),
-                  norm_of({n, pixels, 6, 3, 0, Activation::silu, 0, false, false, false}, 0, 4, 1),
-                  data_of(n, 2, side * side, 2),
-                  conv(n, 2, side, 6, {false, 2}, 6, 3),
-                  sum(n * pixels, 6, Activation::leaky_relu, 1, 3, 4),
-                  sum(n * pixels, 6, Activation::identity, 4, 1, 5),
-                  pool_of(n, 6, half, Pool::max, 2, 5, 6),
-                  pool_of(n, 6, half, Pool::average, 3, 4, 7),
-                  norm_of({n, 1, 6, 1, 0, Activation::tanh, 0, false, false, false}, 7, 10, 8),
-                  flat(n, 6, 4, 6, 9),
-                  linear(n, 24, 6, Activation::identity, {false, 9}, 12, 10),
-                  sum(n, 6, Activation::tanh, 10, 8, 11),
-                  linear(n, 6, classes, Activation::identity, {false, 11}, 14, 12),
-                  loss_of(loss::Kind::cross_entropy, n, 12, 13)};
-  p.values = 14;
-  p.output = 12;
-  p.adapted = p.differentiated = p.parameters = 16;
-  return p;
-}
-
-// Batch norm in evaluation mode, in a convolution and elsewhere.
-Program evaluation(std::int64_t n) {
-  Program p;
-  const std::int64_t half = side / 2;
-  p.operations = {conv(n, 2, side, 6, {true, 0}, 0, 0, 12),
-                  norm_of({1, n * half * half, 6, 6, 0, Activation::silu, 0, false, false, false}, 0, 4, 1, 14),
-                  conv(n, 6, half, 5, {false, 1}, 6, 2, 16),
-                  flat(n, 5, 4, 2, 3),
-                  linear(n, 20, classes, Activation::identity, {false, 3}, 10, 4),
-                  loss_of(loss::Kind::cross_entropy, n, 4, 5)};
-  p.values = 6;
-  p.output = 4;
-  p.adapted = 11;
-  p.differentiated = 12;
-  p.parameters = 18;
-  return p;
-}
-
-const std::vector<std::int64_t> row_weights{features * hidden, hidden,           hidden * hidden,
-                                            hidden,            hidden * classes, classes};
-
-const Case cases[] = {
-    {"cross entropy", [](std::int64_t n) { return rows(n, loss::Kind::cross_entropy); }, row_weights, features, true},
-    {"squared error", [](std::int64_t n) { return rows(n, loss::Kind::squared_error); }, row_weights, features, false},
-    {"binary cross entropy", [](std::int64_t n) { return rows(n, loss::Kind::binary_cross_entropy); }, row_weights,
-     features, false},
-    {"residual rows", residual_rows,
-     {features * hidden, hidden, hidden, hidden, hidden * hidden, hidden, hidden * features, features,
-      features * classes, classes},
-     features, true},
-    {"residual images", residual_images,
-     {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
-    {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
-    {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
-     true, 6},
-};
 
 template <class R>
 struct Problem {
@@ -420,7 +184,7 @@ int check(const Case& c, bool learned, double tolerance) {
 
   // A workspace that the other kind of call leaves behind serves as well.
   Problem<R> after(c, 1);
-  Problem<R>(c, 1).run(step, true, !learned, 1);
+  if (c.learns) Problem<R>(c, 1).run(step, true, !learned, 1);
   after.run(step, true, learned, 1);
   if (after.gradients != problem.gradients || after.d_alpha != problem.d_alpha) {
     std::printf("%s: other bits after another kind of call\n", c.name);
@@ -481,7 +245,7 @@ int main() {
   int failures = 0;
   for (const Case& c : cases)
     for (const bool learned : {true, false})
-      failures += check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5);
+      if (c.learns || !learned) failures += check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5);
   for (const Case& c : spoiled_cases)
     for (const bool learned : {true, false})
       if (check<double>(c, learned, 1e-8) + check<float>(c, learned, 1e-5) != 2) {

@@ -9,7 +9,8 @@ def with_gram(support: dict[str, Any], query: dict[str, Any], steps: int, *, sec
     """For each operation, whether the Gram form takes fewer operations than a weight of each task's own.
 
     Args:
-        support, query: the lowered programs of one objective at its two shapes.
+        support: an objective's lowered program at the support's shapes.
+        query: the same at the query's.
         steps: K.
         second_order: whether Hessian-vector products are taken.
     """
