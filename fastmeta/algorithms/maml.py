@@ -228,7 +228,7 @@ class MAML(nn.Module):
                     unroll(work.part(chunk), programs.support, None, keep_tapes=False, keep_gradients=False)
                     for chunk in programs.chunks(work.tasks)
                 ]
-                phi = torch.cat([trajectory.phi for trajectory in trajectories])
+                phi = torch.cat([trajectory.phi.packed for trajectory in trajectories])
                 losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
         adapted = dict(zip(work.packing.names, work.packing.unpack(phi.contiguous()), strict=True))
         return AdaptedModel(self.model, adapted, losses, single=single)

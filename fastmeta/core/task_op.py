@@ -32,6 +32,7 @@ class Need(enum.IntEnum):
     NONE = 0  # nothing depends on it
     SHARED = 1  # the sum over tasks, without a task axis (only for arguments in ``shares`` that came without one)
     TASK = 2  # one cotangent a task, ``[T, ...]``
+    FACTORS = 3  # one a task as :class:`fastmeta.core.low_rank.LowRank` (of a linear operation's weight)
 
 
 class Unsupported(Exception):

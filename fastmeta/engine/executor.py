@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from fastmeta.core.task_op import Tensors, plus
+from fastmeta.core.low_rank import LowRank
+from fastmeta.core.task_op import Need, Tensors, plus
 from fastmeta.engine.program import Instruction, Program, Route
 
 
@@ -38,15 +40,15 @@ class Tape:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Cotangents of the parameters: ``adapted`` a task, ``[T, *shape]``; ``outer`` summed over tasks, ``[*shape]``."""
+    """Cotangents of the parameters: ``adapted`` a task, ``[T, *shape]`` or factors; ``outer`` over tasks, ``[*shape]``."""
 
-    adapted: list[Tensor]
+    adapted: list[Tensor | LowRank]
     outer: list[Tensor | None]
 
 
 def forward(
     program: Program,
-    adapted: Sequence[Tensor],
+    adapted: Sequence[Tensor | LowRank],
     state: dict[str, Tensor],
     data: Sequence[Tensor],
     *,
@@ -56,7 +58,7 @@ def forward(
 
     Args:
         program: the planned program.
-        adapted: the adapting parameters: ``[*shape]`` if ``first``, else ``[T, *shape]``.
+        adapted: the adapting parameters: ``[*shape]`` if ``first``, else ``[T, *shape]`` or factors.
         state: all other parameters and the buffers by name, ``[*shape]``.
         data: the batch's leaves, ``[T, ...]``.
         first: whether tasks still share their weights.
@@ -66,7 +68,7 @@ def forward(
     """
     graph = program.graph
     tasks = data[0].shape[0]
-    values: dict[int, Tensor] = dict(program.constants)
+    values: dict[int, Any] = dict(program.constants)
     values.update(zip(graph.data, data, strict=True))
     for name, slot in (*graph.parameters.items(), *graph.buffers.items()):
         if name in state:
@@ -114,7 +116,7 @@ def backward(
     """
     graph = program.graph
     tasked = program.tasked(tape.first)
-    cotangents: dict[int, Tensor] = {graph.loss: d_loss if graph.loss in tasked else d_loss.sum(0)}
+    cotangents: dict[int, Any] = {graph.loss: d_loss if graph.loss in tasked else d_loss.sum(0)}
     for slot, d in zip(graph.outputs, d_outputs, strict=False):
         if d is not None:
             d = d if slot in tasked else d.sum(0)
@@ -135,7 +137,7 @@ def backward(
 
 
 def hessian_vector_product(
-    program: Program, tape: Tape, direction: Sequence[Tensor], *, outer: bool = True
+    program: Program, tape: Tape, direction: Sequence[Tensor | LowRank], *, outer: bool = True
 ) -> Gradients:
     """Tangent of :func:`backward`'s gradients in direction ``phi_dot = direction``, forward over reverse.
 
@@ -149,7 +151,7 @@ def hessian_vector_product(
         outer: whether the others' term is wanted.
     """
     graph = program.graph
-    dots: dict[int, Tensor] = {graph.parameters[name]: u for name, u in zip(program.adapted, direction, strict=True)}
+    dots: dict[int, Any] = {graph.parameters[name]: u for name, u in zip(program.adapted, direction, strict=True)}
     saved_dots: list[Tensors | None] = []
     for i, instruction in enumerate(program.instructions):
         x_dot = tuple(dots.get(slot) for slot in instruction.inputs)
@@ -159,7 +161,7 @@ def hessian_vector_product(
         y_dot, kept = instruction.op.tangent(tape.saved[i], x_dot)
         saved_dots.append(kept)
         dots.update((slot, v) for slot, v in zip(instruction.outputs, y_dot, strict=True) if v is not None)
-    cotangents: dict[int, Tensor] = {}
+    cotangents: dict[int, Any] = {}
     for i in range(len(program.instructions) - 1, -1, -1):
         instruction = program.instructions[i]
         route, d_y, saved_dot = instruction.route(tape.first), tape.d_y[i], saved_dots[i]
@@ -179,9 +181,12 @@ def _lift(route: Route, tensors: Tensors) -> Tensors:
     return tuple(d if d is None else d.unsqueeze(0) for d in tensors) if route.single else tensors
 
 
-def _accumulate(cotangents: dict[int, Tensor], instruction: Instruction, route: Route, d_x: Tensors) -> None:
+def _accumulate(cotangents: dict[int, Any], instruction: Instruction, route: Route, d_x: Tensors) -> None:
     for position, (slot, d) in enumerate(zip(instruction.inputs, d_x, strict=True)):
         if d is None or not route.need[position]:
+            continue
+        if route.need[position] is Need.FACTORS:  # of a parameter with this one reader
+            cotangents[slot] = d
             continue
         if route.single:
             d = d.squeeze(0)
@@ -192,14 +197,16 @@ def _accumulate(cotangents: dict[int, Tensor], instruction: Instruction, route: 
             cotangents[slot] = total
 
 
-def _gradients(program: Program, tape: Tape, cotangents: dict[int, Tensor], outer: bool) -> Gradients:
+def _gradients(program: Program, tape: Tape, cotangents: dict[int, Any], outer: bool) -> Gradients:
     graph = program.graph
     tasks = tape.loss.shape[0]
-    adapted = []
+    adapted: list[Tensor | LowRank] = []
     for name in program.adapted:
         slot = graph.parameters[name]
         d = cotangents.get(slot)
-        if d is None:
+        if d is None and name in program.factored:
+            d = LowRank(None)
+        elif d is None:
             shape, dtype = graph.values[slot].shape, graph.values[slot].dtype
             d = tape.loss.new_zeros((tasks, *shape), dtype=dtype)
         adapted.append(d)

@@ -63,6 +63,7 @@ class Program:
         outer: names of the other parameters that get a meta-gradient.
         tasked_first: slots that carry the task axis while tasks still share their weights.
         tasked_later: slots that carry it afterwards.
+        factored: the adapting parameters that no task forms.
     """
 
     graph: Graph
@@ -72,6 +73,7 @@ class Program:
     outer: tuple[str, ...]
     tasked_first: frozenset[int]
     tasked_later: frozenset[int]
+    factored: frozenset[str] = frozenset()
 
     def tasked(self, first: bool) -> frozenset[int]:
         """Slots that carry the task axis in this phase."""

@@ -13,9 +13,9 @@ from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
 from fastmeta.engine.evaluation import MetaGradient
 from fastmeta.engine.executor import Tape
+from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
-from fastmeta.inner.sgd import SGD
 
 
 @dataclass
@@ -23,18 +23,18 @@ class Trajectory:
     """What the unroll leaves: results, and what the adjoint needs.
 
     Attributes:
-        phi: adapted parameters after K steps, packed ``[T, P]``.
+        phi: adapted parameters after K steps.
         support_losses: ``[K, T]``, each before its step.
         tapes: one a step, if kept: operands and cotangents of every operation.
-        gradients: ``g_k`` packed ``[T, P]``, one a step, if kept (for rates that are learned).
+        gradients: ``g_k``, one a step, if kept (for rates that are learned).
         query: the query pass.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
     """
 
-    phi: Tensor
+    phi: Vector
     support_losses: Tensor
     tapes: list[Tape] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
+    gradients: list[Vector] = field(default_factory=list)
     query: Tape | None = None
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -58,26 +58,26 @@ def unroll(
         keep_tapes: keep each step's tape for the Hessian-vector products.
         keep_gradients: keep each step's gradient for eq. (7).
     """
-    rule = SGD(work.alpha, work.segments, work.packing)
+    rule = FastWeights(work, support.factored)
     support_data, tasks = pytree.tree_leaves(work.support), work.tasks
     fixed = _fixed_state(work)
-    adapted: Sequence[Tensor] = work.theta
-    packed = work.packing.pack_shared(adapted).expand(tasks, -1)
-    losses, trajectory = [], Trajectory(packed, packed)
+    adapted: Sequence[Weight] = work.theta
+    phi = rule.start()
+    losses, trajectory = [], Trajectory(phi, phi.packed)
     for k in range(work.steps):
         tape = executor.forward(support, adapted, fixed, support_data, first=k == 0)
         if work.check_finite:
             require_finite(tape.loss, f"support loss at inner step {k}")
         g = executor.backward(support, tape, torch.ones_like(tape.loss), outer=False)
-        packed = rule.step(packed, g.adapted, k)
-        adapted = work.packing.unpack(packed)
+        phi = rule.step(phi, g.adapted, k)
+        adapted = rule.values(phi)
         losses.append(tape.loss)
         trajectory.mutations.append(tape.mutations)
         if keep_tapes:
             trajectory.tapes.append(tape)
         if keep_gradients:
-            trajectory.gradients.append(work.packing.pack(g.adapted))
-    trajectory.phi = packed
+            trajectory.gradients.append(rule.vector(g.adapted))
+    trajectory.phi = phi
     trajectory.support_losses = torch.stack(losses) if losses else support_data[0].new_empty((0, tasks))
     if query is not None:
         trajectory.query = executor.forward(
@@ -107,9 +107,9 @@ def adjoint(
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
     """
-    rule, packing = SGD(work.alpha, work.segments, work.packing), work.packing
+    rule = FastWeights(work, support.factored)
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs)
-    lam, outer = packing.pack(gradients.adapted), list(gradients.outer)
+    lam, outer = rule.vector(gradients.adapted), list(gradients.outer)
     d_alpha: list[Tensor] = []
     for k in range(work.steps - 1, -1, -1):
         g = trajectory.gradients[k] if trajectory.gradients else None
@@ -118,11 +118,10 @@ def adjoint(
             d_alpha.append(d_rate)
         if work.first_order:
             continue
-        product = executor.hessian_vector_product(support, trajectory.tapes.pop(), packing.unpack(u))
-        for part, h in zip(packing.unpack(lam), product.adapted, strict=True):
-            part.sub_(h)  # lam is this function's own
+        product = executor.hessian_vector_product(support, trajectory.tapes.pop(), rule.values(u))
+        lam = rule.less(lam, product.adapted)
         outer = [plus(a, None if b is None else -b) for a, b in zip(outer, product.outer, strict=True)]
-    return MetaGradient(packing.unpack_shared(lam.sum(0)), outer, _stack_rates(work.alpha, d_alpha[::-1]))
+    return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]))
 
 
 def _fixed_state(work: Work) -> dict[str, Tensor]:

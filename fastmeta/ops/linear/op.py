@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fastmeta.core.low_rank import LowRank
 from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, registry
 from fastmeta.ops.linear import reference
 
@@ -15,6 +16,8 @@ from fastmeta.ops.linear import reference
 @registry.register
 class Linear(TaskOp):
     """``y = x W^T + b`` on ``x [T, ..., in]``; weight ``[out, in]`` or ``[T, out, in]``, bias likewise.
+
+    The weight may also come as :class:`LowRank`, and its cotangent go as one (``Need.FACTORS``).
 
     Saves ``x`` as rows and the weight. Raises :class:`Unsupported` for a weight that is not a matrix or not of the
     input's dtype.
@@ -56,7 +59,11 @@ class Linear(TaskOp):
         x, weight = saved
         d = self._rows(d_y[0])
         d_x = self._shaped(reference.input_cotangent(d, weight), self.x_shape) if need[0] else None
-        d_weight = reference.weight_cotangent(d, x, need[1] is Need.SHARED) if need[1] else None
+        d_weight: Any = None
+        if need[1] is Need.FACTORS:
+            d_weight = LowRank(None, reference.weight_factors(d, x))
+        elif need[1]:
+            d_weight = reference.weight_cotangent(d, x, need[1] is Need.SHARED)
         if not self.has_bias:
             return d_x, d_weight
         return d_x, d_weight, reference.bias_cotangent(d, need[2] is Need.SHARED) if need[2] else None
@@ -72,10 +79,14 @@ class Linear(TaskOp):
     ) -> Tensors:
         (x, weight), (x_dot, weight_dot) = saved, saved_dot
         d, d_dot = self._rows(d_y[0]), self._rows(d_y_dot[0])
-        d_x_dot = d_weight_dot = d_bias_dot = None
+        d_x_dot = d_bias_dot = None
+        d_weight_dot: Any = None
         if need[0]:
             d_x_dot = self._shaped(reference.input_cotangent_dot(d, d_dot, weight, weight_dot), self.x_shape)
-        if need[1]:
+        if need[1] is Need.FACTORS:
+            factors = reference.weight_factors(d_dot, x) + reference.weight_factors(d, x_dot)
+            d_weight_dot = LowRank(None, factors) if factors else None
+        elif need[1]:
             d_weight_dot = reference.weight_cotangent_dot(d, d_dot, x, x_dot, need[1] is Need.SHARED)
         if not self.has_bias:
             return d_x_dot, d_weight_dot

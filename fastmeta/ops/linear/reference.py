@@ -1,8 +1,8 @@
 """Affine map of every task, ``y = x W^T + b``: the four maps of docs/maths.md, section 2.
 
 Shapes: ``x [T, R, in]`` (``R`` rows: samples times tokens), ``y [T, R, out]``. A weight is ``[out, in]`` where all
-tasks share it, which makes each product with it one product over all tasks, or ``[T, out, in]``; a bias is ``[out]``
-or ``[T, out]``.
+tasks share it, which makes each product with it one product over all tasks, or ``[T, out, in]``, or a
+:class:`LowRank` that is never formed; a bias is ``[out]`` or ``[T, out]``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmeta.core.low_rank import LowRank
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+Weight = Tensor | LowRank
+
+
+def forward(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``y = x W^T + b``."""
+    if isinstance(weight, LowRank):
+        y = weight.of_rows(x)
+        return y if bias is None else y.add_(bias.unsqueeze(1) if bias.dim() == 2 else bias)
     if weight.dim() == 2:
         if bias is None or bias.dim() == 1:
             return F.linear(x, weight, bias)
@@ -23,8 +30,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1) if bias.dim() == 2 else bias, x, weight.mT)
 
 
-def input_cotangent(d_y: Tensor, weight: Tensor) -> Tensor:
+def input_cotangent(d_y: Tensor, weight: Weight) -> Tensor:
     """``d_x = d_y W``."""
+    if isinstance(weight, LowRank):
+        return weight.of_cotangents(d_y)
     return torch.matmul(d_y, weight) if weight.dim() == 2 else torch.bmm(d_y, weight)
 
 
@@ -41,7 +50,7 @@ def bias_cotangent(d_y: Tensor, shared: bool) -> Tensor:
 
 
 def tangent(
-    x: Tensor, weight: Tensor, x_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None
+    x: Tensor, weight: Weight, x_dot: Tensor | None, weight_dot: Weight | None, bias_dot: Tensor | None
 ) -> Tensor | None:
     """``y_dot = x_dot W^T + x W_dot^T + b_dot``."""
     if weight_dot is None:
@@ -50,6 +59,8 @@ def tangent(
         return None if bias_dot is None else bias_dot.unsqueeze(1).expand(-1, x.shape[1], -1)
     if x_dot is None:
         return forward(x, weight_dot, bias_dot)
+    if isinstance(weight, LowRank) or isinstance(weight_dot, LowRank):
+        return forward(x, weight_dot, bias_dot).add_(forward(x_dot, weight, None))
     if weight.dim() == 3:
         return forward(x, weight_dot, bias_dot).baddbmm_(x_dot, weight.mT)
     y_dot = F.linear(x_dot, weight).baddbmm_(x, weight_dot.mT)
@@ -57,12 +68,15 @@ def tangent(
 
 
 def input_cotangent_dot(
-    d_y: Tensor | None, d_y_dot: Tensor | None, weight: Tensor, weight_dot: Tensor | None
+    d_y: Tensor | None, d_y_dot: Tensor | None, weight: Weight, weight_dot: Weight | None
 ) -> Tensor | None:
     """``d_x_dot = d_y_dot W + d_y W_dot``."""
     straight = None if d_y_dot is None else input_cotangent(d_y_dot, weight)
     if d_y is None or weight_dot is None:
         return straight
+    if isinstance(weight_dot, LowRank):
+        product = weight_dot.of_cotangents(d_y)
+        return product if straight is None else straight.add_(product)
     return torch.bmm(d_y, weight_dot) if straight is None else straight.baddbmm_(d_y, weight_dot)
 
 
@@ -78,3 +92,8 @@ def weight_cotangent_dot(
     if shared:
         return straight.addmm_(d_y.flatten(0, 1).t(), x_dot.flatten(0, 1))
     return straight.baddbmm_(d_y.mT, x_dot)
+
+
+def weight_factors(d_y: Tensor | None, x: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
+    """``d_y^T x`` of every task, not formed; nothing where one of them is zero."""
+    return () if d_y is None or x is None else ((d_y, x),)
