@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta.engine.factor import choose, factored, quicker
 from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.plan import chunk_size, plan
@@ -64,12 +65,14 @@ class Compiler:
         self._graphs: dict[Any, Graph | NotTraceable] = {}
         self._programs: dict[Any, Program] = {}
         self._steps: dict[tuple[int, int], NativeStep | str] = {}  # by the programs, which are never dropped alone
+        self._factors: dict[tuple[int, frozenset[str]], Program] = {}  # likewise
 
     def clear(self) -> None:
         """Forget every trace."""
         self._graphs.clear()
         self._programs.clear()
         self._steps.clear()
+        self._factors.clear()
 
     def compile(self, work: Work) -> Programs:
         """The programs of ``work``.
@@ -82,8 +85,24 @@ class Compiler:
         # a step of first order sends nothing but g_k on, so that other parameters' cotangents are not asked of it
         support = self._program(work, work.support, () if work.first_order else work.outer_names)
         query = None if work.query is None else self._program(work, work.query, work.outer_names)
-        size = work.chunk_size or min(chunk_size(p, work.packing.size) for p in (support, query) if p is not None)
-        return Programs(support, query, size, self._native(work, support, query))
+        native = self._native(work, support, query)
+        if query is not None:
+            names = choose(support, query, work)
+            if not isinstance(native, NativeStep) or quicker(support, query, work, names):
+                if names and isinstance(native, NativeStep):
+                    native = "weights that no task forms take less time"
+                support, query = self._factored(support, names), self._factored(query, names)
+        formed = work.packing.size - sum(work.parameters[name].numel() for name in support.factored)
+        size = work.chunk_size or min(chunk_size(p, formed) for p in (support, query) if p is not None)
+        return Programs(support, query, size, native)
+
+    def _factored(self, program: Program, names: frozenset[str]) -> Program:
+        if not names:
+            return program
+        key = id(program), names
+        if key not in self._factors:
+            self._factors[key] = factored(program, names)
+        return self._factors[key]
 
     def _native(self, work: Work, support: Program, query: Program | None) -> NativeStep | str:
         """The lowered meta-step, or the reason why there is none; either is remembered."""

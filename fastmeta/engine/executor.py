@@ -40,7 +40,12 @@ class Tape:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Cotangents of the parameters: ``adapted`` a task, ``[T, *shape]`` or factors; ``outer`` over tasks, ``[*shape]``."""
+    """Cotangents of the parameters.
+
+    Attributes:
+        adapted: of each task, ``[T, *shape]`` or factors.
+        outer: summed over tasks, ``[*shape]``.
+    """
 
     adapted: list[Tensor | LowRank]
     outer: list[Tensor | None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastmeta.core.task_op import Tensors
+from fastmeta.core.task_op import Need, Tensors
 from fastmeta.engine import cost, executor
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
@@ -175,7 +175,8 @@ def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict
     if second_order:
         kept["operands"] = sum(row.saved for row in rows)
         kept["cotangents"] = sum(row.cotangents for row in rows)
-        kept["fast weights"] = work.packing.size * work.tasks * tape.loss.element_size()
+        formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
+        kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
     if work.alpha.requires_grad:
         kept["gradients"] = work.packing.size * work.tasks * tape.loss.element_size()
     return tuple(rows), kept
@@ -190,13 +191,24 @@ def _row(
         reason = "no task differs: runs once"
     if collected:
         reason = "reads the task's data: its weight changes by products with them and is formed for no task"
-    plan = "factored" if collected else "resident" if backend == "native" else "shared" if route.single else "dense"
+    factored = Need.FACTORS in route.need
+    if factored and not reason:
+        reason = "fewer operations: the weight of each task is the shared one and products of few rows"
+    plan = (
+        "factored"
+        if collected or factored
+        else "resident"
+        if backend == "native"
+        else "shared"
+        if route.single
+        else "dense"
+    )
     return Row(
         instruction.module,
         instruction.op.name,
         str(instruction.op.call.target).removeprefix("aten.").partition(".")[0],
         instruction.op.call.outputs[0].shape,
-        plan,
+        "factored" if collected or factored else formed,
         backend,
         flops,
         saved,

@@ -78,7 +78,7 @@ class FastWeights:
         return Vector(packed, {n: w.plus(gradient[n], -self._rate(n, k)) for n, w in phi.factors.items()})
 
     def adjoint(self, lam: Vector, g: Vector | None, k: int) -> tuple[Vector, Tensor | None]:
-        """``u`` of eq. (5) and, with the step's gradient, ``d_alpha`` of eq. (7) in alpha's shape, summed over tasks."""
+        """``u`` of eq. (5) and, with the step's gradient, ``d_alpha`` of eq. (7), in alpha's shape."""
         packed, d_rate = self._rule.adjoint(lam.packed, None if g is None else g.packed, k)
         zero = {name: LowRank(None) for name in self._factored}
         u = Vector(packed, {name: zero[name].plus(part, self._rate(name, k)) for name, part in lam.factors.items()})
@@ -89,9 +89,9 @@ class FastWeights:
 
     def less(self, lam: Vector, product: Sequence[Weight]) -> Vector:
         """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed."""
-        formed = (h for h in product if isinstance(h, Tensor))
-        for part, h in zip(self._packing.unpack(lam.packed), formed, strict=True):
-            part.sub_(h)
+        formed = [h for h in product if isinstance(h, Tensor)]
+        for part, dense in zip(self._packing.unpack(lam.packed), formed, strict=True):
+            part.sub_(dense)
         factors = dict(lam.factors)
         for name, h in zip(self._names, product, strict=True):
             if isinstance(h, LowRank):

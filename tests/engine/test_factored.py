@@ -1,0 +1,166 @@
+"""Weights that no task forms, on the task-batched executor: the same gradient as weights that are formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastmeta as fm
+from fastmeta.core.low_rank import LowRank
+from fastmeta.engine import compiler
+from fastmeta.engine.factor import candidates
+from fastmeta.engine.program import Program
+from fastmeta.engine.work import Work
+from tests.engine.test_native import EXACT, batch_of, network, truth
+from tests.oracle import relative_error, total_error
+
+Choice = Callable[[list[str]], set[str]]
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Choice], None]:
+    """Let the layers that ``choice`` picks from the candidates' names be factored."""
+
+    def apply(choice: Choice) -> None:
+        def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
+            return frozenset(choice(sorted(candidates(support))))
+
+        monkeypatch.setattr(compiler, "choose", choose)
+
+    return apply
+
+
+class Tokens(nn.Module):
+    """Layers on a token axis, one of which sees no value that adapts, another one with a reader of its input beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(6, 9), nn.Linear(9, 6, bias=False)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.outside(F.gelu(self.inside(x)))
+        return self.head(self.norm(x).mean(-2))
+
+
+def tokens() -> tuple[nn.Module, fm.TaskBatch]:
+    torch.manual_seed(0)
+    model = Tokens().double()
+    sets = ((torch.randn(4, n, 5, 6, dtype=torch.float64), torch.randint(3, (4, n))) for n in (3, 7))
+    return model, fm.TaskBatch(*sets)
+
+
+def plans(maml: fm.MAML, tasks: fm.TaskBatch) -> list[str]:
+    return [row.plan for row in maml.explain(tasks).rows if row.op == "linear"]
+
+
+@pytest.mark.parametrize("choice", [set, lambda names: set(names[:1]), lambda names: set(names[1:])])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_gradient_is_exact(force: Any, choice: Choice, first_order: bool, steps: int) -> None:
+    force(choice)
+    model, tasks = tokens()
+    options: dict[str, Any] = {"lr": 0.1, "steps": steps, "first_order": first_order}
+    maml = fm.MAML(model, F.cross_entropy, executor="reference", **options)
+    assert "factored" in plans(maml, tasks)
+    wanted = fm.MAML(model, F.cross_entropy, engine="autodiff", **options).value_and_grad(tasks)[1]
+    assert relative_error(maml.value_and_grad(tasks)[1], wanted) <= EXACT
+    for chunk_size in (1, 3):
+        maml.chunk_size = chunk_size
+        assert relative_error(maml.value_and_grad(tasks)[1], wanted) <= EXACT
+
+
+def scalar(model: nn.Module) -> Any:
+    return nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+
+def by_step(model: nn.Module) -> Any:
+    return nn.Parameter(torch.tensor([0.1, 0.02, 0.2], dtype=torch.float64))
+
+
+def by_name(model: nn.Module) -> Any:
+    return {n: nn.Parameter(torch.rand((), dtype=torch.float64) * 0.2) for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rates", [scalar, by_step, by_name])
+def test_learned_rates_get_their_gradient(force: Any, rates: Callable[[nn.Module], Any]) -> None:
+    force(lambda names: set(names[::2]))
+    model, tasks = tokens()
+    lr = rates(model)
+    found = fm.MAML(model, F.cross_entropy, lr=lr, steps=3, executor="reference")
+    assert "factored" in plans(found, tasks)
+    wanted = fm.MAML(model, F.cross_entropy, lr=lr, steps=3, engine="autodiff")
+    assert relative_error(found.value_and_grad(tasks)[1], wanted.value_and_grad(tasks)[1]) <= EXACT
+
+
+def test_other_objectives_and_parameters_that_do_not_adapt(force: Any) -> None:
+    force(set)
+    model, tasks = tokens()
+    gradients = []
+    for options in ({"executor": "reference"}, {"engine": "autodiff"}):
+        maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, parameters=["outside.*", "head.*"], **options)
+        out = maml(tasks)
+        loss = out.task_losses[1] + out.logits.square().mean()
+        found = torch.autograd.grad(loss, model.parameters())
+        gradients.append(dict(zip(dict(model.named_parameters()), found, strict=True)))
+    assert relative_error(*gradients) <= EXACT
+
+
+def test_a_rate_an_element_forms_the_weights() -> None:
+    model = network(300, 300, 3)
+    tasks = batch_of(300, 3, "cross entropy", (2, 2))
+    lr = {n: torch.full_like(p, 0.1) for n, p in model.named_parameters()}
+    assert "factored" not in plans(fm.MAML(model, F.cross_entropy, lr=lr, executor="reference"), tasks)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a call's result has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(r.numel() for r in (result,) if isinstance(r, Tensor))])
+        return result
+
+
+def test_wide_layers_choose_it_and_form_no_weight_of_a_task() -> None:
+    tasks_count, width = 6, 640
+    model = network(width, width, width, 5, dtype=torch.float32)
+    tasks = batch_of(width, 5, "cross entropy", (3, 4), tasks=tasks_count, dtype=torch.float32)
+    maml = fm.MAML(model, F.cross_entropy, lr=0.01, steps=2)
+    explanation = maml.explain(tasks)
+    assert plans(maml, tasks)[:2] == ["factored", "factored"]
+    assert "weights that no task forms" in explanation.executor
+    with Largest() as largest:
+        found = maml.value_and_grad(tasks)[1]
+    assert largest.elements < 2 * width * width
+    assert total_error(found, truth(model, F.cross_entropy, tasks, 0.01, 2)[3]) <= 1e-5
+
+
+def test_low_rank_matrices() -> None:
+    torch.manual_seed(0)
+    shared, x, d = torch.randn(7, 5), torch.randn(3, 4, 5), torch.randn(3, 4, 7)
+    pairs = [(torch.randn(3, 2, 7), torch.randn(3, 2, 5)) for _ in range(2)]
+    one = LowRank(shared, tuple(pairs))
+    formed = shared + sum(torch.bmm(a.mT, b) for a, b in pairs)
+    torch.testing.assert_close(one.formed(), formed)
+    torch.testing.assert_close(one.of_rows(x), torch.bmm(x, formed.mT))
+    torch.testing.assert_close(one.of_cotangents(d), torch.bmm(d, formed))
+    two = LowRank(None, ((torch.randn(3, 2, 7), pairs[0][1]), (torch.randn(3, 6, 7), torch.randn(3, 6, 5))))
+    total = one.plus(two, 0.5)
+    assert total.rank == 2 + 2 + 6  # the rows of the first factor are known already
+    torch.testing.assert_close(total.formed(), formed + 0.5 * two.formed())
+    alone = LowRank(None, one.factors)
+    torch.testing.assert_close(alone.inner(two), (alone.formed() * two.formed()).sum((1, 2)))
+    torch.testing.assert_close(two.over_tasks(), two.formed().sum(0))
+    with pytest.raises(RuntimeError, match="neither"):
+        LowRank(None).formed()
