@@ -194,15 +194,7 @@ def _row(
     factored = Need.FACTORS in route.need
     if factored and not reason:
         reason = "fewer operations: the weight of each task is the shared one and products of few rows"
-    plan = (
-        "factored"
-        if collected or factored
-        else "resident"
-        if backend == "native"
-        else "shared"
-        if route.single
-        else "dense"
-    )
+    formed = "resident" if backend == "native" else "shared" if route.single else "dense"
     return Row(
         instruction.module,
         instruction.op.name,
