@@ -198,7 +198,8 @@ class MAML(nn.Module):
                     gradients[name] = torch.zeros_like(parameter) if g is None else g
         if learned:
             rates = self._learned_rates()
-            d_rates = torch.autograd.grad(work.alpha, list(rates.values()), gradient.alpha)
+            d_alpha = torch.zeros_like(work.alpha) if gradient.alpha is None else gradient.alpha  # no step, no use
+            d_rates = torch.autograd.grad(work.alpha, list(rates.values()), d_alpha)
             gradients.update(zip(rates, d_rates, strict=True))
         return result.loss, gradients
 

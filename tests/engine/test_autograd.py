@@ -76,6 +76,19 @@ def test_retaining_the_graph_and_a_second_backward() -> None:
         out.loss.backward()
 
 
+@pytest.mark.parametrize("executor", ["native", "reference"])
+def test_rates_that_no_step_uses_get_zero(executor: str) -> None:
+    model, tasks = build()
+    for lr in (
+        nn.Parameter(torch.tensor(0.1)),
+        {n: nn.Parameter(torch.tensor(0.1)) for n, _ in model.named_parameters()},
+    ):
+        maml = fm.MAML(model, F.cross_entropy, lr=lr, steps=0, executor=executor)
+        rates = {n: g for n, g in maml.value_and_grad(tasks)[1].items() if n.startswith("lr")}
+        assert rates
+        assert all(float(g) == 0 for g in rates.values())
+
+
 def test_saved_tensor_hooks_see_what_is_kept() -> None:
     model, tasks = build()
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
