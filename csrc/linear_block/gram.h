@@ -1,4 +1,4 @@
-// A linear layer that reads a task's data, whose weight is never formed for a task, eq. (11): what the inner steps
+// A linear layer that reads a task's data, whose weight is never formed for a task, eq. (12): what the inner steps
 // change the weight by is a product of cotangents with the support set's rows X, and those never change. So a step
 // needs the Gram matrix of X alone, whatever X's width, and the adjoint of the weight stays in factors until it is
 // collected.

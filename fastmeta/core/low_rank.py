@@ -22,14 +22,14 @@ class LowRank:
     factors: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """``x W^T``, eq. (9): ``[T, R, in] -> [T, R, out]``."""
+        """``x W^T``, eq. (10): ``[T, R, in] -> [T, R, out]``."""
         y = None if self.shared is None else F.linear(x, self.shared)
         for left, right in self.factors:
             y = _add_product(y, torch.bmm(x, right.mT), left)
         return _require(y)
 
     def of_cotangents(self, d: Tensor) -> Tensor:
-        """``d W``, eq. (10): ``[T, R, out] -> [T, R, in]``."""
+        """``d W``, eq. (11): ``[T, R, out] -> [T, R, in]``."""
         y = None if self.shared is None else torch.matmul(d, self.shared)
         for left, right in self.factors:
             y = _add_product(y, torch.bmm(d, left.mT), right)

@@ -88,9 +88,10 @@ class Compiler:
         native = self._native(work, support, query)
         if query is not None:
             names = choose(support, query, work)
-            if not isinstance(native, NativeStep) or quicker(support, query, work, names):
-                if names and isinstance(native, NativeStep):
-                    native = "weights that no task forms take less time"
+            runs_natively = isinstance(native, NativeStep)
+            if runs_natively and work.executor == "auto" and quicker(support, query, work, names):
+                native, runs_natively = "weights that no task forms take less time", False
+            if not runs_natively:
                 support, query = self._factored(support, names), self._factored(query, names)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in support.factored)
         size = work.chunk_size or min(chunk_size(p, formed) for p in (support, query) if p is not None)

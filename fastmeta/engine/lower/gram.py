@@ -1,4 +1,4 @@
-"""Which linear layers hold their weight as products with a task's data, eq. (11), instead of forming it."""
+"""Which linear layers hold their weight as products with a task's data, eq. (12), instead of forming it."""
 
 from __future__ import annotations
 
