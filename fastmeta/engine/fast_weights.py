@@ -56,30 +56,35 @@ class FastWeights:
 
     def start(self) -> Vector:
         """``phi_0``, eq. (1)."""
-        shared = self._packing.pack_shared([self._theta[name] for name in self._formed])
         factors = {name: LowRank(self._theta[name]) for name in self._factored}
+        if not self._formed:
+            return Vector(self._nothing(), factors)
+        shared = self._packing.pack_shared([self._theta[name] for name in self._formed])
         return Vector(shared.expand(self._tasks, -1), factors)
 
     def values(self, vector: Vector) -> list[Weight]:
         """Each parameter's, in the packing's order: ``[T, *shape]`` or factors."""
-        formed = iter(self._packing.unpack(vector.packed))
+        formed = iter(self._packing.unpack(vector.packed) if self._formed else ())
         return [vector.factors[name] if name in vector.factors else next(formed) for name in self._names]
 
     def vector(self, values: Sequence[Weight]) -> Vector:
         """The other way round."""
         formed = [v for v in values if isinstance(v, Tensor)]
         factors = {name: v for name, v in zip(self._names, values, strict=True) if isinstance(v, LowRank)}
-        return Vector(self._packing.pack(formed), factors)
+        return Vector(self._packing.pack(formed) if formed else self._nothing(), factors)
 
     def step(self, phi: Vector, g: Sequence[Weight], k: int) -> Vector:
         """Eq. (3)."""
-        packed = self._rule.step(phi.packed, [d for d in g if isinstance(d, Tensor)], k)
+        formed = [d for d in g if isinstance(d, Tensor)]
+        packed = self._rule.step(phi.packed, formed, k) if formed else phi.packed
         gradient = {name: d for name, d in zip(self._names, g, strict=True) if isinstance(d, LowRank)}
         return Vector(packed, {n: w.plus(gradient[n], -self._rate(n, k)) for n, w in phi.factors.items()})
 
     def adjoint(self, lam: Vector, g: Vector | None, k: int) -> tuple[Vector, Tensor | None]:
         """``u`` of eq. (5) and, with the step's gradient, ``d_alpha`` of eq. (7), in alpha's shape."""
-        packed, d_rate = self._rule.adjoint(lam.packed, None if g is None else g.packed, k)
+        packed, d_rate = lam.packed, None if g is None else torch.zeros_like(self._alpha[0])
+        if self._formed:
+            packed, d_rate = self._rule.adjoint(lam.packed, None if g is None else g.packed, k)
         zero = {name: LowRank(None) for name in self._factored}
         u = Vector(packed, {name: zero[name].plus(part, self._rate(name, k)) for name, part in lam.factors.items()})
         if g is None or d_rate is None or not self._factored:
@@ -90,8 +95,9 @@ class FastWeights:
     def less(self, lam: Vector, product: Sequence[Weight]) -> Vector:
         """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed."""
         formed = [h for h in product if isinstance(h, Tensor)]
-        for part, dense in zip(self._packing.unpack(lam.packed), formed, strict=True):
-            part.sub_(dense)
+        if formed:
+            for part, dense in zip(self._packing.unpack(lam.packed), formed, strict=True):
+                part.sub_(dense)
         factors = dict(lam.factors)
         for name, h in zip(self._names, product, strict=True):
             if isinstance(h, LowRank):
@@ -100,8 +106,12 @@ class FastWeights:
 
     def over_tasks(self, lam: Vector) -> list[Tensor]:
         """The sum over tasks, eq. (8), ``[*shape]`` for each parameter in the packing's order."""
-        formed = iter(self._packing.unpack_shared(lam.packed.sum(0)))
+        formed = iter(self._packing.unpack_shared(lam.packed.sum(0)) if self._formed else ())
         return [lam.factors[n].over_tasks() if n in lam.factors else next(formed) for n in self._names]
+
+    def _nothing(self) -> Tensor:
+        """What is packed where every parameter is factors."""
+        return self._theta[self._names[0]].detach().new_empty(self._tasks, 0)
 
     def _rate(self, name: str, k: int) -> Tensor:
         rates = self._alpha[k if self._alpha.shape[0] > 1 else 0]

@@ -99,6 +99,18 @@ def test_learned_rates_get_their_gradient(force: Any, rates: Callable[[nn.Module
     assert relative_error(found.value_and_grad(tasks)[1], wanted.value_and_grad(tasks)[1]) <= EXACT
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_nothing_may_be_left_to_form(force: Any, learned: bool) -> None:
+    force(set)
+    model = network(5, 6, 3, activation="tanh", bias=False)
+    tasks = batch_of(5, 3, "cross entropy")
+    lr = nn.Parameter(torch.tensor(0.1, dtype=torch.float64)) if learned else 0.1
+    found = fm.MAML(model, F.cross_entropy, lr=lr, steps=2, executor="reference")
+    assert plans(found, tasks) == ["factored", "factored"]
+    wanted = fm.MAML(model, F.cross_entropy, lr=lr, steps=2, engine="autodiff")
+    assert relative_error(found.value_and_grad(tasks)[1], wanted.value_and_grad(tasks)[1]) <= EXACT
+
+
 def test_other_objectives_and_parameters_that_do_not_adapt(force: Any) -> None:
     force(set)
     model, tasks = tokens()
