@@ -51,6 +51,12 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """PyTorch on one thread."""
+    set_threads(1)
+
+
+@pytest.fixture
 def nan_poison() -> Iterator[None]:
     """Memory that torch allocates without a value holds NaN, so that reading it shows."""
     fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()

@@ -127,6 +127,7 @@ def test_other_objectives_and_parameters_that_do_not_adapt(force: Any) -> None:
 def test_a_rate_an_element_forms_the_weights() -> None:
     model = network(300, 300, 3)
     tasks = batch_of(300, 3, "cross entropy", (2, 2))
+    assert "factored" in plans(fm.MAML(model, F.cross_entropy, lr=0.1, executor="reference"), tasks)
     lr = {n: torch.full_like(p, 0.1) for n, p in model.named_parameters()}
     assert "factored" not in plans(fm.MAML(model, F.cross_entropy, lr=lr, executor="reference"), tasks)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +20,10 @@ import fastmeta as fm
 from fastmeta.core import native
 from tests.oracle import maml_loop, total_error
 
-pytestmark = pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
+pytestmark = [
+    pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 SEEDS, TASKS, LR, STEPS = 3, 4, 0.1, 2
 MARGIN = 3e-6  # float32 brings inputs of size 1 through three norms within a few 1e-7
@@ -110,11 +113,3 @@ def test_a_flip_moves_the_true_gradient() -> None:
         assert total_error(found, right) <= 1e-10
         sides.append(right)
     assert total_error(sides[0], sides[1]) > 1e-3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

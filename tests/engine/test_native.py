@@ -75,6 +75,15 @@ def truth(model: nn.Module, loss: Callable[..., Tensor], tasks: fm.TaskBatch, lr
     return maml_loop(copy.deepcopy(model).double(), loss, exact.support, exact.query, lr, steps)
 
 
+def check_float32(model: nn.Module, tasks: fm.TaskBatch, lr: float) -> None:
+    """One step in float32 is within twice PyTorch's own error, and a few roundings of our own."""
+    small, single = copy.deepcopy(model).float(), tasks.to(dtype=torch.float32)
+    right = truth(small, F.cross_entropy, single, lr, 1)[3]
+    ours = fm.MAML(small, F.cross_entropy, lr=lr, executor="native").value_and_grad(single)[1]
+    torchs = maml_loop(small, F.cross_entropy, single.support, single.query, lr, 1)[3]
+    assert total_error(ours, right) <= 2 * total_error(torchs, right) + 1e-6
+
+
 def both(model: nn.Module, loss: Callable[..., Tensor], tasks: fm.TaskBatch, **options):
     """Loss and gradients by the native and by the reference executor."""
     return [fm.MAML(model, loss, executor=name, **options).value_and_grad(tasks) for name in ("native", "reference")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ from fastmeta.core import native
 from tests.oracle import maml_loop, relative_error, total_error
 
 _C = native.extension()
-pytestmark = pytest.mark.skipif(_C is None, reason=f"no extension: {native.missing_reason()}")
+pytestmark = [
+    pytest.mark.skipif(_C is None, reason=f"no extension: {native.missing_reason()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 EXACT = 1e-10  # float64 rounding through batch norm's cancellations; a wrong term shows above 1e-3
 SETS = [name for name in ("plain", "v2", "v3", "v4") if _C is not None and name in _C.supported_instruction_sets()]
 WAYS = 3
@@ -270,11 +273,3 @@ def test_memory_that_cannot_be_had_is_an_error(model: nn.Module) -> None:
         torch.set_num_threads(threads)
         with pytest.raises(MemoryError):  # steps of 7 MB are more than 2^47 bytes, all the addresses there are
             maml.value_and_grad(episodes(3, 28, (20, 2), tasks=2))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

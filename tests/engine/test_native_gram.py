@@ -73,17 +73,14 @@ def test_other_shapes_steps_of_their_own_and_first_order(
 
 
 @pytest.mark.usefixtures("forced")
-def test_the_same_bits_with_any_number_of_threads() -> None:
+def test_the_same_bits_with_any_number_of_threads(set_threads: Callable[[int], None]) -> None:
     model = network(40, 24, 3, dtype=torch.float32)
     tasks = batch_of(40, 3, "cross entropy", tasks=9, dtype=torch.float32)
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native")
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(maml.value_and_grad(tasks)[1])
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 4):
+        set_threads(threads)
+        results.append(maml.value_and_grad(tasks)[1])
     for other in results[1:]:
         assert all(torch.equal(g, results[0][n]) for n, g in other.items())
 

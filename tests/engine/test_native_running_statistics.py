@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,11 +13,14 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.core import native
-from tests.engine.test_native import ACTIVATIONS, SETS, truth
+from tests.engine.test_native import ACTIVATIONS, SETS, check_float32
 from tests.engine.test_native_convolutions import EXACT, WAYS, block, episodes
 from tests.oracle import maml_loop, total_error
 
-pytestmark = pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
+pytestmark = [
+    pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -151,11 +153,7 @@ def test_every_instruction_set_in_both_precisions(name: str) -> None:
         for model in (network({}, {"activation": nn.SiLU()}, filters=20), trained(Alone(nn.GELU(), affine=True))):
             tasks = episodes(2, 9)
             assert error(model, tasks) <= EXACT
-            small, single = copy.deepcopy(model).float(), tasks.to(dtype=torch.float32)
-            right = truth(small, F.cross_entropy, single, 0.2, 1)[3]
-            ours = fm.MAML(small, F.cross_entropy, lr=0.2, executor="native").value_and_grad(single)[1]
-            torchs = maml_loop(small, F.cross_entropy, single.support, single.query, 0.2, 1)[3]
-            assert total_error(ours, right) <= 2 * total_error(torchs, right) + 1e-6  # a few roundings of our own
+            check_float32(model, tasks, 0.2)
     finally:
         extension.use_instruction_set("")
 
@@ -176,11 +174,3 @@ def test_random_blocks(channels, filters, size, sizes, kernel, pool, activation,
     kinds["activation"] = ACTIVATIONS[activation]()
     model = network(kinds, {"pool": None}, channels=channels, size=size, filters=filters)
     assert error(model, episodes(channels, size, sizes), lr=0.05, steps=1) <= EXACT
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
