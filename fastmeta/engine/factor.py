@@ -13,8 +13,9 @@ from fastmeta.engine.work import Work
 
 WEIGHT = 1  # its position among a linear operation's inputs
 
-# Rates to compare two ways by, by judgement and not yet measured on the machine at hand: operations and bytes of memory a second, a cache that holds
-# the weights of one task, and what a call of the task-batched executor takes beside its work.
+# Rates to compare two ways by, chosen by judgement and not measured on the machine at hand: operations and bytes of
+# memory a second, a cache that holds the weights of one task, and what a call of the task-batched executor takes beside
+# its work.
 FLOPS, BYTES, CACHE, CALL_S = 2e11, 2e10, 1 << 20, 15e-6
 
 
