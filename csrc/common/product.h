@@ -6,12 +6,12 @@
 namespace fastmeta {
 namespace {
 
-// One product A B of a sum of products. Element (m, k) of A is a[m * row + k * column], so that a transposed A needs no
-// copy; B has rows of whole vectors, b_row elements apart.
+// One product A B of a sum of products. A's rows lie a_row elements apart, or, of a turned A, its columns do, so that a
+// transposed A needs no copy; B has rows of whole vectors, b_row elements apart.
 template <class R>
 struct Term {
   const R* a;
-  std::int64_t row, column;
+  std::int64_t a_row;
   const R* b;
   std::int64_t b_row;
   std::int64_t depth;
@@ -40,118 +40,116 @@ struct Columns {
   }
 };
 
-// Rows from m and columns from n of the sum of `count` products.
-template <class R, int rows, int whole, bool half>
-void tile(const Term<R>* terms, int count, std::int64_t m, std::int64_t n, const Result<R>& result) {
+// So many tiles, one below the other: rows from m and columns from n of the sum of `count` products.
+template <class R, int rows, int whole, bool half, bool turned>
+void tiles(const Term<R>* terms, int count, std::int64_t m, std::int64_t number, std::int64_t n,
+           const Result<R>& result) {
   constexpr int vectors = whole + half;
-  Vector<R> sums[rows][vectors];
+  const Result<R> to = result;
+  for (; number > 0; --number, m += rows) {
+    Vector<R> sums[rows][vectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j)
-      sums[i][j] = result.base != nullptr ? load(result.base + n + j * width<R>) : Vector<R>{};
-  for (int t = 0; t < count; ++t) {
-    const std::int64_t row = terms[t].row, column = terms[t].column, b_row = terms[t].b_row;
-    const R* a = terms[t].a + m * row;
-    const R* b = terms[t].b + n;
-    std::int64_t k = terms[t].depth;
-    if constexpr (half) {
-      for (; k > 1; k -= 2, a += 2 * column, b += 2 * b_row) {
-        Vector<R> right[2][whole + 1];
+      for (int j = 0; j < vectors; ++j) sums[i][j] = to.base != nullptr ? load(to.base + n + j * width<R>) : Vector<R>{};
+    for (int t = 0; t < count; ++t) {
+      const std::int64_t a_row = terms[t].a_row, b_row = terms[t].b_row;
+      const std::int64_t down = turned ? 1 : a_row, along = turned ? a_row : 1;
+      const R* a = terms[t].a + m * down;
+      const R* b = terms[t].b + n;
+      std::int64_t k = terms[t].depth;
+      if constexpr (half) {
+        for (; k > 1; k -= 2, a += 2 * along, b += 2 * b_row) {
+          Vector<R> right[2][whole + 1];
 #pragma GCC unroll 4
-        for (int j = 0; j < whole; ++j) {
-          right[0][j] = load(b + j * width<R>);
-          right[1][j] = load(b + b_row + j * width<R>);
+          for (int j = 0; j < whole; ++j) {
+            right[0][j] = load(b + j * width<R>);
+            right[1][j] = load(b + b_row + j * width<R>);
+          }
+          const R* end = b + whole * width<R>;
+          const Vector<R> both = halves(load(end), load(end + b_row - width<R> / 2));
+#pragma GCC unroll 8
+          for (int i = 0; i < rows; ++i) {
+            const Vector<R> left[2] = {splat(a[i * down]), splat(a[i * down + along])};
+#pragma GCC unroll 4
+            for (int j = 0; j < whole; ++j) sums[i][j] += left[0] * right[0][j];
+#pragma GCC unroll 4
+            for (int j = 0; j < whole; ++j) sums[i][j] += left[1] * right[1][j];
+            sums[i][whole] += halves(left[0], left[1]) * both;
+          }
         }
-        const R* end = b + whole * width<R>;
-        const Vector<R> both = halves(load(end), load(end + b_row - width<R> / 2));
+      }
+      for (; k > 0; --k, a += along, b += b_row) {
+        Vector<R> right[vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) right[j] = load(b + j * width<R>);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
-          const Vector<R> left[2] = {splat(a[i * row]), splat(a[i * row + column])};
+          const Vector<R> left = splat(a[i * down]);
 #pragma GCC unroll 4
-          for (int j = 0; j < whole; ++j) sums[i][j] += left[0] * right[0][j];
-#pragma GCC unroll 4
-          for (int j = 0; j < whole; ++j) sums[i][j] += left[1] * right[1][j];
-          sums[i][whole] += halves(left[0], left[1]) * both;
+          for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
         }
       }
     }
-    for (; k > 0; --k, a += column, b += b_row) {
-      Vector<R> right[vectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < vectors; ++j) right[j] = load(b + j * width<R>);
+    std::int64_t at = m * to.row + n;
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const Vector<R> left = splat(a[i * row]);
+    for (int i = 0; i < rows; ++i, at += to.row) {
+      if constexpr (half) sums[i][whole] = halves(sums[i][whole] + swapped<width<R> / 2>(sums[i][whole]), Vector<R>{});
+      if (to.from != nullptr) {
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
+        for (int j = 0; j < vectors; ++j) sums[i][j] = load(to.from + at + j * width<R>) - to.rate * sums[i][j];
       }
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-    if constexpr (half) sums[i][whole] = halves(sums[i][whole] + swapped<width<R> / 2>(sums[i][whole]), Vector<R>{});
-    const std::int64_t at = (m + i) * result.row + n;
-    if (result.from != nullptr) {
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; ++j) sums[i][j] = load(result.from + at + j * width<R>) - result.rate * sums[i][j];
+      for (int j = 0; j < vectors; ++j) store(to.c + at + j * width<R>, sums[i][j]);
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) store(result.c + at + j * width<R>, sums[i][j]);
   }
 }
 
-template <class R>
-using TileOf = void (*)(const Term<R>*, int, std::int64_t, std::int64_t, const Result<R>&);
-
-// The tile of so many rows, of those there are.
-template <class R, int whole, bool half>
-FASTMETA_INLINE TileOf<R> tile_of(std::int64_t wanted) {
-  constexpr int most = Columns<whole, half>::tile_rows();
-#define FASTMETA_TILE(rows) tile<R, (rows < most ? rows : most), whole, half>
-  static constexpr TileOf<R> tiles[] = {FASTMETA_TILE(1), FASTMETA_TILE(2), FASTMETA_TILE(3), FASTMETA_TILE(4),
-                                        FASTMETA_TILE(5), FASTMETA_TILE(6), FASTMETA_TILE(7), FASTMETA_TILE(8)};
-#undef FASTMETA_TILE
-  return tiles[wanted - 1];
-}
-
-template <class R, int whole, bool half>
+template <class R, int whole, bool half, bool turned>
 void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, const Result<R>& result) {
-  constexpr unsigned most = Columns<whole, half>::tile_rows();
-  const unsigned all = static_cast<unsigned>(rows), tiles = (all + most - 1) / most;
-  const unsigned least = all / tiles, taller = all % tiles;  // as even as they can be: a thin tile wastes the pipeline
-  std::int64_t m = 0;
-  for (unsigned t = 0; t < tiles; ++t) {
-    const unsigned here = least + (t < taller);
-    tile_of<R, whole, half>(here)(terms, count, m, n, result);
-    m += here;
+  constexpr int most = Columns<whole, half>::tile_rows();
+  using Tiles = void (*)(const Term<R>*, int, std::int64_t, std::int64_t, std::int64_t, const Result<R>&);
+#define FASTMETA_TILES(rows) tiles<R, (rows < most ? rows : most), whole, half, turned>
+  static constexpr Tiles of_rows[] = {FASTMETA_TILES(1), FASTMETA_TILES(2), FASTMETA_TILES(3), FASTMETA_TILES(4),
+                                      FASTMETA_TILES(5), FASTMETA_TILES(6), FASTMETA_TILES(7), FASTMETA_TILES(8)};
+#undef FASTMETA_TILES
+  // As even as they can be: a thin tile wastes the pipeline.
+  const unsigned all = static_cast<unsigned>(rows), number = (all + most - 1) / most;
+  const unsigned least = all / number, taller = all % number;
+  if (taller > 0) of_rows[least](terms, count, 0, taller, n, result);
+  of_rows[least - 1](terms, count, taller * (least + 1), number - taller, n, result);
+}
+
+template <class R, bool turned>
+void product_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result) {
+  // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 2 leave 6.
+  constexpr int most = vector_registers >= 32 ? 4 : 2;
+  using Strip = void (*)(const Term<R>*, int, std::int64_t, std::int64_t, const Result<R>&);
+  static constexpr Strip strips_of[][2] = {{strip<R, 1, false, turned>, strip<R, 0, true, turned>},
+                                           {strip<R, 2, false, turned>, strip<R, 1, true, turned>},
+                                           {strip<R, 3, false, turned>, strip<R, 2, true, turned>},
+                                           {strip<R, 4, false, turned>, strip<R, 3, true, turned>}};
+  const std::int64_t vectors = padded<R>(columns) / width<R>, over = columns % width<R>;
+  const bool half = over > 0 && over <= width<R> / 2 && vectors > 1;
+  std::int64_t strips = (vectors + most - 1) / most;
+  for (std::int64_t j = 0; strips > 0; --strips) {
+    const std::int64_t here = strips == 1 ? vectors - j : (vectors - j + strips - 1) / strips;
+    strips_of[here - 1][half && strips == 1](terms, count, rows, j * width<R>, result);
+    j += here;
   }
 }
 
 // A result of rows and columns. Its rows, and those of every B, are padded with zeros to whole vectors.
 template <class R>
 void product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result) {
-  // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 2 leave 6.
-  constexpr int most = vector_registers >= 32 ? 4 : 2;
-  const std::int64_t vectors = padded<R>(columns) / width<R>, over = columns % width<R>;
-  const bool half = over > 0 && over <= width<R> / 2 && vectors > 1;
-  std::int64_t strips = (vectors + most - 1) / most;
-  for (std::int64_t j = 0; strips > 0; --strips) {
-    const std::int64_t here = strips == 1 ? vectors - j : (vectors - j + strips - 1) / strips;
-    const std::int64_t n = j * width<R>;
-    const bool ends = half && strips == 1;
-    switch (2 * here + ends) {
-      case 2: strip<R, 1, false>(terms, count, rows, n, result); break;
-      case 3: strip<R, 0, true>(terms, count, rows, n, result); break;
-      case 4: strip<R, 2, false>(terms, count, rows, n, result); break;
-      case 5: strip<R, 1, true>(terms, count, rows, n, result); break;
-      case 6: strip<R, 3, false>(terms, count, rows, n, result); break;
-      case 7: strip<R, 2, true>(terms, count, rows, n, result); break;
-      case 8: strip<R, 4, false>(terms, count, rows, n, result); break;
-      default: strip<R, 3, true>(terms, count, rows, n, result); break;
-    }
-    j += here;
-  }
+  product_of<R, false>(terms, count, rows, columns, result);
+}
+
+// The same where every A is turned.
+template <class R>
+void turned_product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
+                    const Result<R>& result) {
+  product_of<R, true>(terms, count, rows, columns, result);
 }
 
 // c [rows, columns], rows padded with zeros: c[m][o] = base[o] (or zero) plus the sum over `terms` of the dot products
@@ -165,7 +163,7 @@ void dot_products(const Term<R>* terms, int count, std::int64_t rows, std::int64
     for (std::int64_t o = 0; o < columns; ++o) {
       Vector<R> sums{};
       for (int t = 0; t < count; ++t) {
-        const R* a = terms[t].a + m * terms[t].row;
+        const R* a = terms[t].a + m * terms[t].a_row;
         const R* b = terms[t].b + o * terms[t].b_row;
         for (std::int64_t k = 0; k < terms[t].depth; k += width<R>) sums += load(a + k) * load(b + k);
       }

@@ -12,16 +12,17 @@
 #include <type_traits>
 
 #include "../common/threads.h"
+#include "block_sums.h"
 
 namespace fastmeta::executor {
 namespace {
 
-// Tasks are summed in blocks, each in order, and then the blocks in order: the result does not depend on the number of
+// Tasks are summed in blocks, each in order, and then the blocks in pairs: the result does not depend on the number of
 // threads. More blocks are shared out more evenly; large weights have fewer, whose sums would fill memory.
 template <class R>
 std::int64_t blocks_of(std::int64_t tasks, std::int64_t weights) {
-  constexpr std::int64_t most = 8, bytes = std::int64_t{4} << 20;
-  const std::int64_t processors = std::max(1U, std::thread::hardware_concurrency());
+  constexpr std::int64_t most = 16, bytes = std::int64_t{4} << 20;
+  static const std::int64_t processors = std::max(1U, std::thread::hardware_concurrency());  // reads files to find out
   const std::int64_t fitting = bytes / std::max<std::int64_t>(1, weights * static_cast<std::int64_t>(sizeof(R)));
   return std::min(tasks, std::max(2 * processors, std::min(most, fitting)));
 }
@@ -66,6 +67,7 @@ struct MetaGradient<R>::Memory {
 
   const std::int64_t size;
   R* const data;
+  int seat = 0;  // who used it last
 };
 
 // The memory of a task at work, and the calls that work on it: for as long as weights and layout stay in their places.
@@ -95,25 +97,30 @@ struct MetaGradient<R>::Watches {
   Stopwatch support, query;
 };
 
-// What no call uses now lies here for the next one.
+// What no call uses now lies here for the next one. A thread gets what it had before, which may still be in its cache:
+// from another processor's cache it takes longer to fetch than a small network takes to run.
 template <class R>
 template <class T>
 class MetaGradient<R>::Shelf {
  public:
   class Loan {
    public:
-    Loan(Shelf& shelf, std::int64_t elements) : shelf_(shelf) {
+    Loan(Shelf& shelf, std::int64_t elements, int seat) : shelf_(shelf) {
       {
         std::lock_guard<std::mutex> lock(shelf_.mutex_);
-        if (!shelf_.free_.empty()) {
-          thing_ = std::move(shelf_.free_.back());
-          shelf_.free_.pop_back();
+        auto& free = shelf_.free_;
+        auto own = std::find_if(free.begin(), free.end(), [&](const auto& thing) { return thing->seat == seat; });
+        if (own == free.end() && !free.empty()) --own;
+        if (own != free.end()) {
+          thing_ = std::move(*own);
+          free.erase(own);
         }
       }
       if (thing_ == nullptr || thing_->size < elements) {
         thing_.reset();
         thing_ = std::make_unique<T>(elements);
       }
+      thing_->seat = seat;
     }
     ~Loan() {
       std::lock_guard<std::mutex> lock(shelf_.mutex_);
@@ -236,29 +243,30 @@ void MetaGradient<R>::run(const Request<R>& request) {
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
   const std::int64_t row = support_program_.adapted + support_program_.differentiated;
-  const typename Shelf<Memory>::Loan weights(*thetas_, support_.packed_size() + request.steps * row);
+  const typename Shelf<Memory>::Loan weights(*thetas_, support_.packed_size() + request.steps * row, 0);
   R* theta = (*weights).data;
   support_.pack(request.parameters.data(), theta);
   write_rates(request, theta + support_.packed_size());
 
-  // Not initialised: the first task of a block writes, the others add.
-  const std::unique_ptr<R[]> totals(gradient ? new R[blocks * packing.gradient] : nullptr);
+  BlockSums<R> sums(gradient ? blocks : 0, packing.gradient, kernels_);
   std::vector<double> d_alpha(learned ? blocks * rates : 0), losses(request.tasks);
   std::mutex mutex;
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
-  parallel_for(blocks, share.at_once, [&](std::int64_t first, std::int64_t last, int) {
+  parallel_for(blocks, share.at_once, [&](std::int64_t first, std::int64_t last, int seat) {
     try {
-      const typename Shelf<Workspace>::Loan loan(*workspaces_, elements);
+      const typename Shelf<Workspace>::Loan loan(*workspaces_, elements, seat);
       Workspace& workspace = *loan;
       bind(workspace, kind, share.within, theta);
       std::unique_ptr<Watches> watches;
       if (request.profile != nullptr)
         watches.reset(new Watches{Stopwatch(support_program_.operations.size()),
                                   Stopwatch(query_program_.operations.size())});
-      for (std::int64_t b = first; b < last; ++b)
+      for (std::int64_t b = first; b < last; ++b) {
         for (std::int64_t begin = request.tasks * b / blocks, t = begin; t < request.tasks * (b + 1) / blocks; ++t)
-          run_task(request, t, workspace, totals.get() + b * packing.gradient, t == begin,
-                   losses[t], d_alpha.data() + b * rates, watches.get());
+          run_task(request, t, workspace, gradient ? sums.of(b) : nullptr, t == begin, losses[t],
+                   d_alpha.data() + b * rates, watches.get());
+        if (gradient) sums.complete(b);
+      }
       if (watches != nullptr) request.profile->add(watches->support, watches->query, share.within);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -269,9 +277,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   const double sum_of_losses = std::accumulate(losses.begin(), losses.end(), 0.0);
   *request.loss = static_cast<R>(sum_of_losses / static_cast<double>(request.tasks));
   if (!gradient) return;
-  for (std::int64_t b = 1; b < blocks; ++b)
-    kernels_.add(totals.get(), totals.get() + b * packing.gradient, packing.gradient);
-  support_.unpack(totals.get(), request.gradients.data());
+  support_.unpack(sums.total(), request.gradients.data());
   if (!learned) return;
   for (std::int64_t b = 1; b < blocks; ++b)
     for (std::int64_t i = 0; i < rates; ++i) d_alpha[i] += d_alpha[b * rates + i];

@@ -45,15 +45,15 @@ void to_outputs(const Layout<R>& l, Term<R>* terms, int count, const R* base, R*
 // A term of the weight's gradient: the outer products of the rows of dz and x.
 template <class R>
 Term<R> outer_products(const Layout<R>& l, const R* x, std::int64_t x_row, const R* dz) {
-  if (l.narrow()) return {dz, 1, l.out, x, l.in, l.s.n};
-  return {x, 1, x_row, dz, l.out, l.s.n};
+  if (l.narrow()) return {dz, l.out, x, l.in, l.s.n};
+  return {x, x_row, dz, l.out, l.s.n};
 }
 
 template <class R>
 void to_weight(const Layout<R>& l, const Term<R>* terms, int count, const Step<R>& step, R* dw) {
   const std::int64_t rows = l.narrow() ? l.s.out : l.s.in, columns = l.narrow() ? l.s.in : l.s.out;
   const R rate = step.from[0] != nullptr ? *step.rate[0] : R(0);
-  product(terms, count, rows, columns, Result<R>{dw, l.weight_row(), nullptr, step.from[0], rate});
+  turned_product(terms, count, rows, columns, Result<R>{dw, l.weight_row(), nullptr, step.from[0], rate});
 }
 
 // The weight as [out, padded(in)]; where it has to be transposed, it is put at `place`.
@@ -67,7 +67,7 @@ const R* turned(const Layout<R>& l, const R* weight, R* place) {
 template <class R>
 void forward(const void* shape, const Primal<R>& p, R*) {
   const Layout<R> l(shape);
-  Term<R> term{p.x[0], l.x_row, 1, p.w[0], l.weight_row(), l.s.in};
+  Term<R> term{p.x[0], l.x_row, p.w[0], l.weight_row(), l.s.in};
   to_outputs(l, &term, 1, l.s.bias ? p.w[1] : nullptr, p.y);
   activate(l, p);
 }
@@ -84,7 +84,7 @@ void backward(const void* shape, const Primal<R>& p, R*) {
   if (p.dw[1] != nullptr) to_bias(l, dz, p.step, p.dw[1]);
   if (p.dx[0] != nullptr) {
     const R* weight = p.turned != nullptr ? p.turned : turned(l, p.w[0], p.saved + l.behind_dz());
-    const Term<R> term{dz, l.out, 1, weight, l.in, l.s.out};
+    const Term<R> term{dz, l.out, weight, l.in, l.s.out};
     product(&term, 1, l.s.n, l.s.in, Result<R>{p.dx[0], l.in});
   }
 }
@@ -94,8 +94,8 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
   const Layout<R> l(shape);
   Term<R> terms[2];
   int count = 0;
-  if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, 1, p.w[0], l.weight_row(), l.s.in};
-  if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, 1, t.w_dot[0], l.weight_row(), l.s.in};
+  if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, p.w[0], l.weight_row(), l.s.in};
+  if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, t.w_dot[0], l.weight_row(), l.s.in};
   to_outputs(l, terms, count, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot);
   activate_tangent(l, p, t);
 }
@@ -117,10 +117,10 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     Term<R> terms[2];
     int count = 0;
     const R* weight = l.narrow() ? p.w[0] : p.turned != nullptr ? p.turned : p.saved + l.behind_dz();
-    terms[count++] = {dz_dot, l.out, 1, weight, l.in, l.s.out};
+    terms[count++] = {dz_dot, l.out, weight, l.in, l.s.out};
     if (t.w_dot[0] != nullptr) {
       const R* weight_dot = turned(l, t.w_dot[0], t.saved_dot + l.behind_z_dots());
-      terms[count++] = {dz, l.out, 1, weight_dot, l.in, l.s.out};
+      terms[count++] = {dz, l.out, weight_dot, l.in, l.s.out};
     }
     product(terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in});
   }

@@ -96,7 +96,7 @@ void sum_of_steps(const Shape& shape, const Past<R>* steps, std::int64_t count, 
 // y += sign * (x X^T) c, c [support, out].
 template <class R>
 void add_products(const Places<R>& l, const R* products, const R* c, R sign, R* y) {
-  const Term<R> term{products, l.products_row(), 1, c, l.out, l.s.support};
+  const Term<R> term{products, l.products_row(), c, l.out, l.s.support};
   product(&term, 1, l.s.n, l.s.out, Result<R>{y, l.out, nullptr, y, -sign});
 }
 
@@ -110,7 +110,7 @@ template <class R>
 void forward(const void* shape, const Primal<R>& p, R* scratch) {
   const Places<R> l(shape);
   if (l.s.asks || p.taken == 0) {
-    const Term<R> term{p.x[0], l.x_row, 1, p.w[0], l.weight_row(), l.s.in};
+    const Term<R> term{p.x[0], l.x_row, p.w[0], l.weight_row(), l.s.in};
     product(&term, 1, l.s.n, l.s.out, Result<R>{p.saved + l.z0(), l.out});
     if (!l.s.asks || p.taken > 0) {
       const R* rows = l.s.asks ? p.past[0].call->x[0] : p.x[0];
@@ -143,8 +143,8 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scra
   const Places<R> l(shape);
   const Shape of_query = with_rows(l.s, l.s.query);
   const Places<R> q(&of_query);
-  const Term<R> term{t.query->saved + q.products(), 1, q.products_row(), q.dz_of(*t.query), l.out, l.s.query};
-  product(&term, 1, l.s.n, l.s.out, Result<R>{t.y_dot, l.out, l.s.bias ? t.w_dot[1] : nullptr});
+  const Term<R> term{t.query->saved + q.products(), q.products_row(), q.dz_of(*t.query), l.out, l.s.query};
+  turned_product(&term, 1, l.s.n, l.s.out, Result<R>{t.y_dot, l.out, l.s.bias ? t.w_dot[1] : nullptr});
   if (t.passed_steps > 0) {
     sum_of_steps(l.s, t.passed, t.passed_steps, true, R(1), scratch);
     add_products(l, unchanging(p) + l.products(), scratch, R(-1), t.y_dot);
@@ -162,13 +162,13 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
 template <class R>
 void collect(const void* shape, const Primal<R>& query, bool adds, R* dw, R* scratch) {
   const Places<R> l(shape);
-  Term<R> terms[2] = {{query.x[0], 1, l.x_row, l.dz_of(query), l.out, l.s.n}};
+  Term<R> terms[2] = {{query.x[0], l.x_row, l.dz_of(query), l.out, l.s.n}};
   int count = 1;
   if (query.taken > 0 && query.past[0].tangent != nullptr) {
     sum_of_steps(l.s, query.past, query.taken, true, R(-1), scratch);
-    terms[count++] = {query.past[0].call->x[0], 1, l.x_row, scratch, l.out, l.s.support};
+    terms[count++] = {query.past[0].call->x[0], l.x_row, scratch, l.out, l.s.support};
   }
-  product(terms, count, l.s.in, l.s.out, Result<R>{dw, l.out, nullptr, adds ? dw : nullptr, R(-1)});
+  turned_product(terms, count, l.s.in, l.s.out, Result<R>{dw, l.out, nullptr, adds ? dw : nullptr, R(-1)});
 }
 
 template <class R>
