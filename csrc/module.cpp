@@ -18,6 +18,9 @@ void bind(py::module_&);
 namespace fastmeta::peak {
 void bind(py::module_&);
 }
+namespace fastmeta::recall {
+void bind(py::module_&);
+}
 
 namespace {
 
@@ -41,4 +44,5 @@ PYBIND11_MODULE(_C, m) {
   fastmeta::inner_update::bind(m);
   fastmeta::executor::bind(m);
   fastmeta::peak::bind(m);
+  fastmeta::recall::bind(m);
 }

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../common/tensor.h"
 #include "../conv_block/kernels.h"
 #include "../data/kernels.h"
 #include "../flatten/kernels.h"
@@ -227,24 +229,54 @@ Program program_of(const py::dict& d) {
   return program;
 }
 
-using Address = std::uintptr_t;
-
+// Addresses of the tensors of one call; copies of those that lie otherwise than kernels read them live as long.
 template <class R>
-R* at(Address address) {
-  return reinterpret_cast<R*>(address);
-}
+class Addresses {
+ public:
+  const R* of(const py::handle& given) { return reinterpret_cast<const R*>(tensor::address(contiguous(given))); }
 
-template <class R, class T>
-std::vector<T> all(const std::vector<Address>& addresses) {
-  std::vector<T> pointers;
-  for (const Address a : addresses) pointers.push_back(at<R>(a));
-  return pointers;
-}
+  // Adds a gradient, made by `like`, for each of the first parameters.
+  std::vector<const R*> of_parameters(const py::list& tensors, std::size_t wanted, const py::object& like,
+                                      py::list& gradients) {
+    std::vector<const R*> found;
+    found.reserve(tensors.size());
+    for (const py::handle t : tensors) {
+      const py::handle own = contiguous(t);
+      found.push_back(reinterpret_cast<const R*>(tensor::address(own)));
+      if (found.size() <= wanted) gradients.append(tensor::result(PyObject_CallOneArg(like.ptr(), own.ptr())));
+    }
+    return found;
+  }
 
-std::vector<Leaf> leaves(const std::vector<std::pair<Address, std::int64_t>>& given) {
-  std::vector<Leaf> leaves;
-  for (const auto& [address, stride] : given) leaves.push_back({at<const char>(address), stride});
-  return leaves;
+  // Of the first task of each leaf, whose tasks take so many bytes. Tasks may lie anywhere, each contiguous.
+  std::vector<Leaf> of_leaves(const py::sequence& leaves, const std::vector<std::int64_t>& bytes) {
+    std::vector<Leaf> found;
+    if (leaves.size() != bytes.size()) throw std::invalid_argument("executor: a set must have the leaves of its trace");
+    for (std::size_t i = 0; i < bytes.size(); ++i) {
+      const py::object leaf = leaves[i];
+      const bool apart = !tensor::is_contiguous(leaf) && tensor::is_contiguous(leaf[py::int_(0)]);
+      const py::handle own = apart ? py::handle(leaf) : contiguous(leaf);
+      const std::int64_t stride =
+          apart ? (leaf.attr("stride")(0) * leaf.attr("element_size")()).template cast<std::int64_t>() : bytes[i];
+      found.push_back({reinterpret_cast<const char*>(tensor::address(own)), stride});
+    }
+    return found;
+  }
+
+ private:
+  py::handle contiguous(const py::handle& given) {
+    if (tensor::is_contiguous(given)) return given;
+    copies_.push_back(tensor::call(given, tensor::names().contiguous));
+    return copies_.back();
+  }
+
+  std::vector<py::object> copies_;
+};
+
+// Where a result goes; null where it is not wanted.
+template <class R>
+R* place(const py::handle& given) {
+  return given.is_none() ? nullptr : reinterpret_cast<R*>(tensor::address(given));
 }
 
 template <class R>
@@ -275,36 +307,46 @@ void bind_type(py::module_& m, const char* name) {
         if (learned) kept["gradients"] = size * self.support().packing().adapted;
         return kept;
       })
-      .def("run", [](Self& self, std::int64_t tasks, std::int64_t steps, bool first_order, Address alpha,
-                     bool rate_per_step, bool rate_per_parameter, const std::vector<Address>& parameters,
-                     const std::vector<std::pair<Address, std::int64_t>>& support,
-                     const std::vector<std::pair<Address, std::int64_t>>& query, bool gradient, Address d_losses,
-                     const std::vector<Address>& gradients, Address d_alpha, Address loss, Address losses,
-                     Address support_losses, Address outputs, std::int64_t output_rows, std::int64_t output_columns,
-                     int threads, Profile* profile) {
+      .def("run", [](Self& self, std::int64_t tasks, std::int64_t steps, bool first_order, const py::object& alpha,
+                     bool rate_per_step, bool rate_per_parameter, const py::list& parameters,
+                     const py::sequence& support, const std::vector<std::int64_t>& support_bytes,
+                     const py::sequence& query, const std::vector<std::int64_t>& query_bytes,
+                     const py::object& d_losses, std::optional<std::size_t> wanted, const py::object& like,
+                     const py::object& d_alpha,
+                     const py::object& loss, const py::object& losses, const py::object& support_losses,
+                     const py::object& outputs, std::int64_t output_rows, std::int64_t output_columns, int threads,
+                     Profile* profile) {
+        Addresses<R> addresses;
+        py::list gradients;
+        const std::vector<const R*> weights = addresses.of_parameters(parameters, wanted.value_or(0), like, gradients);
+        std::vector<R*> places;
+        for (const py::handle g : gradients) places.push_back(place<R>(g));
         const Request<R> request{tasks,
                                  steps,
                                  first_order,
-                                 at<const R>(alpha),
+                                 addresses.of(alpha),
                                  rate_per_step,
                                  rate_per_parameter,
-                                 all<const R, const R*>(parameters),
-                                 leaves(support),
-                                 leaves(query),
-                                 gradient,
-                                 at<const R>(d_losses),
-                                 all<R, R*>(gradients),
-                                 at<R>(d_alpha),
-                                 at<R>(loss),
-                                 at<R>(losses),
-                                 at<R>(support_losses),
-                                 at<R>(outputs),
+                                 weights,
+                                 addresses.of_leaves(support, support_bytes),
+                                 addresses.of_leaves(query, query_bytes),
+                                 wanted.has_value(),
+                                 d_losses.is_none() ? nullptr : addresses.of(d_losses),
+                                 std::move(places),
+                                 place<R>(d_alpha),
+                                 place<R>(loss),
+                                 place<R>(losses),
+                                 place<R>(support_losses),
+                                 place<R>(outputs),
                                  output_rows,
                                  output_columns,
                                  threads,
                                  profile};
-        py::gil_scoped_release released;
-        self.run(request);
+        {
+          const py::gil_scoped_release released;
+          self.run(request);
+        }
+        return gradients;
       });
 }
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.algorithms.adapted import AdaptedModel
 from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_chunk_size, checked_steps, select_parameters
-from fastmeta.algorithms.recall import Recall, signature
+from fastmeta.algorithms.recall import Recall, pairs
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
@@ -266,12 +266,17 @@ class MAML(nn.Module):
             raise TypeError(f"MAML: tasks must be a TaskBatch, got {type(tasks).__name__}")
         if need_query and tasks.query is None:
             raise ValueError("MAML: tasks must have a query set, got None")
-        key = self._key(tasks, steps, differentiate, need_query, check_unused)
-        if key is not None and (found := self._recall.find(key)) is not None:
-            again = found[0].on(tasks.support, tasks.query)
-            if not isinstance(self.lr, (float, int)):
-                again.alpha = self._rates_of(again.packing).alpha(again.theta[0], again.steps)
-            return again, found[1]
+        tensors = pairs(tasks.support, tasks.query)
+        settings = self._settings(steps, differentiate, need_query, check_unused) if tensors else None
+        if settings is not None and (found := self._recall.find(settings, tensors)) is not None:
+            earlier, known = found
+            again = earlier.on(tasks.support, tasks.query)
+            if isinstance(self.lr, (float, int)):
+                return again, known
+            rates = self._rates_of(again.packing)
+            again.alpha, again.segments = rates.alpha(again.theta[0], again.steps), rates.segments
+            if again.alpha.shape == earlier.alpha.shape and (rates.segments is None) == (earlier.segments is None):
+                return again, known
         parameters = self._objective.parameters()
         packing = self._packing(parameters)
         count = self.steps if steps is None else checked_steps(steps)
@@ -302,21 +307,26 @@ class MAML(nn.Module):
             if check_unused and not self.allow_unused and count and programs.support.unused:
                 raise autodiff.unused_error(programs.support.unused)
             check_masks(work, programs)
-            if key is not None:
-                self._recall.keep(key, work, programs)
+            if settings is not None:
+                self._recall.keep(settings, tensors, work, programs)
         return work, programs
 
-    def _key(self, tasks: TaskBatch, steps: int | None, *flags: bool) -> Any:
-        """What a prepared meta-step depends on besides the modules; ``None`` where values must be looked at."""
+    def _settings(self, steps: int | None, *flags: bool) -> Any:
+        """What a prepared meta-step depends on besides modules and tasks; ``None`` where values must be looked at."""
         if self.check_finite or self.update_running_stats or callable(self._selection):
             return None
-        tensors = signature(tasks.support, tasks.query)
-        rate = self.lr if isinstance(self.lr, (float, int)) else None
-        autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        if tensors is None or autocast:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
-        settings = (self.first_order, self.allow_unused, self.chunk_size, self.engine, self.executor, rate)
-        return self.steps if steps is None else checked_steps(steps), settings, tensors, flags
+        return (
+            self.steps if steps is None else checked_steps(steps),
+            self.first_order,
+            self.allow_unused,
+            self.chunk_size,
+            self.engine,
+            self.executor,
+            self.lr if isinstance(self.lr, (float, int)) else None,
+            flags,
+        )
 
     def _programs(self, work: Work) -> Programs | None:
         if self.engine == "autodiff":

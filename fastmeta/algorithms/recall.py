@@ -2,76 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastmeta.core import native
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.work import Work
 
 MOST = 8  # kinds of meta-step remembered: shapes of training and evaluation, numbers of steps
 
 
-class Snapshot:
-    """Everything about modules that preparing a meta-step reads, values of tensors excepted."""
-
-    def __init__(self, root: nn.Module) -> None:
-        modules = list(root.modules())
-        self._parents = [(m._modules, tuple(m._modules.items())) for m in modules if m._modules]
-        self._childless = [m._modules for m in modules if not m._modules]
-        self._training = [(m, m.training) for m in modules]
-        self._tensors = [
-            (table, name, t, t.shape, t.dtype, None if t.is_cpu else t.device, t.requires_grad)
-            for m in modules
-            for table in (m._parameters, m._buffers)
-            for name, t in table.items()
-            if t is not None
-        ]
-        self._sizes = [(table, len(table)) for m in modules for table in (m._parameters, m._buffers)]
-
-    def holds(self) -> bool:
-        """Whether all of it is as it was."""
-        for module, training in self._training:
-            if module.training is not training:
-                return False
-        for table, name, t, shape, dtype, device, grad in self._tensors:
-            if table.get(name) is not t or t.shape != shape or t.dtype is not dtype or t.requires_grad is not grad:
-                return False
-            if device is None:
-                if not t.is_cpu:
-                    return False
-            elif t.device != device:
-                return False
-        for table, size in self._sizes:
-            if len(table) != size:
-                return False
-        return not any(self._childless) and all(tuple(t.items()) == children for t, children in self._parents)
+@dataclass
+class _Entry:
+    settings: Any
+    kinds: Any  # of the tasks' tensors
+    work: Work
+    programs: Programs
 
 
 class Recall:
-    """The last few kinds of meta-step that were prepared, for as long as the modules stay as they are."""
+    """The last few kinds of meta-step that were prepared, for as long as the modules stay as they are.
+
+    The comparing is csrc/recall's; without the extension every meta-step is prepared anew.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._snapshot: Snapshot | None = None
-        self._entries: dict[Any, tuple[Work, Programs]] = {}
+        self._snapshot: Any = None
+        self._entries: list[_Entry] = []
 
-    def find(self, key: Any) -> tuple[Work, Programs] | None:
-        """A prepared meta-step of this key, of which only tasks and rates are to be replaced."""
-        entry = self._entries.get(key)
-        if entry is None or (self._snapshot is not None and self._snapshot.holds()):
-            return entry
-        self.clear()
+    def find(self, settings: Any, tensors: tuple[Any, ...]) -> tuple[Work, Programs] | None:
+        """A meta-step prepared for these settings and tensors like these; tasks and rates are to be replaced."""
+        for entry in self._entries:
+            if entry.settings == settings and entry.kinds.fit(tensors):
+                if self._snapshot.holds():
+                    return entry.work, entry.programs
+                self.clear()
+                return None
         return None
 
-    def keep(self, key: Any, work: Work, programs: Programs) -> None:
+    def keep(self, settings: Any, tensors: tuple[Any, ...], work: Work, programs: Programs) -> None:
         """Remember a meta-step, and forget the oldest if there are many."""
+        extension = native.extension()
+        if extension is None or not all(isinstance(t, Tensor) and not t.requires_grad for t in tensors):
+            return
         if self._snapshot is None or not self._snapshot.holds():
             self.clear()
-            self._snapshot = Snapshot(self._root)
-        if len(self._entries) >= MOST:
-            del self._entries[next(iter(self._entries))]
-        self._entries[key] = work, programs
+            self._snapshot = extension.Snapshot(list(self._root.modules()))
+        others = [e for e in self._entries if e.settings != settings or not e.kinds.fit(tensors)]
+        self._entries[:] = others[-(MOST - 1) :]
+        self._entries.append(_Entry(settings, extension.Kinds(tensors), work, programs))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -79,15 +61,10 @@ class Recall:
         self._entries.clear()
 
 
-def signature(support: Any, query: Any) -> tuple[Any, ...] | None:
-    """Shapes, dtypes and devices of a pair of pairs of tensors; ``None`` for tasks of any other form."""
-    sets = (support,) if query is None else (support, query)
-    found = []
-    for one in sets:
-        if type(one) is not tuple or len(one) != 2:
-            return None
-        for leaf in one:
-            if not isinstance(leaf, Tensor) or leaf.requires_grad:
-                return None
-            found.append((leaf.shape, leaf.dtype, leaf.device))
-    return tuple(found)
+def pairs(support: Any, query: Any) -> tuple[Any, ...]:
+    """What a pair, or a pair of pairs, holds; nothing for tasks of any other form."""
+    if type(support) is not tuple or len(support) != 2:
+        return ()
+    if query is None:
+        return support
+    return support + query if type(query) is tuple and len(query) == 2 else ()

@@ -12,7 +12,7 @@ from fastmeta.core.task_op import plus
 from fastmeta.engine.work import Work
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetaGradient:
     """Gradients of a meta-loss: of the adapting parameters, of the others, and of the rates, each in its own shape."""
 

@@ -34,7 +34,8 @@ def evaluate(
     else:
         refusal = step.refusal(work, cotangents, outputs=outputs)
         if not refusal:
-            return step.run(work, cotangents, learned=learned, outputs=outputs)
+            call = step.call(work, gradient=cotangents is not None, learned=learned, outputs=outputs)
+            return call.run(work, cotangents)
     if work.executor == "native":
         raise RuntimeError(f"MAML: executor 'native' is not available here: {refusal}")
     return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)

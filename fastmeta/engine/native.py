@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from fastmeta.core import native
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
+from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.profile import collecting
 from fastmeta.engine.program import Instruction, Program
+from fastmeta.engine.trace import Output
 from fastmeta.engine.work import Work, leaves, require_finite
 
 _NONE = torch.empty(0)
@@ -108,85 +110,115 @@ class NativeStep:
 
     def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
         """Why this work cannot run here; empty where it can."""
+        if cotangents is not None and any(d is not None for d in cotangents.outputs):
+            return "an objective on the query outputs is differentiated"
         if not work.alpha.is_cpu:
             return f"the parameters are on {work.alpha.device}"
         if work.alpha.shape[1] > 1 and work.segments is None:
             return "there is one inner rate an element"
-        if cotangents is not None and any(d is not None for d in cotangents.outputs):
-            return "an objective on the query outputs is differentiated"
         if outputs and self._outputs and self._lowered.output is None:
             return "the query outputs are not one value of the program"
         if self._mutates and work.keep_mutations:
             return "running statistics are wanted"
         return ""
 
-    def run(self, work: Work, cotangents: Cotangents | None, *, learned: bool, outputs: bool) -> Evaluation:
+    def call(self, work: Work, *, gradient: bool, learned: bool, outputs: bool) -> NativeCall:
+        """What runs meta-steps of this kind; it is made once for a prepared ``work`` and all that differ in tasks."""
+        key = NativeCall, gradient, learned, outputs, self._isa()
+        call: NativeCall | None = work.memory.get(key)
+        if call is None:
+            lowered = self._lowered
+            parameters = [work.parameters[name] for name in lowered.parameters]
+            parameters += [work.buffers[name] for name in lowered.buffers]
+            call = work.memory[key] = NativeCall(
+                self._step(work, learned),
+                parameters,
+                self._wanted if gradient else None,
+                learned,
+                work.alpha.new_empty(()),
+                self._bytes,
+                self._outputs if outputs else None,
+                lowered.output or (0, 0),
+                self._operands,
+            )
+        return call
+
+
+@dataclass
+class NativeCall:
+    """Runs meta-steps of one kind; see :meth:`NativeStep.call`.
+
+    Attributes:
+        step: ``MetaGradient32`` or ``MetaGradient64`` of the extension.
+        parameters: parameters and buffers in the program's order.
+        wanted: how many of them adapt, which come first, and how many get a gradient; ``None`` for no gradient at all.
+        learned: whether the rates get a gradient.
+        loss: what a loss looks like.
+        bytes: of a task in each leaf of the support and of the query set.
+        outputs: where the losses of each task and the query outputs are wanted, the outputs of a task.
+        output_shape: rows and features of the one output as the program has it.
+        operands: of the operations on support and query.
+    """
+
+    step: Any
+    parameters: list[Tensor]
+    wanted: tuple[int, int] | None
+    learned: bool
+    loss: Tensor
+    bytes: list[list[int]]
+    outputs: list[Output] | None
+    output_shape: tuple[int, int]
+    operands: list[tuple[Operands, ...]]
+
+    def run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
         """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`.
 
         Inside :func:`fastmeta.engine.profile.collect` it is profiled.
         """
-        step = self._step(work, learned)
         steps, alpha = work.steps, work.alpha
-        if alpha.requires_grad or not alpha.is_contiguous():
-            alpha = alpha.detach().contiguous()
-        parameters = [work.parameters[name] for name in self._lowered.parameters]
-        parameters += [work.buffers[name] for name in self._lowered.buffers]
-        if not all(map(Tensor.is_contiguous, parameters)):
-            parameters = [p.detach().contiguous() for p in parameters]
+        rates = alpha.shape
         support, query = leaves(work.support), leaves(work.query)
-        copies: list[Tensor] = []  # hold what the kernels read
         tasks = support[0].shape[0]
-        d_losses = None if cotangents is None or cotangents.losses is None else cotangents.losses.contiguous()
-        loss, losses, support_losses = alpha.new_empty(()), _NONE, _NONE
-        if outputs or work.check_finite:
+        losses, support_losses, results = _NONE, _NONE, []  # no elements: not wanted
+        if self.outputs is not None or work.check_finite:
             losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((steps, tasks))
-        adapted, wanted = self._wanted
-        gradients = [] if cotangents is None else [torch.empty_like(p) for p in parameters[:wanted]]
-        d_alpha = torch.zeros_like(alpha) if learned and cotangents is not None else None
-        rows, features = self._lowered.output or (0, 0)
-        results = [alpha.new_empty((tasks, *value.shape)) for value in self._outputs] if outputs else []
+        if self.outputs:
+            results = [alpha.new_empty((tasks, *value.shape)) for value in self.outputs]
+        loss = torch.empty_like(self.loss)
+        d_alpha = torch.zeros_like(alpha) if self.learned and self.wanted else None
+        rows, features = self.output_shape
         profile = collecting()
-        step.run(
+        gradients = self.step.run(
             tasks,
             steps,
             work.first_order,
-            alpha.data_ptr(),
-            alpha.shape[0] > 1,
-            alpha.shape[1] > 1,
-            list(map(Tensor.data_ptr, parameters)),
-            _by_task(support, self._bytes[0], copies),
-            _by_task(query, self._bytes[1], copies),
-            cotangents is not None,
-            0 if d_losses is None else d_losses.data_ptr(),
-            list(map(Tensor.data_ptr, gradients)),
-            0 if d_alpha is None else d_alpha.data_ptr(),
-            loss.data_ptr(),
-            losses.data_ptr(),  # 0 where there are none
-            support_losses.data_ptr(),
-            results[0].data_ptr() if results else 0,
+            alpha,
+            rates[0] > 1,
+            rates[1] > 1,
+            self.parameters,
+            support,
+            self.bytes[0],
+            query,
+            self.bytes[1],
+            None if cotangents is None else cotangents.losses,
+            None if self.wanted is None else self.wanted[1],
+            torch.empty_like,
+            d_alpha,
+            loss,
+            losses,
+            support_losses,
+            results[0] if results else None,
             rows,
             features,
             torch.get_num_threads(),
-            None if profile is None else profile.part(step, *self._operands),
+            None if profile is None else profile.part(self.step, *self.operands),
         )
         if work.check_finite:
             for k in range(steps):
                 require_finite(support_losses[k], f"support loss at inner step {k}")
             require_finite(losses, "query loss")
-        outer: list[Tensor | None] = list(gradients[adapted:])
-        gradient = None if cotangents is None else MetaGradient(gradients[:adapted], outer, d_alpha)
+        gradient = None
+        if self.wanted is not None:
+            adapted = self.wanted[0]
+            gradient = MetaGradient(gradients[:adapted], gradients[adapted:], d_alpha)
         return Evaluation(loss, losses, support_losses, results, gradient, [])
-
-
-def _by_task(leaves: Iterable[Tensor], sizes: list[int], copies: list[Tensor]) -> list[tuple[int, int]]:
-    """Address of each leaf's first task, and bytes to the next one's; tasks may lie anywhere, each contiguous."""
-    found = []
-    for leaf, size in zip(leaves, sizes, strict=True):
-        if leaf.is_contiguous():
-            found.append((leaf.data_ptr(), size))
-            continue
-        if not leaf[0].is_contiguous():
-            leaf = leaf.contiguous()
-            copies.append(leaf)
-        found.append((leaf.data_ptr(), leaf.stride(0) * leaf.element_size()))
-    return found

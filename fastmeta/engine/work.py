@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Work:
         chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
         executor: ``auto``, ``native`` or ``reference``.
         keep_mutations: whether new buffer values are wanted.
+        memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
 
     objective: Objective
@@ -49,6 +50,7 @@ class Work:
     chunk_size: int | None
     executor: str
     keep_mutations: bool
+    memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tasks(self) -> int:
@@ -73,7 +75,7 @@ class Work:
         return replace(self, support=cut(self.support), query=None if self.query is None else cut(self.query))
 
     def on(self, support: Any, query: Any) -> Work:
-        """The same meta-step on other tasks of the same shapes; quicker than ``dataclasses.replace``."""
+        """The same meta-step on other tasks of the same shapes, with the same memory."""
         other = Work.__new__(Work)
         other.__dict__.update(self.__dict__)
         other.support, other.query = support, query
