@@ -19,6 +19,19 @@ FASTMETA_INLINE Vector<R> each(Vector<R> x, F f) {
   return load(parts);
 }
 
+// The bits of x, as whole numbers, and back.
+FASTMETA_INLINE Simd<float>::Mask bits_of(Vector<float> x) {
+  Simd<float>::Mask bits;
+  __builtin_memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
+FASTMETA_INLINE Vector<float> of_bits(Simd<float>::Mask bits) {
+  Vector<float> x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // exp(x) = 2^n exp(r), |r| <= ln(2) / 2 with ln(2) in two parts (W. J. Cody, W. Waite, 1980); exp(r) by its Taylor
 // polynomial of degree 7, whose rest is below 1e-8 of it. Below -87.3 the result is 0 rather than subnormal.
 FASTMETA_INLINE Vector<float> exponential(Vector<float> x) {
@@ -41,11 +54,8 @@ FASTMETA_INLINE Vector<float> exponential(Vector<float> x) {
   const I exponent = __builtin_convertvector(n, I);
   const I half = exponent >> 1;
   const I first = (half + 127) << 23, second = (exponent - half + 127) << 23;
-  V a, b;
-  __builtin_memcpy(&a, &first, sizeof a);
-  __builtin_memcpy(&b, &second, sizeof b);
   const V infinity = splat(__builtin_inff());
-  V result = p * a * b;
+  V result = p * of_bits(first) * of_bits(second);
   result = select<float>(x < least, V{}, select<float>(x > most, infinity, result));
   return select<float>(x == x, result, x);
 }
@@ -54,18 +64,27 @@ FASTMETA_INLINE Vector<double> exponential(Vector<double> x) {
   return each<double>(x, [](double v) { return __builtin_exp(v); });
 }
 
-// Near 0, x + x^3 P(x^2) with Cephes' coefficients (S. L. Moshier, tanhf); elsewhere 1 - 2 / (exp(2 |x|) + 1).
+// e / (e + 2) with e = exp(2 |x|) - 1 = 2^n (q + 1) - 1 = 2^n q + (2^n - 1), q = exp(2 r) - 1 by its Taylor polynomial
+// of degree 7, |2 r| <= ln(2) / 2: no digits are lost near 0. Beyond 9.1 the result is 1 (or -1) in float.
 FASTMETA_INLINE Vector<float> hyperbolic_tangent(Vector<float> x) {
   using V = Vector<float>;
-  const V size = select<float>(x < 0.0f, -x, x), square = x * x;
-  V p = splat(-5.70498872745e-3f);
-  p = p * square + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const V near = p * square * x + x;
-  const V far = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
-  return select<float>(size < 0.625f, near, select<float>(x < 0.0f, -far, far));
+  using I = Simd<float>::Mask;
+  const I sign = bits_of(x) & INT32_MIN;
+  const V size = of_bits(bits_of(x) & INT32_MAX), inside = select<float>(size > 9.1f, splat(9.1f), size);
+  const V shifted = inside * 2.885390082f + 12582912.0f;  // rounds to the nearest whole number in its lowest bits
+  const V n = shifted - 12582912.0f;
+  V r = inside - n * 0.3466796875f;  // ln(2) / 2 in two parts
+  r = r + n * 1.06097220e-4f;
+  V p = splat(8.0f / 315);
+  p = p * r + 4.0f / 45;
+  p = p * r + 4.0f / 15;
+  p = p * r + 2.0f / 3;
+  p = p * r + 4.0f / 3;
+  p = p * r + 2.0f;
+  const V q = p * r * r + (r + r);
+  const V power = of_bits((bits_of(shifted) << 23) + (127 << 23));  // 2^n; n's own higher bits fall out
+  const V e = power * q + (power - 1.0f);
+  return of_bits(bits_of(e / (e + 2.0f)) | sign);
 }
 
 FASTMETA_INLINE Vector<double> hyperbolic_tangent(Vector<double> x) {

@@ -152,14 +152,13 @@ void turned_product(const Term<R>* terms, int count, std::int64_t rows, std::int
   product_of<R, true>(terms, count, rows, columns, result);
 }
 
-// c [rows, columns], rows padded with zeros: c[m][o] = base[o] (or zero) plus the sum over `terms` of the dot products
-// of a's row m and b's row o, both of `depth` elements in whole vectors. For few columns, where `product` would compute
-// padding for the most part.
+// c [rows, width]: c[m][o] = base[o] (or zero) plus the sum over `terms` of the dot products of a's row m and b's row o,
+// both of `depth` elements in whole vectors. For a few columns, where `product` would compute padding for the most part;
+// behind them c is as base is. A row is stored as a whole: what loads it next need not wait for its parts.
 template <class R>
-void dot_products(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c,
-                  std::int64_t c_row) {
+void dot_products(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const R* base, R* c) {
   for (std::int64_t m = 0; m < rows; ++m) {
-    for (std::int64_t j = 0; j < c_row; j += width<R>) store(c + m * c_row + j, Vector<R>{});
+    Vector<R> row = base != nullptr ? load(base) : Vector<R>{};
     for (std::int64_t o = 0; o < columns; ++o) {
       Vector<R> sums{};
       for (int t = 0; t < count; ++t) {
@@ -167,8 +166,9 @@ void dot_products(const Term<R>* terms, int count, std::int64_t rows, std::int64
         const R* b = terms[t].b + o * terms[t].b_row;
         for (std::int64_t k = 0; k < terms[t].depth; k += width<R>) sums += load(a + k) * load(b + k);
       }
-      c[m * c_row + o] = (base != nullptr ? base[o] : R(0)) + sum<R>(sums);
+      row += lane<R>(o) ? sum_everywhere<R>(sums) : Vector<R>{};
     }
+    store(c + m * width<R>, row);
   }
 }
 

@@ -116,12 +116,26 @@ FASTMETA_INLINE V halves(V a, V b) {
   return lower ? a : b;
 }
 
+// A mask of one lane.
 template <class R>
-FASTMETA_INLINE R sum(Vector<R> v) {  // halves by halves: the error grows with the logarithm of the width
+FASTMETA_INLINE Numbers<Vector<R>> lane(std::int64_t at) {
+  Numbers<Vector<R>> lanes;
+  for (int i = 0; i < width<R>; ++i) lanes[i] = i;
+  return lanes == static_cast<decltype(+lanes[0])>(at);
+}
+
+// The sum of all lanes, in every lane; halves by halves: the error grows with the logarithm of the width.
+template <class R>
+FASTMETA_INLINE Vector<R> sum_everywhere(Vector<R> v) {
   if constexpr (width<R> >= 16) v += swapped<8>(v);
   if constexpr (width<R> >= 8) v += swapped<4>(v);
   if constexpr (width<R> >= 4) v += swapped<2>(v);
-  return (v + swapped<1>(v))[0];
+  return v + swapped<1>(v);
+}
+
+template <class R>
+FASTMETA_INLINE R sum(Vector<R> v) {
+  return sum_everywhere<R>(v)[0];
 }
 
 }  // namespace

@@ -5,6 +5,10 @@
 
 #include "simd.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace fastmeta {
 namespace {
 
@@ -73,6 +77,21 @@ FASTMETA_INLINE auto joined(V a, V b) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// `v` with a part at lane `at`. A broadcast from memory under a mask leaves the ports that shuffle to the shuffles, which
+// a compiler does not find by itself.
+template <class R, int at>
+FASTMETA_INLINE Vector<R> with_part(Vector<R> v, typename Part<R>::V part) {
+  __m512 all;
+  __m128 one;
+  __builtin_memcpy(&all, &v, sizeof v);
+  __builtin_memcpy(&one, &part, sizeof part);
+  all = _mm512_mask_broadcast_f32x4(all, static_cast<__mmask16>(15 << 4 * at), one);
+  __builtin_memcpy(&v, &all, sizeof v);
+  return v;
+}
+#endif
+
 // The lower (upper) elements of every part of a and b, in turn.
 template <bool upper, class V>
 FASTMETA_INLINE V interleave_parts(V a, V b) {
@@ -112,7 +131,12 @@ FASTMETA_INLINE void transpose_parts(const R* in, std::int64_t in_row, std::int6
   for (int k = 0; k < size; ++k) {
     if constexpr (lanes == 1) a[k] = lane(0, k);
     if constexpr (lanes == 2) a[k] = joined(lane(0, k), lane(1, k));
-    if constexpr (lanes == 4) a[k] = joined(joined(lane(0, k), lane(1, k)), joined(lane(2, k), lane(3, k)));
+#if defined(__AVX512F__)
+    a[k] = with_part<R, 0>(Vector<R>{}, lane(0, k));
+    if constexpr (pieces > 1) a[k] = with_part<R, 1>(a[k], lane(1, k));
+    if constexpr (pieces > 2) a[k] = with_part<R, 2>(a[k], lane(2, k));
+    if constexpr (pieces > 3) a[k] = with_part<R, 3>(a[k], lane(3, k));
+#endif
   }
   if constexpr (size == 2) {
     store(out, interleave_parts<false>(a[0], a[1]));

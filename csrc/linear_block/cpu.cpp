@@ -38,7 +38,7 @@ void turn(const void* shape, const R* packed, R* turned) {
 // out [n, padded(out)] = base + sum of a W^T.
 template <class R>
 void to_outputs(const Layout<R>& l, Term<R>* terms, int count, const R* base, R* out) {
-  if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out, l.out);
+  if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out);
   product(terms, count, l.s.n, l.s.out, Result<R>{out, l.out, base});
 }
 

@@ -38,14 +38,26 @@ Sizes sizes(const void* shape) {
   return sizes;
 }
 
-// A row's squared error; `residual` may not overlap.
+// Some numbers that lie without padding, and zeros behind them.
+template <class R>
+FASTMETA_INLINE Vector<R> padded_row(const R* numbers, std::int64_t count) {
+  if (count >= width<R>) return load(numbers);
+  Vector<R> row{};
+  for (std::int64_t i = 0; i < count; ++i) row = lane<R>(i) ? splat(numbers[i]) : row;
+  return row;
+}
+
+// A row's squared error. The residual, padded like x, is stored in whole vectors: what loads it next need not wait.
 template <class R>
 double squared_error(const R* x, const R* target, std::int64_t features, R* residual) {
   double total = 0;
+  for (std::int64_t j = 0; j < features; j += width<R>) {
+    const Vector<R> difference = load(x + j) - padded_row(target + j, features - j);
+    store(residual + j, 2 * difference);
+  }
   for (std::int64_t j = 0; j < features; ++j) {
-    const R difference = x[j] - target[j];
-    residual[j] = 2 * difference;
-    total += static_cast<double>(difference) * static_cast<double>(difference);
+    const double difference = static_cast<double>(x[j] - target[j]);
+    total += difference * difference;
   }
   return total;
 }
@@ -92,7 +104,7 @@ void forward(const void* shape, const Primal<R>& p, R*) {
     R* probability = l.s.kind == Kind::squared_error ? nullptr : l.probability(p) + i * l.row;
     const R* numbers = static_cast<const R*>(p.target) + i * l.s.features;
     switch (l.s.kind) {
-      case Kind::squared_error: total += squared_error(x, numbers, l.s.features, residual); break;
+      case Kind::squared_error: total += squared_error(x, numbers, l.s.features, residual); continue;
       case Kind::cross_entropy: {
         const std::int64_t label = static_cast<const std::int64_t*>(p.target)[i];
         if (label == l.s.ignored) {
