@@ -60,8 +60,7 @@ class MetaStep(torch.autograd.Function):
             buffers = _read_buffers(work, programs).values()
             ctx.save_for_backward(alpha, *parameters, *leaves(work.support), *leaves(work.query), *buffers)
             ctx.step, ctx.dice, ctx.gradient = step, dice, result.gradient
-        constant = [o for o in result.outputs if not o.is_floating_point()]
-        ctx.mark_non_differentiable(result.support_losses, *constant)
+        ctx.mark_non_differentiable(result.support_losses, *(o for o in result.outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return result.loss, result.losses, result.support_losses, *result.outputs
 
@@ -87,10 +86,11 @@ class MetaStep(torch.autograd.Function):
             gradient = MetaStep._again(ctx, saved, d_mean, d_tasks, d_outputs)
         else:
             gradient.scale(d_mean)
-        work = step.work
-        by_name: dict[str, Tensor | None] = dict(zip(work.packing.names, gradient.adapted, strict=True))
+        if len(gradient.adapted) == len(step.work.parameters):  # packed in the parameters' own order
+            return None, gradient.alpha, *gradient.adapted
+        by_name: dict[str, Tensor | None] = dict(zip(step.work.packing.names, gradient.adapted, strict=True))
         by_name.update(zip(step.programs.both[1].outer, gradient.outer, strict=True))
-        return None, gradient.alpha, *map(by_name.get, work.parameters)
+        return None, gradient.alpha, *map(by_name.get, step.work.parameters)
 
     @staticmethod
     def _again(ctx: Any, saved: Any, d_mean: Tensor | None, d_tasks: Tensor | None, d_outputs: Any) -> MetaGradient:
