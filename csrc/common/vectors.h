@@ -26,19 +26,34 @@ FASTMETA_INLINE Mask<R> lanes_from(std::int64_t first) {
   return m;
 }
 
-// One byte a lane.
+// Whole numbers of `bytes` bytes each, one a lane.
+template <class R, int bytes>
+struct Whole {
+  using Element =
+      std::conditional_t<bytes == 1, std::uint8_t, std::conditional_t<bytes == 2, std::uint16_t, std::uint32_t>>;
+  typedef Element V __attribute__((vector_size(bytes * width<R>)));
+};
+
+// One byte a lane. By steps from one size to the next: GCC converts further ones element by element.
 template <class R>
 FASTMETA_INLINE Mask<R> load_bytes(const std::uint8_t* p) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(width<R>)));
-  Bytes b;
+  typename Whole<R, 1>::V b;
   __builtin_memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, Mask<R>);
+  const auto twice = __builtin_convertvector(b, typename Whole<R, 2>::V);
+  if constexpr (sizeof(R) == 4) return __builtin_convertvector(twice, Mask<R>);
+  return __builtin_convertvector(__builtin_convertvector(twice, typename Whole<R, 4>::V), Mask<R>);
 }
 
 template <class R>
 FASTMETA_INLINE void store_bytes(std::uint8_t* p, Mask<R> m) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(width<R>)));
-  const Bytes b = __builtin_convertvector(m, Bytes);
+#if defined(__AVX512F__)  // has an instruction for it
+  const auto b = __builtin_convertvector(m, typename Whole<R, 1>::V);
+#else
+  const auto half = __builtin_convertvector(m, typename Whole<R, sizeof(R) / 2>::V);
+  const auto b = sizeof(R) == 4 ? __builtin_convertvector(half, typename Whole<R, 1>::V)
+                                : __builtin_convertvector(__builtin_convertvector(half, typename Whole<R, 2>::V),
+                                                          typename Whole<R, 1>::V);
+#endif
   __builtin_memcpy(p, &b, sizeof b);
 }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "convolve.h"
+#include "maxima.h"
 #include "passes.h"
 #include "patches.h"
 
@@ -334,10 +335,10 @@ class DataBlock {
     return select<R>(code < splat_mask<R>(below_zero), splat<R>(1), act_.slope_below);
   }
 
-  // With dv = slope d: db = sum dv, dg = sum of dv x (and of slope e x_dot, if there are e and x_dot), and in scratch
+  // With dv = slope d, left in `rows` as maxima.h or outer.h take it: db = sum dv, dg = sum of dv x (and of slope e x_dot, if there are e and x_dot), and in scratch
   // s = sum of dv P.
   void sum_over_maxima(const R* d, const R* e, const R* x_dot, R* db, R* dg) {
-    const std::int64_t row = 2 * g_.pw * g_.co;
+    [[maybe_unused]] const std::int64_t row = 2 * g_.pw * g_.co;
     for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t part, bool starts, std::int64_t image, std::int64_t first,
                                 std::int64_t last) {
       double *sum = own.sum + part * g_.co, *spread = own.spread + part * g_.co;
@@ -350,10 +351,17 @@ class DataBlock {
         in_blocks<R>(g_.co, [&](auto many, std::int64_t c) {
           spread_row<decltype(many)::value>(d, e, x_dot, own.rows, sum, spread, at, c);
         });
-        const Outer<R> o{{}, 0, own.canvas.row(), 1, own.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr, g_.co,
-                         !starts || py > first};
-        outer_scattered(o, own.painted + 2 * py * own.canvas.row(), own.offset, g_.panels(), own.s + part * g_.weight(),
-                        g_.co);
+        const R* const painted = own.painted + 2 * py * own.canvas.row();
+        R* const sums = own.s + part * g_.weight();
+        const bool add = !starts || py > first;
+        if constexpr (lanes_pick<R>) {
+          const Maxima<R> o{own.canvas.row(), own.rows, saved_.codes + at, g_.pw, g_.co, g_.co, add};
+          outer_at_maxima(o, painted, own.offset, g_.panels(), sums);
+        } else {
+          const Outer<R> o{{}, 0, own.canvas.row(), 1, own.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr,
+                           g_.co, add};
+          outer_scattered(o, painted, own.offset, g_.panels(), sums, g_.co);
+        }
       }
     });
     for (std::int64_t part = 1; part < data_parts(g_); ++part) {
@@ -373,17 +381,22 @@ class DataBlock {
   void spread_row(const R* d, const R* e, const R* x_dot, R* rows, double* sum, double* spread, std::int64_t at,
                   std::int64_t c) const {
     V total[many] = {}, product[many] = {};
-    R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
+    [[maybe_unused]] R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
       for (int j = 0; j < many; ++j) {
         const std::int64_t here = at + j * width<R>;
-        const Mask<R> code = load_bytes<R>(saved_.codes + here), position = code & splat_mask<R>(below_zero - 1);
+        const Mask<R> code = load_bytes<R>(saved_.codes + here);
+        [[maybe_unused]] const Mask<R> position = code & splat_mask<R>(below_zero - 1);
         const V f = slope(code), dv = f * load(d + here);
-        R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
+        if constexpr (lanes_pick<R>) {
+          store(rows + c + px * g_.co + j * width<R>, dv);
+        } else {
+          R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) store(pixels[i] + j * width<R>, select<R>(position == splat_mask<R>(i), dv, V{}));
+          for (int i = 0; i < 4; ++i) store(pixels[i] + j * width<R>, select<R>(position == splat_mask<R>(i), dv, V{}));
+        }
         total[j] += dv;
         product[j] += dv * load(saved_.x + here);
         if (e != nullptr) product[j] += f * load(e + here) * load(x_dot + here);

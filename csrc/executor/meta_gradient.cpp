@@ -18,14 +18,17 @@ namespace fastmeta::executor {
 namespace {
 
 // Tasks are summed in blocks, each in order, and then the blocks in pairs: the result does not depend on the number of
-// threads. More blocks are shared out more evenly; large weights have fewer, whose sums would fill memory.
+// threads. More blocks are shared out more evenly, powers of two among most numbers of threads; large weights have
+// fewer, whose sums would fill memory.
 template <class R>
 std::int64_t blocks_of(std::int64_t tasks, std::int64_t weights) {
   constexpr std::int64_t bytes = std::int64_t{4} << 20;
-  const std::int64_t most = std::clamp<std::int64_t>(tasks / 2, 16, 32);
   static const std::int64_t processors = std::max(1U, std::thread::hardware_concurrency());  // reads files to find out
   const std::int64_t fitting = bytes / std::max<std::int64_t>(1, weights * static_cast<std::int64_t>(sizeof(R)));
-  return std::min(tasks, std::max(2 * processors, std::min(most, fitting)));
+  const std::int64_t most = std::min(std::clamp<std::int64_t>(tasks / 2, 16, 32), fitting);
+  std::int64_t blocks = 1;
+  while (2 * blocks <= most) blocks *= 2;
+  return std::min(tasks, std::max(2 * processors, blocks));
 }
 
 // Tasks that work side by side each fill a workspace. One after another they fill one, and threads wait for each other

@@ -120,7 +120,7 @@ _DEFAULTS = {
     ),
     "omniglot": TrainConfig(
         "omniglot", ways=5, shots=1, queries=5, inner_steps=1, eval_steps=5, inner_lr=0.4, meta_lr=2e-3,
-        meta_lr_end=1e-5, filters=32, meta_batch=8, iterations=6000, val_every=500, val_tasks=200, log_every=20,
+        meta_lr_end=1e-5, filters=32, meta_batch=8, iterations=10_000, val_every=500, val_tasks=200, log_every=20,
     ),
 }  # fmt: skip
 
