@@ -80,14 +80,26 @@ void tiles(const Term<R>* terms, int count, std::int64_t m, std::int64_t number,
         }
       }
       for (; k > 0; --k, a += along, b += b_row) {
-        Vector<R> left[rows];
+        if constexpr (rows * (vectors + 1) + 1 < vector_registers) {  // A's elements fit beside the sums: B's pass by
+          Vector<R> left[rows];
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; ++i) left[i] = splat(a[i * down]);
+          for (int i = 0; i < rows; ++i) left[i] = splat(a[i * down]);
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) {
-          const Vector<R> right = load(b + j * width<R>);
+          for (int j = 0; j < vectors; ++j) {
+            const Vector<R> right = load(b + j * width<R>);
 #pragma GCC unroll 8
-          for (int i = 0; i < rows; ++i) sums[i][j] += left[i] * right;
+            for (int i = 0; i < rows; ++i) sums[i][j] += left[i] * right;
+          }
+        } else {
+          Vector<R> right[vectors];
+#pragma GCC unroll 4
+          for (int j = 0; j < vectors; ++j) right[j] = load(b + j * width<R>);
+#pragma GCC unroll 8
+          for (int i = 0; i < rows; ++i) {
+            const Vector<R> left = splat(a[i * down]);
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
+          }
         }
       }
     }

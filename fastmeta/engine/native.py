@@ -185,7 +185,7 @@ class NativeCall:
         if self.outputs:
             results = [alpha.new_empty((tasks, *value.shape)) for value in self.outputs]
         loss = torch.empty_like(self.loss)
-        d_alpha = torch.zeros_like(alpha) if self.learned and self.wanted else None
+        d_alpha = alpha.new_zeros(rates) if self.learned and self.wanted else None  # in rows, however alpha lies
         rows, features = self.output_shape
         profile = collecting()
         gradients = self.step.run(

@@ -18,10 +18,12 @@ from tests.oracle import maml_loop, relative_error
 
 T, EXACT = 3, 1e-9
 
+recalls = pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
 
-def sets(inputs: int = 4):
+
+def sets():
     def one(n: int):
-        return torch.randn(T, n, inputs, dtype=torch.float64), torch.randint(3, (T, n))
+        return torch.randn(T, n, 4, dtype=torch.float64), torch.randint(3, (T, n))
 
     return one(5), one(6)
 
@@ -30,10 +32,10 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-def check(maml: fm.MAML, model: nn.Module, support, query, lr=0.1) -> dict[str, torch.Tensor]:
+def check(maml: fm.MAML, model: nn.Module, support, query) -> dict[str, torch.Tensor]:
     _, gradients = maml.value_and_grad(fm.TaskBatch(support, query))
     named = [name for name, p in model.named_parameters() if p.requires_grad]
-    truth = maml_loop(model, F.cross_entropy, support, query, lr, maml.steps, adapted_names=named)[3]
+    truth = maml_loop(model, F.cross_entropy, support, query, 0.1, maml.steps, adapted_names=named)[3]
     assert relative_error({n: gradients[n] for n in named}, {n: truth[n] for n in named}) <= EXACT
     return gradients
 
@@ -152,6 +154,25 @@ def test_a_model_that_holds_its_learner_is_collected() -> None:
     assert gone() is None
 
 
+@recalls
+def test_the_same_kind_of_meta_step_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, (support, query) = small(), sets()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    check(maml, model, support, query)
+
+    def prepared_again(work: object) -> None:
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(maml._compiler, "compile", prepared_again)
+    write_in_place(model)
+    check(maml, model, *sets())
+    swap_layer(model)
+    with pytest.raises(AssertionError, match="prepared again"):
+        maml.value_and_grad(fm.TaskBatch(support, query))
+
+
+@recalls
 def test_only_the_last_few_kinds_are_remembered() -> None:
     model, (support, query) = small(), sets()
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=1)
