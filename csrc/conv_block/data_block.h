@@ -1,12 +1,13 @@
 // The four maps of a block on a task's data, batch norm, a piecewise linear activation and 2x2 maxima: the first layer.
 //
-// It is the largest layer and the cheapest to compute, so the convolution's result z is made a few rows at a time and
-// never stored. What z would be needed for follows from mean and covariance of the patches (patches.h): with Q = cov(P)
-// w / s,
+// It is the largest layer and the cheapest to compute, so the convolution's result z = w^T P is made a few rows at a
+// time and never stored, nor is any image of its size kept but where the maxima are. What z would be needed for follows
+// from mean and covariance of the patches P (patches.h) and from S, the sum of dv P over the maxima. With x for
+// normalised z, (z - mean z) / s, and Q = cov(P) w / s,
+//   u = (a w)^T P + b - a mean z               u_dot = (a w_dot + a_dot w)^T P + b_dot - a mean z_dot - a_dot mean z
 //   mean z_dot = w_dot^T mean P                mean(x z_dot) = w_dot^T Q
-//   d_w = a T, T = S - db mean P - dg Q        S = sum of dv P over the maxima
-//   d_w_dot = a_dot T + a (S_dot - db_dot mean P - dg_dot Q - dg Q_dot)
-// where x is normalised z. Only x at the maxima is kept.
+//   dg = sum dv x = (w^T S - db mean z) / s    sum dv x_dot = (w_dot^T S - db mean z_dot - mean(x z_dot) dg) / s
+//   d_w = a T, T = S - db mean P - dg Q        d_w_dot = a_dot T + a (S_dot - db_dot mean P - dg_dot Q - dg Q_dot)
 #pragma once
 
 #include "convolve.h"
@@ -33,24 +34,16 @@ template <class R>
 struct DataSaved {
   Statistics<R> statistics;
   double *patch_mean, *covariance;
-  R *q, *s, *x;  // x at the maxima
-  std::uint8_t* codes;
+  R *q, *s;
+  std::uint8_t* codes;  // of the maxima
 
   DataSaved(const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena) {
     patch_mean = arena.template take_as<double>(g.panels());
     covariance = arena.template take_as<double>(g.panels() * g.panels());
     q = arena.take(g.weight());
     s = arena.take(g.weight());
-    x = arena.take(g.n * g.pooled());
     codes = arena.template take_as<std::uint8_t>(g.n * g.pooled());
   }
-};
-
-template <class R>
-struct DataSavedDot {
-  StatisticsDot<R> statistics;
-  R* x_dot;
-  DataSavedDot(const Geometry<R>& g, Arena<R>& arena) : statistics(g, arena), x_dot(arena.take(g.n * g.pooled())) {}
 };
 
 constexpr std::int64_t part_pixels = 1960;  // of a part of all rows, about
@@ -66,23 +59,26 @@ struct DataScratch {
   std::int64_t* offset;
   Patches<R> patches;
   Affine<R> k;
-  double* wide;          // [rows of the weight, co]
-  double *sum, *spread;  // [parts, co]
-  R *db, *dg, *s;        // tangents of db, dg and S; of S [parts, rows of the weight, co]
-  R *painted, *rows;     // a thread's own: an image, two rows of z
+  R* w;                         // with which the convolution yields u, or u_dot, but for a constant
+  R *constant, *a_dot;
+  double *wide, *dv_x;           // [rows of the weight, co]; the sum of dv x
+  double *sum, *sums;            // of dv [parts, co], of dv P [parts, rows of the weight, co]
+  R *painted, *rows, *products;  // a thread's own: an image, two rows of z or of dv, sums of dv P of some rows
   DataScratch(const Shape& shape, const Geometry<R>& g, Arena<R>& common, Arena<R>& own)
       : canvas(canvas_of_input(shape, g)), offset(common.template take_as<std::int64_t>(g.panels())),
         patches(canvas, g, data_parts(g), common, own) {
     const std::int64_t parts = data_parts(g);
     k = {common.take(g.co), common.take(g.co), common.take(g.co)};
+    w = common.take(g.weight());
+    constant = common.take(g.co);
+    a_dot = common.take(g.co);
     wide = common.template take_as<double>(g.weight());
+    dv_x = common.template take_as<double>(g.co);
     sum = common.template take_as<double>(parts * g.co);
-    spread = common.template take_as<double>(parts * g.co);
-    db = common.take(g.co);
-    dg = common.take(g.co);
-    s = common.take(parts * g.weight());
+    sums = common.template take_as<double>(parts * g.weight());
     painted = own.take(canvas.size());
     rows = own.take(4 * g.pw * g.co);
+    products = own.take(g.weight());
   }
 };
 
@@ -96,7 +92,7 @@ class DataBlock {
     executor::Sizes sizes{};
     Arena<R> saved(nullptr), saved_dot(nullptr);
     DataSaved<R>(g, saved);
-    DataSavedDot<R>(g, saved_dot);
+    StatisticsDot<R>(g, saved_dot);
     const auto room = Room<R>::template of<DataScratch<R>>(nullptr, 1, s, g);
     sizes.y = g.n * g.pooled();
     sizes.saved = saved.used;
@@ -127,16 +123,23 @@ class DataBlock {
     scratch_.patches.finish(saved_.patch_mean, saved_.covariance);
     find_statistics();
     coefficients(s_, g_, saved_.statistics, p_.w, scratch_.k);
-    for_each_row(p_.w[0], [&](const R* rows, std::int64_t at) {
+    const Affine<R>& k = scratch_.k;
+    for (std::int64_t r = 0; r < g_.panels(); ++r)
+      for (std::int64_t c = 0; c < g_.co; ++c) scratch_.w[r * g_.co + c] = k.a[c] * p_.w[0][r * g_.co + c];
+    for (std::int64_t c = 0; c < g_.co; ++c) scratch_.constant[c] = k.b[c] - k.a[c] * k.mean[c];
+    for_each_row([&](const R* rows, std::int64_t at) {
       in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { forward_row<decltype(many)::value>(rows, at, c); });
     });
   }
 
   void backward() {
     const Statistics<R>& st = saved_.statistics;
-    sum_over_maxima(p_.dy, nullptr, nullptr, st.db, st.dg);
-    for (std::int64_t i = 0; i < g_.weight(); ++i) saved_.s[i] = scratch_.s[i];
+    sum_over_maxima(p_.dy);
+    find_dv_x();
+    for (std::int64_t i = 0; i < g_.weight(); ++i) saved_.s[i] = static_cast<R>(scratch_.sums[i]);
     for (std::int64_t c = 0; c < g_.co; ++c) {
+      st.db[c] = static_cast<R>(scratch_.sum[c]);
+      st.dg[c] = static_cast<R>(scratch_.dv_x[c]);
       if (p_.dw[1] != nullptr) p_.dw[1][c] = 0;
       if (p_.dw[2] != nullptr) p_.dw[2][c] = st.dg[c];
       if (p_.dw[3] != nullptr) p_.dw[3][c] = st.db[c];
@@ -148,48 +151,87 @@ class DataBlock {
   }
 
   void tangent(const executor::Tangent<R>& t) {
-    const DataSavedDot<R> dot = saved_dot(t);
+    const StatisticsDot<R> dot = statistics_dot(t);
     const R* w_dot = t.w_dot[0];
-    for (std::int64_t c = 0; c < g_.co; ++c) dot.statistics.mean[c] = dot.statistics.spread[c] = 0;
+    for (std::int64_t c = 0; c < g_.co; ++c) dot.mean[c] = dot.spread[c] = 0;
     for (std::int64_t r = 0; r < g_.panels() && w_dot != nullptr; ++r)
       for (std::int64_t c = 0; c < g_.co; ++c) {
-        dot.statistics.mean[c] += w_dot[r * g_.co + c] * static_cast<R>(saved_.patch_mean[r]);
-        dot.statistics.spread[c] += w_dot[r * g_.co + c] * saved_.q[r * g_.co + c];
+        dot.mean[c] += w_dot[r * g_.co + c] * static_cast<R>(saved_.patch_mean[r]);
+        dot.spread[c] += w_dot[r * g_.co + c] * saved_.q[r * g_.co + c];
       }
-    for_each_row(w_dot, [&](const R* rows, std::int64_t at) {
-      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { tangent_row<decltype(many)::value>(t, dot, rows, at, c); });
+    find_a_dot(t, dot);
+    const Affine<R>& k = scratch_.k;
+    for (std::int64_t r = 0; r < g_.panels(); ++r)
+      for (std::int64_t c = 0; c < g_.co; ++c) {
+        const std::int64_t at = r * g_.co + c;
+        scratch_.w[at] = k.a[c] * entry(w_dot, at, R(0)) + scratch_.a_dot[c] * p_.w[0][at];
+      }
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      const R beta_dot = s_.affine ? entry(t.w_dot[3], c, R(0)) : R(0);
+      scratch_.constant[c] = beta_dot - k.a[c] * dot.mean[c] - scratch_.a_dot[c] * k.mean[c];
+    }
+    for_each_row([&](const R* rows, std::int64_t at) {
+      in_blocks<R>(g_.co, [&](auto many, std::int64_t c) { tangent_row<decltype(many)::value>(t, rows, at, c); });
     });
   }
 
   void tangent_backward(const executor::Tangent<R>& t) {
     const Statistics<R>& st = saved_.statistics;
-    const DataSavedDot<R> dot = saved_dot(t);
-    sum_over_maxima(t.dy_dot, p_.dy, dot.x_dot, scratch_.db, scratch_.dg);
-    for (std::int64_t c = 0; c < g_.co; ++c) {
-      if (t.dw_dot[1] != nullptr) t.dw_dot[1][c] = 0;
-      if (t.dw_dot[2] != nullptr) t.dw_dot[2][c] = scratch_.dg[c];
-      if (t.dw_dot[3] != nullptr) t.dw_dot[3][c] = scratch_.db[c];
-    }
-    if (t.dw_dot[0] == nullptr) return;
-    coefficients(s_, g_, st, p_.w, scratch_.k);
-    multiply_covariance(t.w_dot[0]);
-    for (std::int64_t r = 0; r < g_.panels(); ++r) {
-      const R mean = static_cast<R>(saved_.patch_mean[r]);
+    const StatisticsDot<R> dot = statistics_dot(t);
+    sum_over_maxima(t.dy_dot);
+    find_dv_x();
+    for (std::int64_t r = 0; r < g_.panels() && t.w_dot[0] != nullptr; ++r)  // with it dv x_dot is summed
       for (std::int64_t c = 0; c < g_.co; ++c) {
         const std::int64_t at = r * g_.co + c;
-        const R a = scratch_.k.a[c], inverse = st.inverse[c], spread = dot.statistics.spread[c], q = saved_.q[at];
-        const R gamma_dot = s_.affine ? entry(t.w_dot[2], c, R(0)) : R(0);
-        const R q_dot = inverse * (static_cast<R>(scratch_.wide[at]) - spread * q);
-        const R rest = scratch_.s[at] - scratch_.db[c] * mean - scratch_.dg[c] * q - st.dg[c] * q_dot;
-        t.dw_dot[0][at] = inverse * (gamma_dot - a * spread) * centred_s(r, c) + a * rest;
+        scratch_.dv_x[c] += static_cast<double>(t.w_dot[0][at]) * static_cast<double>(saved_.s[at]) * inverse(c);
       }
+    const double *db_dot = scratch_.sum, *dg_dot = scratch_.dv_x;
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      const double db = static_cast<double>(st.db[c]), dg = static_cast<double>(st.dg[c]);
+      scratch_.dv_x[c] -= inverse(c) * (db * static_cast<double>(dot.mean[c]) + dg * static_cast<double>(dot.spread[c]));
+      if (t.dw_dot[1] != nullptr) t.dw_dot[1][c] = 0;
+      if (t.dw_dot[2] != nullptr) t.dw_dot[2][c] = static_cast<R>(dg_dot[c]);
+      if (t.dw_dot[3] != nullptr) t.dw_dot[3][c] = static_cast<R>(db_dot[c]);
     }
+    if (t.dw_dot[0] == nullptr) return;
+    find_a_dot(t, dot);
+    multiply_covariance(t.w_dot[0]);
+    for (std::int64_t r = 0; r < g_.panels(); ++r)
+      for (std::int64_t c = 0; c < g_.co; ++c) {
+        const std::int64_t at = r * g_.co + c;
+        const double q = static_cast<double>(saved_.q[at]), dg = static_cast<double>(st.dg[c]);
+        const double q_dot = inverse(c) * (scratch_.wide[at] - static_cast<double>(dot.spread[c]) * q);
+        const double rest = scratch_.sums[at] - db_dot[c] * saved_.patch_mean[r] - dg_dot[c] * q - dg * q_dot;
+        t.dw_dot[0][at] = scratch_.a_dot[c] * centred_s(r, c) + scratch_.k.a[c] * static_cast<R>(rest);
+      }
   }
 
  private:
-  DataSavedDot<R> saved_dot(const executor::Tangent<R>& t) const {
+  StatisticsDot<R> statistics_dot(const executor::Tangent<R>& t) const {
     Arena<R> arena(t.saved_dot);
-    return DataSavedDot<R>(g_, arena);
+    return StatisticsDot<R>(g_, arena);
+  }
+
+  double inverse(std::int64_t c) const { return static_cast<double>(saved_.statistics.inverse[c]); }
+
+  // k, and the tangent of its a = gamma / s.
+  void find_a_dot(const executor::Tangent<R>& t, const StatisticsDot<R>& dot) const {
+    coefficients(s_, g_, saved_.statistics, p_.w, scratch_.k);
+    for (std::int64_t c = 0; c < g_.co; ++c) {
+      const R gamma_dot = s_.affine ? entry(t.w_dot[2], c, R(0)) : R(0);
+      scratch_.a_dot[c] = saved_.statistics.inverse[c] * (gamma_dot - scratch_.k.a[c] * dot.spread[c]);
+    }
+  }
+
+  // The sum of dv x from those of dv and dv P.
+  void find_dv_x() const {
+    double* const total = scratch_.dv_x;
+    for (std::int64_t c = 0; c < g_.co; ++c)
+      total[c] = -scratch_.sum[c] * static_cast<double>(saved_.statistics.mean[c]);
+    for (std::int64_t r = 0; r < g_.panels(); ++r)
+      for (std::int64_t c = 0; c < g_.co; ++c)
+        total[c] += static_cast<double>(p_.w[0][r * g_.co + c]) * scratch_.sums[r * g_.co + c];
+    for (std::int64_t c = 0; c < g_.co; ++c) total[c] *= inverse(c);
   }
 
   R centred_s(std::int64_t r, std::int64_t c) const {  // T
@@ -247,19 +289,16 @@ class DataBlock {
     });
   }
 
-  // visit(two rows of the convolution with w, place of their maxima in a pooled tensor); zeros where w is null.
+  // visit(two rows of the convolution with scratch's w, place of their maxima in a pooled tensor)
   template <class Visit>
-  void for_each_row(const R* w, Visit visit) {
+  void for_each_row(Visit visit) {
     for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t, bool, std::int64_t image, std::int64_t first,
                                 std::int64_t last) {
-      if (w == nullptr) fill_zero(own.rows, 4 * g_.pw * g_.co);
       for (std::int64_t py = first; py < last; ++py) {
-        if (w != nullptr) {
-          const R* painted = own.painted + 2 * py * own.canvas.row();
-          multiply(Product<R>{painted, 0, own.canvas.row(), own.offset, g_.panels(), w, g_.co, own.rows, 0,
-                              2 * g_.pw * g_.co, g_.co, 1, 2, 2 * g_.pw, g_.co, false},
-                   1);
-        }
+        const R* painted = own.painted + 2 * py * own.canvas.row();
+        multiply(Product<R>{painted, 0, own.canvas.row(), own.offset, g_.panels(), own.w, g_.co, own.rows, 0,
+                            2 * g_.pw * g_.co, g_.co, 1, 2, 2 * g_.pw, g_.co, false},
+                 1);
         visit(own.rows, (image * g_.ph + py) * g_.pw * g_.co);
       }
     });
@@ -267,52 +306,31 @@ class DataBlock {
 
   template <int many>
   void forward_row(const R* rows, std::int64_t at, std::int64_t c) {
-    V mean[many], a[many], b[many], inverse[many];
-    for (int j = 0; j < many; ++j) {
-      mean[j] = load(scratch_.k.mean + c + j * width<R>);
-      a[j] = load(scratch_.k.a + c + j * width<R>);
-      b[j] = load(scratch_.k.b + c + j * width<R>);
-      inverse[j] = load(saved_.statistics.inverse + c + j * width<R>);
-    }
+    V constant[many];
+    for (int j = 0; j < many; ++j) constant[j] = load(scratch_.constant + c + j * width<R>);
     const R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
       for (int j = 0; j < many; ++j) {
-        const R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
         // The activation grows with u, so the largest u is found; a NaN would be in all u of a channel.
-        V centred = load(pixels[0] + j * width<R>) - mean[j], best = centred * a[j] + b[j];
-        Mask<R> code{};
-#pragma GCC unroll 4
-        for (int i = 1; i < 4; ++i) {
-          const V z = load(pixels[i] + j * width<R>) - mean[j], u = z * a[j] + b[j];
-          const Mask<R> take = u > best;
-          best = select<R>(take, u, best);
-          centred = select<R>(take, z, centred);
-          code = take ? splat_mask<R>(i) : code;
-        }
-        code = best > 0 ? code : code + splat_mask<R>(below_zero);
-        store(p_.y + at + j * width<R>, act_.value(best));
-        store(saved_.x + at + j * width<R>, centred * inverse[j]);
+        const V upper_left = load(upper + j * width<R>), upper_right = load(upper + g_.co + j * width<R>);
+        const V lower_left = load(lower + j * width<R>), lower_right = load(lower + g_.co + j * width<R>);
+        const Mask<R> right_above = upper_right > upper_left, right_below = lower_right > lower_left;
+        const V above = right_above ? upper_right : upper_left, below = right_below ? lower_right : lower_left;
+        const Mask<R> lower_row = below > above;
+        const V u = (lower_row ? below : above) + constant[j];
+        const Mask<R> right = (lower_row ? right_below : right_above) & splat_mask<R>(1);
+        const Mask<R> code = right | (lower_row & splat_mask<R>(2)) | (u > 0 ? Mask<R>{} : splat_mask<R>(below_zero));
+        store(p_.y + at + j * width<R>, act_.value(u));
         store_bytes<R>(saved_.codes + at + j * width<R>, code);
       }
   }
 
   template <int many>
-  void tangent_row(const executor::Tangent<R>& t, const DataSavedDot<R>& dot, const R* rows, std::int64_t at,
-                   std::int64_t c) {
-    V mean[many], spread[many], inverse[many], gamma[many], gamma_dot[many], beta_dot[many];
-    const auto pick = [&](const R* w, int j, R otherwise) {
-      return w == nullptr ? splat<R>(otherwise) : load(w + c + j * width<R>);
-    };
-    for (int j = 0; j < many; ++j) {
-      mean[j] = pick(dot.statistics.mean, j, 0);
-      spread[j] = pick(dot.statistics.spread, j, 0);
-      inverse[j] = pick(saved_.statistics.inverse, j, 0);
-      gamma[j] = pick(s_.affine ? p_.w[2] : nullptr, j, 1);
-      gamma_dot[j] = pick(s_.affine ? t.w_dot[2] : nullptr, j, 0);
-      beta_dot[j] = pick(s_.affine ? t.w_dot[3] : nullptr, j, 0);
-    }
+  void tangent_row(const executor::Tangent<R>& t, const R* rows, std::int64_t at, std::int64_t c) {
+    V constant[many];
+    for (int j = 0; j < many; ++j) constant[j] = load(scratch_.constant + c + j * width<R>);
     const R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
@@ -321,13 +339,11 @@ class DataBlock {
         const Mask<R> code = load_bytes<R>(saved_.codes + at + j * width<R>);
         const Mask<R> position = code & splat_mask<R>(below_zero - 1);
         const R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
-        V z_dot = load(pixels[0] + j * width<R>);
+        V u_dot = load(pixels[0] + j * width<R>);
 #pragma GCC unroll 4
         for (int i = 1; i < 4; ++i)
-          z_dot = select<R>(position == splat_mask<R>(i), load(pixels[i] + j * width<R>), z_dot);
-        const V x = load(saved_.x + at + j * width<R>), x_dot = inverse[j] * (z_dot - mean[j] - x * spread[j]);
-        store(dot.x_dot + at + j * width<R>, x_dot);
-        store(t.y_dot + at + j * width<R>, slope(code) * (gamma[j] * x_dot + gamma_dot[j] * x + beta_dot[j]));
+          u_dot = select<R>(position == splat_mask<R>(i), load(pixels[i] + j * width<R>), u_dot);
+        store(t.y_dot + at + j * width<R>, slope(code) * (u_dot + constant[j]));
       }
   }
 
@@ -335,76 +351,62 @@ class DataBlock {
     return select<R>(code < splat_mask<R>(below_zero), splat<R>(1), act_.slope_below);
   }
 
-  // With dv = slope d, left in `rows` as maxima.h or outer.h take it: db = sum dv, dg = sum of dv x (and of slope e x_dot, if there are e and x_dot), and in scratch
-  // s = sum of dv P.
-  void sum_over_maxima(const R* d, const R* e, const R* x_dot, R* db, R* dg) {
+  // In scratch, with dv = slope d: the sums of dv and of dv P.
+  void sum_over_maxima(const R* d) {
     [[maybe_unused]] const std::int64_t row = 2 * g_.pw * g_.co;
+    const std::int64_t weight = g_.weight();
     for_each_stretch(g_.ph, [&](Scratch& own, std::int64_t part, bool starts, std::int64_t image, std::int64_t first,
                                 std::int64_t last) {
-      double *sum = own.sum + part * g_.co, *spread = own.spread + part * g_.co;
+      double *sum = own.sum + part * g_.co, *sums = own.sums + part * weight;
       if (starts) {
         fill_zero(sum, g_.co);
-        fill_zero(spread, g_.co);
+        fill_zero(sums, weight);
       }
       for (std::int64_t py = first; py < last; ++py) {
         const std::int64_t at = (image * g_.ph + py) * g_.pw * g_.co;
         in_blocks<R>(g_.co, [&](auto many, std::int64_t c) {
-          spread_row<decltype(many)::value>(d, e, x_dot, own.rows, sum, spread, at, c);
+          spread_row<decltype(many)::value>(d, own.rows, sum, at, c);
         });
         const R* const painted = own.painted + 2 * py * own.canvas.row();
-        R* const sums = own.s + part * g_.weight();
-        const bool add = !starts || py > first;
         if constexpr (lanes_pick<R>) {
-          const Maxima<R> o{own.canvas.row(), own.rows, saved_.codes + at, g_.pw, g_.co, g_.co, add};
-          outer_at_maxima(o, painted, own.offset, g_.panels(), sums);
+          const Maxima<R> o{own.canvas.row(), own.rows, saved_.codes + at, g_.pw, g_.co, g_.co, py > first};
+          outer_at_maxima(o, painted, own.offset, g_.panels(), own.products);
         } else {
           const Outer<R> o{{}, 0, own.canvas.row(), 1, own.rows, 0, row, g_.co, width<R>, 1, 2, 2 * g_.pw, nullptr,
-                           g_.co, add};
-          outer_scattered(o, painted, own.offset, g_.panels(), sums, g_.co);
+                           g_.co, py > first};
+          outer_scattered(o, painted, own.offset, g_.panels(), own.products, g_.co);
         }
       }
+      for (std::int64_t i = 0; i < weight; i += width<R>) accumulate<R>(sums + i, load(own.products + i));
     });
     for (std::int64_t part = 1; part < data_parts(g_); ++part) {
-      for (std::int64_t c = 0; c < g_.co; ++c) {
-        scratch_.sum[c] += scratch_.sum[part * g_.co + c];
-        scratch_.spread[c] += scratch_.spread[part * g_.co + c];
-      }
-      for (std::int64_t i = 0; i < g_.weight(); ++i) scratch_.s[i] += scratch_.s[part * g_.weight() + i];
-    }
-    for (std::int64_t c = 0; c < g_.co; ++c) {
-      db[c] = static_cast<R>(scratch_.sum[c]);
-      dg[c] = static_cast<R>(scratch_.spread[c]);
+      for (std::int64_t c = 0; c < g_.co; ++c) scratch_.sum[c] += scratch_.sum[part * g_.co + c];
+      for (std::int64_t i = 0; i < weight; ++i) scratch_.sums[i] += scratch_.sums[part * weight + i];
     }
   }
 
+  // dv, left in `rows` as maxima.h or outer.h take it, and its sum.
   template <int many>
-  void spread_row(const R* d, const R* e, const R* x_dot, R* rows, double* sum, double* spread, std::int64_t at,
-                  std::int64_t c) const {
-    V total[many] = {}, product[many] = {};
+  void spread_row(const R* d, R* rows, double* sum, std::int64_t at, std::int64_t c) const {
+    V total[many] = {};
     [[maybe_unused]] R *upper = rows + c, *lower = upper + 2 * g_.pw * g_.co;
     at += c;
     for (std::int64_t px = 0; px < g_.pw; ++px, at += g_.co, upper += 2 * g_.co, lower += 2 * g_.co)
 #pragma GCC unroll 4
       for (int j = 0; j < many; ++j) {
-        const std::int64_t here = at + j * width<R>;
-        const Mask<R> code = load_bytes<R>(saved_.codes + here);
-        [[maybe_unused]] const Mask<R> position = code & splat_mask<R>(below_zero - 1);
-        const V f = slope(code), dv = f * load(d + here);
+        const Mask<R> code = load_bytes<R>(saved_.codes + at + j * width<R>);
+        const V dv = slope(code) * load(d + at + j * width<R>);
         if constexpr (lanes_pick<R>) {
           store(rows + c + px * g_.co + j * width<R>, dv);
         } else {
+          const Mask<R> position = code & splat_mask<R>(below_zero - 1);
           R* const pixels[] = {upper, upper + g_.co, lower, lower + g_.co};
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) store(pixels[i] + j * width<R>, select<R>(position == splat_mask<R>(i), dv, V{}));
         }
         total[j] += dv;
-        product[j] += dv * load(saved_.x + here);
-        if (e != nullptr) product[j] += f * load(e + here) * load(x_dot + here);
       }
-    for (int j = 0; j < many; ++j) {
-      accumulate<R>(sum + c + j * width<R>, total[j]);
-      accumulate<R>(spread + c + j * width<R>, product[j]);
-    }
+    for (int j = 0; j < many; ++j) accumulate<R>(sum + c + j * width<R>, total[j]);
   }
 
   const Shape& s_;
