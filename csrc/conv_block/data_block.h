@@ -18,8 +18,6 @@
 namespace fastmeta::conv_block {
 namespace {
 
-constexpr std::int64_t max_patch = 32;  // covariances grow with its square
-
 template <class R>
 bool is_data_block(const Shape& s, const Geometry<R>& g) {
   return s.data && s.groups == 1 && s.norm == Norm::batch && is_piecewise(s.activation) &&
@@ -66,7 +64,7 @@ struct DataScratch {
   R *painted, *rows, *products;  // a thread's own: an image, two rows of z or of dv, sums of dv P of some rows
   DataScratch(const Shape& shape, const Geometry<R>& g, Arena<R>& common, Arena<R>& own)
       : canvas(canvas_of_input(shape, g)), offset(common.template take_as<std::int64_t>(g.panels())),
-        patches(canvas, g, data_parts(g), common, own) {
+        patches(canvas, shape, g, data_parts(g), common, own) {
     const std::int64_t parts = data_parts(g);
     k = {common.take(g.co), common.take(g.co), common.take(g.co)};
     w = common.take(g.weight());
@@ -114,11 +112,11 @@ class DataBlock {
   }
 
   void forward() {
-    scratch_.patches.centre_on(p_.x[0]);
+    scratch_.patches.prepare(p_.x[0]);
     for_each_stretch(g_.h, [&](Scratch& own, std::int64_t part, bool starts, std::int64_t, std::int64_t first,
                                std::int64_t last) {
       if (starts) own.patches.start(part);
-      own.patches.include(part, own.painted, own.offset, first, last);
+      own.patches.include(part, own.painted, first, last);
     });
     scratch_.patches.finish(saved_.patch_mean, saved_.covariance);
     find_statistics();
