@@ -7,10 +7,6 @@
 
 #include "../common/vectors.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace fastmeta::conv_block {
 namespace {
 
