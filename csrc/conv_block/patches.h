@@ -62,7 +62,7 @@ class Patches {
         others_(g.in * ((2 * s.kernel[0] - 1) * (2 * s.kernel[1] - 1) + 1) / 2 + 1),
         pairs_(g.in * g.in * g.taps * (g.taps + 1) / 2 + rows_),
         other_(common.template take_as<Other>(others_ + most_others)),
-        sums_(common.template take_as<double>(parts * pairs_)), shift_(common.template take_as<double>(g.in)),
+        sums_(common.template take_as<double>(parts * pairs_)), shift_(common.take(g.in)),
         products_(own.take(bands() * band_size())), centred_(own.take(room()) + slack()) {}
 
   void prepare_own() {
@@ -70,13 +70,16 @@ class Patches {
     for (std::int64_t i = 0; i < canvas_.plane() + slack(); ++i) centred_[canvas_.size() + i] = 1;
   }
 
-  // Patches are shifted by the mean of a typical image, so that little cancels when the mean is taken off.
+  // Patches are shifted by about the mean of a typical image, so that little cancels when the mean is taken off.
   void prepare(const R* image) {
     const std::int64_t pixels = g_.height * g_.width;
     for (std::int64_t c = 0; c < g_.in; ++c) {
-      double total = 0;
-      for (std::int64_t i = 0; i < pixels; ++i) total += static_cast<double>(image[c * pixels + i]);
-      shift_[c] = static_cast<R>(total / static_cast<double>(pixels));
+      const R *at = image + c * pixels, *const end = at + pixels;
+      Vector<R> total{};
+      for (; at + width<R> <= end; at += width<R>) total += load(at);
+      R rest = sum<R>(total);
+      for (; at < end; ++at) rest += *at;
+      shift_[c] = rest / static_cast<R>(pixels);
     }
     Other* to = other_;
     for (std::int64_t dy = 0; dy < s_.kernel[0]; ++dy)
@@ -125,7 +128,7 @@ class Patches {
     });
     for (std::int64_t a = 0; a < rows_; ++a)
       for (std::int64_t b = 0; b < rows_; ++b) covariance[a * rows_ + b] -= mean[a] * mean[b];
-    for (std::int64_t a = 0; a < rows_; ++a) mean[a] += shift_[a / g_.taps];
+    for (std::int64_t a = 0; a < rows_; ++a) mean[a] += static_cast<double>(shift_[a / g_.taps]);
   }
 
  private:
@@ -156,7 +159,7 @@ class Patches {
 
   void centre(const R* painted, std::int64_t first, std::int64_t last) {
     for (std::int64_t c = 0; c < g_.in; ++c) {
-      const Vector<R> shift = splat<R>(static_cast<R>(shift_[c]));
+      const Vector<R> shift = splat<R>(shift_[c]);
       for (std::int64_t i = first; i < last; i += width<R>) {
         const std::int64_t at = c * canvas_.plane() + minimum(i, canvas_.plane() - width<R>);
         store(centred_ + at, load(painted + at) - shift);
@@ -225,8 +228,8 @@ class Patches {
   const Geometry<R>& g_;
   std::int64_t parts_, rows_, reach_, others_, pairs_;
   Other* other_;
-  double *sums_, *shift_;
-  R *products_, *centred_;
+  double* sums_;
+  R *shift_, *products_, *centred_;
 };
 
 }  // namespace
