@@ -18,7 +18,7 @@ from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.compiler import Compiler, Programs
 from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
-from fastmeta.engine.function import Custom, MetaStep, Step
+from fastmeta.engine.function import Custom, Step
 from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.objective import Objective
 from fastmeta.engine.program import Program
@@ -154,10 +154,10 @@ class MAML(nn.Module):
         work, programs = self._prepare(tasks, steps, differentiate=torch.is_grad_enabled())
         if programs is None:
             return self._autodiff(work)
-        step = Step(work, programs, self._custom)
-        loss, task_losses, support_losses, *leaves = MetaStep.apply(step, work.alpha, *work.parameters.values())
+        step = Step(work, programs, self._custom, work.alpha.requires_grad)
+        loss, task_losses, *leaves = step.run()
         self._follow(programs, work, step.mutations)
-        return MetaOutput(loss, task_losses, _outputs(programs.both[1], leaves), support_losses)
+        return MetaOutput(loss, task_losses, _outputs(programs.both[1], leaves), step.support_losses)
 
     def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean query loss and its meta-gradient, without autograd in between.

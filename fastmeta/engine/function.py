@@ -17,6 +17,8 @@ from fastmeta.engine.evaluation import MEAN, Cotangents, MetaGradient
 from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.work import Work, leaves
 
+_NONE = torch.empty(0)
+
 
 @dataclass
 class Custom:
@@ -27,12 +29,22 @@ class Custom:
 
 @dataclass
 class Step:
-    """A meta-step on its way through autograd, and the buffer values its forward pass found."""
+    """A meta-step on its way through autograd, and what its forward pass found beside what can be differentiated."""
 
     work: Work
     programs: Programs
     custom: Custom
+    learned: bool  # whether the rates are
+    support_losses: Tensor = _NONE
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def run(self) -> Sequence[Tensor]:
+        """Mean loss, task losses and the query outputs."""
+        work = self.work
+        parameters = work.parameters.values()
+        inputs = (*parameters, work.alpha) if self.learned else parameters
+        results: Sequence[Tensor] = MetaStep.apply(self, *inputs)
+        return results
 
 
 class MetaStep(torch.autograd.Function):
@@ -48,21 +60,24 @@ class MetaStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, step: Step, alpha: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Return mean loss, task losses, support losses and the query outputs."""
+    def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return mean loss, task losses and the query outputs; ``inputs`` are the parameters, and learned rates."""
         work, programs = step.work, step.programs
-        wanted = any(ctx.needs_input_grad)
+        wanted = True in ctx.needs_input_grad
         cotangents = MEAN if wanted and not step.custom.seen else None
-        dice = _Dice(work) if wanted and programs.random else nullcontext()
-        result = evaluate(work, programs, cotangents, learned=ctx.needs_input_grad[1], outputs=True)
-        step.mutations = result.mutations
+        dice = _Dice(work) if wanted and programs.random else None
+        result = evaluate(work, programs, cotangents, learned=wanted and step.learned, outputs=True)
+        step.support_losses, step.mutations = result.support_losses, result.mutations
         if wanted:
-            buffers = _read_buffers(work, programs).values()
-            ctx.save_for_backward(alpha, *parameters, *leaves(work.support), *leaves(work.query), *buffers)
+            kept = *work.parameters.values(), *leaves(work.support), *leaves(work.query)
+            buffers = _read_buffers(work, programs) if work.buffers else ()
+            ctx.save_for_backward(work.alpha, *kept, *buffers)
             ctx.step, ctx.dice, ctx.gradient = step, dice, result.gradient
-        ctx.mark_non_differentiable(result.support_losses, *(o for o in result.outputs if not o.is_floating_point()))
+        constant = [o for o in result.outputs if not o.is_floating_point()]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
-        return result.loss, result.losses, result.support_losses, *result.outputs
+        return result.loss, result.losses, *result.outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -75,26 +90,32 @@ class MetaStep(torch.autograd.Function):
         return tuple(g if g is None else _Last.apply(g, anchor) for g in gradients)
 
     @staticmethod
-    def _gradients(ctx: Any, d_mean: Tensor | None, d_tasks: Tensor | None, *d_others: Tensor | None) -> Any:
+    def _gradients(ctx: Any, d_mean: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         saved = ctx.saved_tensors  # raises where they have changed, or are gone
         gradient: MetaGradient | None = ctx.gradient
         ctx.gradient = None
-        d_outputs = d_others[1:]
-        step.custom.seen = d_tasks is not None or any(d is not None for d in d_outputs)
+        step.custom.seen = False
+        for d in d_others:
+            if d is not None:
+                step.custom.seen = True
         if gradient is None or d_mean is None or step.custom.seen:
-            gradient = MetaStep._again(ctx, saved, d_mean, d_tasks, d_outputs)
+            gradient = MetaStep._again(ctx, saved, d_mean, *d_others)
         else:
             gradient.scale(d_mean)
+        rates = (gradient.alpha,) if step.learned else ()
         if len(gradient.adapted) == len(step.work.parameters):  # packed in the parameters' own order
-            return None, gradient.alpha, *gradient.adapted
+            return None, *gradient.adapted, *rates
         by_name: dict[str, Tensor | None] = dict(zip(step.work.packing.names, gradient.adapted, strict=True))
         by_name.update(zip(step.programs.both[1].outer, gradient.outer, strict=True))
-        return None, gradient.alpha, *map(by_name.get, step.work.parameters)
+        return None, *map(by_name.get, step.work.parameters), *rates
 
     @staticmethod
-    def _again(ctx: Any, saved: Any, d_mean: Tensor | None, d_tasks: Tensor | None, d_outputs: Any) -> MetaGradient:
-        work: Work = ctx.step.work
+    def _again(
+        ctx: Any, saved: Any, d_mean: Tensor | None, d_tasks: Tensor | None, *d_outputs: Tensor | None
+    ) -> MetaGradient:
+        step: Step = ctx.step
+        work = step.work
         counts = len(work.parameters), len(leaves(work.support)), len(leaves(work.query)), len(work.buffers)
         alpha, *others = saved
         parameters, support, query, buffers = _cut(others, counts)
@@ -109,9 +130,8 @@ class MetaStep(torch.autograd.Function):
         d_losses = alpha.new_zeros(work.tasks) if d_tasks is None else d_tasks
         if d_mean is not None:
             d_losses = d_losses + d_mean / work.tasks
-        with ctx.dice:
-            cotangents, learned = Cotangents(d_losses, d_outputs), ctx.needs_input_grad[1]
-            return evaluate(again, ctx.step.programs, cotangents, learned=learned).meta_gradient
+        with ctx.dice or nullcontext():
+            return evaluate(again, step.programs, Cotangents(d_losses, d_outputs), learned=step.learned).meta_gradient
 
 
 class _Dice:
@@ -159,6 +179,6 @@ def _like(tree: Any, tensors: list[Any]) -> Any:
     return pytree.tree_unflatten(tensors, pytree.tree_structure(tree))
 
 
-def _read_buffers(work: Work, programs: Programs) -> dict[str, Tensor]:
+def _read_buffers(work: Work, programs: Programs) -> list[Tensor]:
     """The buffers a second run reads: copies of those that a training pass over the model may write meanwhile."""
-    return {name: b.clone() if name in programs.written else b for name, b in work.buffers.items()}
+    return [b.clone() if name in programs.written else b for name, b in work.buffers.items()]
