@@ -56,6 +56,6 @@ def test_patches_of_every_form(name: str, isa: str) -> None:
     finally:
         _C.use_instruction_set("")
     for parameter, right in truth.items():
-        scale = max(float(right.norm()), 1e-3)  # the convolution's bias has no gradient
+        scale = max(float(right.norm()), 1e-2)  # the gradient of the convolution's bias is rounding alone
         assert float((ours[parameter] - right).norm()) <= EXACT * scale, parameter
     assert relative_error(ours, truth) <= EXACT
