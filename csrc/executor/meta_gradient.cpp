@@ -33,7 +33,7 @@ std::int64_t blocks_of(std::int64_t tasks, std::int64_t weights) {
 
 // Tasks that work side by side each fill a workspace. One after another they fill one, and threads wait for each other
 // many times, which costs a few percent. That is worth it where memory would grow by so much with every thread.
-constexpr std::int64_t large_bytes = std::int64_t{32} << 20;
+constexpr std::int64_t large_bytes = std::int64_t{16} << 20;
 constexpr double mostly = 0.9;  // of a pass in operations that can use several threads
 
 template <class R>

@@ -393,9 +393,11 @@ def _register_rates(lr: Rate) -> Any:
 
 def _outputs(query: Program, leaves: list[Tensor]) -> Any:
     graph = query.graph
+    if graph.outputs_spec is None and leaves:
+        return leaves[0]
     given = iter(leaves)
     every = [next(given) if kept else None for kept in graph.outputs_kept]
-    return every[0] if graph.outputs_spec.is_leaf() else pytree.tree_unflatten(every, graph.outputs_spec)
+    return every[0] if graph.outputs_spec is None else pytree.tree_unflatten(every, graph.outputs_spec)
 
 
 def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -29,15 +29,11 @@ def evaluate(
         RuntimeError: the native executor was asked for and cannot run this.
     """
     step = programs.native
-    if isinstance(step, str):
-        refusal = step
-    else:
-        refusal = step.refusal(work, cotangents, outputs=outputs)
-        if not refusal:
-            call = step.call(work, gradient=cotangents is not None, learned=learned, outputs=outputs)
-            return call.run(work, cotangents)
+    call = step if isinstance(step, str) else step.call(work, cotangents, learned=learned, outputs=outputs)
+    if not isinstance(call, str):
+        return call.run(work, cotangents)
     if work.executor == "native":
-        raise RuntimeError(f"MAML: executor 'native' is not available here: {refusal}")
+        raise RuntimeError(f"MAML: executor 'native' is not available here: {call}")
     return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
 
 

@@ -110,8 +110,12 @@ class NativeStep:
 
     def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
         """Why this work cannot run here; empty where it can."""
-        if cotangents is not None and any(d is not None for d in cotangents.outputs):
+        if cotangents is not None and cotangents.outputs and any(d is not None for d in cotangents.outputs):
             return "an objective on the query outputs is differentiated"
+        return self._refusal(work, outputs=outputs)
+
+    def _refusal(self, work: Work, *, outputs: bool) -> str:
+        """The same for every work of a kind."""
         if not work.alpha.is_cpu:
             return f"the parameters are on {work.alpha.device}"
         if work.alpha.shape[1] > 1 and work.segments is None:
@@ -122,10 +126,22 @@ class NativeStep:
             return "running statistics are wanted"
         return ""
 
-    def call(self, work: Work, *, gradient: bool, learned: bool, outputs: bool) -> NativeCall:
-        """What runs meta-steps of this kind; it is made once for a prepared ``work`` and all that differ in tasks."""
+    def call(self, work: Work, cotangents: Cotangents | None, *, learned: bool, outputs: bool) -> NativeCall | str:
+        """What runs meta-steps of this kind, or why nothing does.
+
+        It is found out once for a prepared ``work`` and all that differ in tasks.
+        """
+        if (
+            cotangents is not None
+            and cotangents.outputs
+            and (refusal := self.refusal(work, cotangents, outputs=outputs))
+        ):
+            return refusal
+        gradient = cotangents is not None
         key = NativeCall, gradient, learned, outputs, self._isa()
-        call: NativeCall | None = work.memory.get(key)
+        call: NativeCall | str | None = work.memory.get(key)
+        if call is None and (refusal := self._refusal(work, outputs=outputs)):
+            call = work.memory[key] = refusal
         if call is None:
             lowered = self._lowered
             parameters = [work.parameters[name] for name in lowered.parameters]

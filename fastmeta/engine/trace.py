@@ -44,8 +44,8 @@ class Graph:
         constants: value of each slot that the trace fixed.
         nodes: the calls in an order that can be executed.
         loss: slot of the loss.
-        outputs: slots of the outputs' tensor leaves; ``outputs_spec`` rebuilds the pytree, in which ``outputs_kept``
-            marks the leaves that are tensors (the others are ``None``).
+        outputs: slots of the outputs' tensor leaves; ``outputs_spec`` rebuilds the pytree (``None`` where it is a
+            leaf), in which ``outputs_kept`` marks the leaves that are tensors (the others are ``None``).
         mutations: slot of the new value of each buffer that the forward pass updates.
         values: what one task's value of each slot looks like.
     """
@@ -142,7 +142,8 @@ class _Root(nn.Module):
                 dict(zip(buffer_names, buffers, strict=True)),
                 pytree.tree_unflatten(leaves, spec),
             )
-        flat, self.notes.outputs_spec = pytree.tree_flatten(outputs)
+        flat, structure = pytree.tree_flatten(outputs)
+        self.notes.outputs_spec = None if structure.is_leaf() else structure
         if not all(isinstance(value, Tensor) for value in flat if value is not None):
             raise NotTraceable("the model returns values that are not tensors")
         self.notes.outputs_kept = tuple(value is not None for value in flat)
