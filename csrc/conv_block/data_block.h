@@ -57,7 +57,7 @@ struct DataScratch {
   std::int64_t* offset;
   Patches<R> patches;
   Affine<R> k;
-  R* w;                         // with which the convolution yields u, or u_dot, but for a constant
+  R* w;                          // with which the convolution yields u, or u_dot, but for a constant
   R *constant, *a_dot;
   double *wide, *dv_x;           // [rows of the weight, co]; the sum of dv x
   double *sum, *sums;            // of dv [parts, co], of dv P [parts, rows of the weight, co]
@@ -107,12 +107,12 @@ class DataBlock {
     for (int seat = 0; seat < room_.threads; ++seat) {
       Scratch own = room_.template at<Scratch>(seat, s, g);
       fill_zero(own.painted, own.canvas.size());
-      own.patches.prepare_own();
     }
   }
 
   void forward() {
     scratch_.patches.prepare(p_.x[0]);
+    for (int seat = 0; seat < room_.threads; ++seat) room_.template at<Scratch>(seat, s_, g_).patches.prepare_own();
     for_each_stretch(g_.h, [&](Scratch& own, std::int64_t part, bool starts, std::int64_t, std::int64_t first,
                                std::int64_t last) {
       if (starts) own.patches.start(part);

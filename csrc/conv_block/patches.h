@@ -63,7 +63,9 @@ class Patches {
         pairs_(g.in * g.in * g.taps * (g.taps + 1) / 2 + rows_),
         other_(common.template take_as<Other>(others_ + most_others)),
         sums_(common.template take_as<double>(parts * pairs_)), shift_(common.take(g.in)),
-        products_(own.take(bands() * band_size())), centred_(own.take(room()) + slack()) {}
+        products_(own.take(bands() * band_size())), centred_(own.take(room())) {
+    if (centred_ != nullptr) centred_ += slack();
+  }
 
   void prepare_own() {
     fill_zero(centred_ - slack(), room());

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastmeta.core.task_op import Need, Tensors
 from fastmeta.engine import cost, executor
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.work import Work, leaves
 
@@ -139,7 +138,7 @@ def explain_autodiff(work: Work, reason: str) -> Explanation:
 def explain_programs(work: Work, programs: Programs) -> Explanation:
     """The explanation of a program. For the reference executor one inner step runs, to count what its tape holds."""
     native = programs.native
-    refusal = native if isinstance(native, str) else native.refusal(work, MEAN, outputs=False)
+    refusal = native if isinstance(native, str) else native.refusal(work, outputs=False)
     if isinstance(native, str) or refusal:
         rows, kept = _by_reference(work, programs)
         executor = f"reference, because {refusal}"

@@ -95,10 +95,7 @@ class MetaStep(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises where they have changed, or are gone
         gradient: MetaGradient | None = ctx.gradient
         ctx.gradient = None
-        step.custom.seen = False
-        for d in d_others:
-            if d is not None:
-                step.custom.seen = True
+        step.custom.seen = any(d is not None for d in d_others)
         if gradient is None or d_mean is None or step.custom.seen:
             gradient = MetaStep._again(ctx, saved, d_mean, *d_others)
         else:

@@ -108,14 +108,8 @@ class NativeStep:
     def _kind(work: Work, learned: bool) -> tuple[int, bool, bool, bool]:
         return work.steps, not work.first_order, learned, work.alpha.shape[1] > 1
 
-    def refusal(self, work: Work, cotangents: Cotangents | None, *, outputs: bool) -> str:
-        """Why this work cannot run here; empty where it can."""
-        if cotangents is not None and cotangents.outputs and any(d is not None for d in cotangents.outputs):
-            return "an objective on the query outputs is differentiated"
-        return self._refusal(work, outputs=outputs)
-
-    def _refusal(self, work: Work, *, outputs: bool) -> str:
-        """The same for every work of a kind."""
+    def refusal(self, work: Work, *, outputs: bool) -> str:
+        """Why no work of this kind can run here; empty where it can."""
         if not work.alpha.is_cpu:
             return f"the parameters are on {work.alpha.device}"
         if work.alpha.shape[1] > 1 and work.segments is None:
@@ -131,16 +125,12 @@ class NativeStep:
 
         It is found out once for a prepared ``work`` and all that differ in tasks.
         """
-        if (
-            cotangents is not None
-            and cotangents.outputs
-            and (refusal := self.refusal(work, cotangents, outputs=outputs))
-        ):
-            return refusal
+        if cotangents is not None and cotangents.outputs and any(d is not None for d in cotangents.outputs):
+            return "an objective on the query outputs is differentiated"
         gradient = cotangents is not None
         key = NativeCall, gradient, learned, outputs, self._isa()
         call: NativeCall | str | None = work.memory.get(key)
-        if call is None and (refusal := self._refusal(work, outputs=outputs)):
+        if call is None and (refusal := self.refusal(work, outputs=outputs)):
             call = work.memory[key] = refusal
         if call is None:
             lowered = self._lowered
