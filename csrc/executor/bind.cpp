@@ -1,4 +1,4 @@
-// Entry of the native executor from Python: a lowered program as dictionaries, tensors as addresses.
+// Entry of the native executor from Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,20 +6,12 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../common/tensor.h"
-#include "../conv_block/kernels.h"
-#include "../data/kernels.h"
-#include "../flatten/kernels.h"
-#include "../linear_block/kernels.h"
-#include "../loss/kernels.h"
-#include "../norm/kernels.h"
-#include "../pointwise/kernels.h"
-#include "../pool/kernels.h"
+#include "call.h"
+#include "describe.h"
 #include "meta_gradient.h"
 
 namespace py = pybind11;
@@ -27,261 +19,10 @@ namespace py = pybind11;
 namespace fastmeta::executor {
 namespace {
 
-Activation activation_of(const std::string& name) {
-  static const std::map<std::string, Activation> names{
-      {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
-      {"tanh", Activation::tanh},         {"sigmoid", Activation::sigmoid}, {"silu", Activation::silu},
-      {"gelu", Activation::gelu}};
-  return names.at(name);
-}
-
-loss::Kind loss_of(const std::string& name) {
-  static const std::map<std::string, loss::Kind> names{{"squared_error", loss::Kind::squared_error},
-                                                       {"cross_entropy", loss::Kind::cross_entropy},
-                                                       {"binary_cross_entropy", loss::Kind::binary_cross_entropy}};
-  return names.at(name);
-}
-
-template <class T>
-T get(const py::dict& d, const char* key) {
-  return d[key].cast<T>();
-}
-
-void describe_linear(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<linear_block::Shape>();
-  shape->n = get<std::int64_t>(d, "n");
-  shape->in = get<std::int64_t>(d, "in");
-  shape->out = get<std::int64_t>(d, "out");
-  shape->activation = activation_of(get<std::string>(d, "activation"));
-  shape->slope = get<double>(d, "slope");
-  shape->bias = operation.w[1] != absent;
-  shape->data = operation.x[0].is_data;
-  operation.shape = shape;
-  if (get<bool>(d, "gram")) {
-    shape->support = get<std::int64_t>(d, "support");
-    shape->query = get<std::int64_t>(d, "query");
-    shape->asks = get<bool>(d, "asks");
-    operation.f32 = [](Isa isa) { return linear_block::table_of(isa).gram32; };
-    operation.f64 = [](Isa isa) { return linear_block::table_of(isa).gram64; };
-    return;
-  }
-  operation.f32 = [](Isa isa) { return linear_block::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return linear_block::table_of(isa).f64; };
-}
-
-void describe_loss(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<loss::Shape>();
-  shape->kind = loss_of(get<std::string>(d, "kind"));
-  shape->n = get<std::int64_t>(d, "n");
-  shape->features = get<std::int64_t>(d, "features");
-  shape->mean = get<bool>(d, "mean");
-  shape->ignored = get<std::int64_t>(d, "ignored");
-  if (shape->kind == loss::Kind::cross_entropy) {
-    operation.classes = shape->features;
-    operation.label_rows = shape->n;
-    operation.ignored = shape->ignored;
-  }
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return loss::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return loss::table_of(isa).f64; };
-}
-
-void describe_flatten(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<flatten::Shape>();
-  shape->n = get<std::int64_t>(d, "n");
-  shape->channels = get<std::int64_t>(d, "channels");
-  shape->pixels = get<std::int64_t>(d, "pixels");
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return flatten::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return flatten::table_of(isa).f64; };
-}
-
-void describe_data(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<data::Shape>();
-  shape->n = get<std::int64_t>(d, "n");
-  shape->channels = get<std::int64_t>(d, "channels");
-  shape->pixels = get<std::int64_t>(d, "pixels");
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return data::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return data::table_of(isa).f64; };
-}
-
-void describe_pointwise(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<pointwise::Shape>();
-  shape->rows = get<std::int64_t>(d, "rows");
-  shape->features = get<std::int64_t>(d, "features");
-  int i = 0;
-  for (const double factor : get<std::vector<double>>(d, "factors")) shape->factors[i++] = factor;
-  shape->activation = activation_of(get<std::string>(d, "activation"));
-  shape->slope = get<double>(d, "slope");
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return pointwise::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return pointwise::table_of(isa).f64; };
-}
-
-void describe_norm(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<norm::Shape>();
-  shape->samples = get<std::int64_t>(d, "samples");
-  shape->pixels = get<std::int64_t>(d, "pixels");
-  shape->channels = get<std::int64_t>(d, "channels");
-  shape->groups = get<std::int64_t>(d, "groups");
-  shape->eps = get<double>(d, "eps");
-  shape->activation = activation_of(get<std::string>(d, "activation"));
-  shape->slope = get<double>(d, "slope");
-  shape->weight = operation.w[0] != absent;
-  shape->bias = operation.w[1] != absent;
-  shape->running = operation.w[2] != absent;
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return norm::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return norm::table_of(isa).f64; };
-}
-
-void pair_of(const py::dict& d, const char* key, std::int64_t (&out)[2]) {
-  const auto [rows, columns] = get<std::pair<std::int64_t, std::int64_t>>(d, key);
-  out[0] = rows;
-  out[1] = columns;
-}
-
-Pooling pooling_of(const py::dict& d) {
-  static const std::map<std::string, Pool> kinds{{"none", Pool::none}, {"max", Pool::max}, {"average", Pool::average}};
-  Pooling pool{};
-  pool.kind = kinds.at(get<std::string>(d, "pool"));
-  pair_of(d, "pool_kernel", pool.kernel);
-  pair_of(d, "pool_stride", pool.stride);
-  pair_of(d, "pool_padding", pool.padding);
-  return pool;
-}
-
-void describe_pool(const py::dict& d, Operation& operation) {
-  auto shape = std::make_shared<pool::Shape>();
-  shape->n = get<std::int64_t>(d, "n");
-  shape->channels = get<std::int64_t>(d, "channels");
-  shape->height = get<std::int64_t>(d, "height");
-  shape->width = get<std::int64_t>(d, "width");
-  shape->pool = pooling_of(d);
-  if (!pool::table_of(isa_in_use()).supported(*shape))
-    throw std::invalid_argument("pool: these windows have no native kernel");
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return pool::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return pool::table_of(isa).f64; };
-}
-
-void describe_conv(const py::dict& d, Operation& operation) {
-  using conv_block::Norm;
-  static const std::map<std::string, Norm> norms{
-      {"none", Norm::none}, {"batch", Norm::batch}, {"running", Norm::running}};
-  auto shape = std::make_shared<conv_block::Shape>();
-  shape->n = get<std::int64_t>(d, "n");
-  shape->in = get<std::int64_t>(d, "in");
-  shape->height = get<std::int64_t>(d, "height");
-  shape->width = get<std::int64_t>(d, "width");
-  shape->out = get<std::int64_t>(d, "out");
-  pair_of(d, "kernel", shape->kernel);
-  pair_of(d, "stride", shape->stride);
-  pair_of(d, "padding", shape->padding);
-  pair_of(d, "dilation", shape->dilation);
-  shape->groups = get<std::int64_t>(d, "groups");
-  shape->pool = pooling_of(d);
-  shape->eps = get<double>(d, "eps");
-  shape->slope = get<double>(d, "slope");
-  shape->norm = norms.at(get<std::string>(d, "norm"));
-  shape->activation = activation_of(get<std::string>(d, "activation"));
-  shape->bias = operation.w[1] != absent;
-  shape->affine = operation.w[2] != absent;
-  shape->data = operation.x[0].is_data;
-  if (!conv_block::table_of(isa_in_use()).supported(*shape))
-    throw std::invalid_argument("conv_block: this convolution, normalisation or pooling has no native kernel");
-  operation.shape = shape;
-  operation.f32 = [](Isa isa) { return conv_block::table_of(isa).f32; };
-  operation.f64 = [](Isa isa) { return conv_block::table_of(isa).f64; };
-}
-
-Operation operation_of(const py::dict& d) {
-  Operation operation;
-  int i = 0;
-  for (const auto& [is_data, index] : get<std::vector<std::pair<bool, int>>>(d, "x"))
-    operation.x[i++] = {is_data, index};
-  i = 0;  // the last ones may be left out
-  for (const int w : get<std::vector<int>>(d, "w")) operation.w[i++] = w;
-  operation.target = get<int>(d, "target");
-  operation.y = get<int>(d, "y");
-  const auto name = get<std::string>(d, "operation");
-  if (name == "linear_block") describe_linear(d, operation);
-  else if (name == "conv_block") describe_conv(d, operation);
-  else if (name == "flatten") describe_flatten(d, operation);
-  else if (name == "data") describe_data(d, operation);
-  else if (name == "norm") describe_norm(d, operation);
-  else if (name == "pool") describe_pool(d, operation);
-  else if (name == "pointwise") describe_pointwise(d, operation);
-  else if (name == "loss") describe_loss(d, operation);
-  else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);
-  return operation;
-}
-
-Program program_of(const py::dict& d) {
-  Program program;
-  for (const py::handle& item : d["operations"]) program.operations.push_back(operation_of(item.cast<py::dict>()));
-  program.values = get<int>(d, "values");
-  program.output = get<int>(d, "output");
-  program.adapted = get<int>(d, "adapted");
-  program.differentiated = get<int>(d, "differentiated");
-  program.parameters = get<int>(d, "parameters");
-  return program;
-}
-
-// Addresses of the tensors of one call; copies of those that lie otherwise than kernels read them live as long.
 template <class R>
-class Addresses {
- public:
-  const R* of(const py::handle& given) { return reinterpret_cast<const R*>(tensor::address(contiguous(given))); }
-
-  // Adds a gradient, made by `like`, for each of the first parameters.
-  std::vector<const R*> of_parameters(const py::list& tensors, std::size_t wanted, const py::object& like,
-                                      py::list& gradients) {
-    std::vector<const R*> found;
-    found.reserve(tensors.size());
-    for (const py::handle t : tensors) {
-      const py::handle own = contiguous(t);
-      found.push_back(reinterpret_cast<const R*>(tensor::address(own)));
-      if (found.size() <= wanted) gradients.append(tensor::result(PyObject_CallOneArg(like.ptr(), own.ptr())));
-    }
-    return found;
-  }
-
-  // Of the first task of each leaf, whose tasks take so many bytes. Tasks may lie anywhere, each contiguous.
-  std::vector<Leaf> of_leaves(const py::sequence& leaves, const std::vector<std::int64_t>& bytes) {
-    std::vector<Leaf> found;
-    if (leaves.size() != bytes.size()) throw std::invalid_argument("executor: a set must have the leaves of its trace");
-    for (std::size_t i = 0; i < bytes.size(); ++i) {
-      const py::object leaf = leaves[i];
-      const bool apart = !tensor::is_contiguous(leaf) && tensor::is_contiguous(leaf[py::int_(0)]);
-      const py::handle own = apart ? py::handle(leaf) : contiguous(leaf);
-      const std::int64_t stride =
-          apart ? (leaf.attr("stride")(0) * leaf.attr("element_size")()).template cast<std::int64_t>() : bytes[i];
-      found.push_back({reinterpret_cast<const char*>(tensor::address(own)), stride});
-    }
-    return found;
-  }
-
- private:
-  py::handle contiguous(const py::handle& given) {
-    if (tensor::is_contiguous(given)) return given;
-    copies_.push_back(tensor::call(given, tensor::names().contiguous));
-    return copies_.back();
-  }
-
-  std::vector<py::object> copies_;
-};
-
-// Where a result goes; null where it is not wanted.
-template <class R>
-R* place(const py::handle& given) {
-  return given.is_none() ? nullptr : reinterpret_cast<R*>(tensor::address(given));
-}
-
-template <class R>
-void bind_type(py::module_& m, const char* name) {
+void bind_type(py::module_& m, const char* name, const char* call_name) {
   using Self = MetaGradient<R>;
+  using Bytes = std::vector<std::int64_t>;
   py::class_<Self>(m, name, "A lowered meta-step; see csrc/executor/meta_gradient.h.")
       .def(py::init([](const py::dict& support, const py::dict& query) {
         return std::make_unique<Self>(program_of(support), program_of(query), isa_in_use());
@@ -307,47 +48,17 @@ void bind_type(py::module_& m, const char* name) {
         if (learned) kept["gradients"] = size * self.support().packing().adapted;
         return kept;
       })
-      .def("run", [](Self& self, std::int64_t tasks, std::int64_t steps, bool first_order, const py::object& alpha,
-                     bool rate_per_step, bool rate_per_parameter, const py::list& parameters,
-                     const py::sequence& support, const std::vector<std::int64_t>& support_bytes,
-                     const py::sequence& query, const std::vector<std::int64_t>& query_bytes,
-                     const py::object& d_losses, std::optional<std::size_t> wanted, const py::object& like,
-                     const py::object& d_alpha,
-                     const py::object& loss, const py::object& losses, const py::object& support_losses,
-                     const py::object& outputs, std::int64_t output_rows, std::int64_t output_columns, int threads,
-                     Profile* profile) {
-        Addresses<R> addresses;
-        py::list gradients;
-        const std::vector<const R*> weights = addresses.of_parameters(parameters, wanted.value_or(0), like, gradients);
-        std::vector<R*> places;
-        for (const py::handle g : gradients) places.push_back(place<R>(g));
-        const Request<R> request{tasks,
-                                 steps,
-                                 first_order,
-                                 addresses.of(alpha),
-                                 rate_per_step,
-                                 rate_per_parameter,
-                                 weights,
-                                 addresses.of_leaves(support, support_bytes),
-                                 addresses.of_leaves(query, query_bytes),
-                                 wanted.has_value(),
-                                 d_losses.is_none() ? nullptr : addresses.of(d_losses),
-                                 std::move(places),
-                                 place<R>(d_alpha),
-                                 place<R>(loss),
-                                 place<R>(losses),
-                                 place<R>(support_losses),
-                                 place<R>(outputs),
-                                 output_rows,
-                                 output_columns,
-                                 threads,
-                                 profile};
-        {
-          const py::gil_scoped_release released;
-          self.run(request);
-        }
-        return gradients;
-      });
+      .def(
+          "call",
+          [](Self& self, std::int64_t steps, bool first_order, bool rate_per_step, bool rate_per_parameter,
+             Bytes support_bytes, Bytes query_bytes, std::optional<std::size_t> wanted, std::int64_t output_rows,
+             std::int64_t output_columns) {
+            return std::make_unique<Call<R>>(self, steps, first_order, rate_per_step, rate_per_parameter,
+                                             std::move(support_bytes), std::move(query_bytes), wanted, output_rows,
+                                             output_columns);
+          },
+          py::keep_alive<0, 1>());
+  py::class_<Call<R>>(m, call_name, "Meta-steps of one kind; see csrc/executor/call.h.").def("run", &Call<R>::run);
 }
 
 // Calls and seconds of threads, [operations][maps].
@@ -368,8 +79,8 @@ void bind(py::module_& m) {
       .def_property_readonly("seconds", [](const Profile& self) { return self.seconds(); })
       .def_property_readonly("support", [](const Profile& self) { return table_of(self, self.support()); })
       .def_property_readonly("query", [](const Profile& self) { return table_of(self, self.query()); });
-  bind_type<float>(m, "MetaGradient32");
-  bind_type<double>(m, "MetaGradient64");
+  bind_type<float>(m, "MetaGradient32", "Call32");
+  bind_type<double>(m, "MetaGradient64", "Call64");
 }
 
 }  // namespace fastmeta::executor

@@ -2,7 +2,9 @@
 // attributes are compared, which in Python takes a good part of the time of a small network's whole meta-gradient.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -18,23 +20,39 @@ class Kind {
  public:
   explicit Kind(py::handle t)
       : type_(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())))),
-        shape_(tensor::get(t, tensor::names().shape)),
-        dtype_(tensor::get(t, tensor::names().dtype)),
         grad_(tensor::get(t, tensor::names().requires_grad)) {
-    if (tensor::get(t, tensor::names().is_cpu).ptr() != Py_True) device_ = tensor::get(t, tensor::names().device);
+    dlpack::Tensor read;
+    at_once_ = tensor::read(t, read);
+    if (at_once_) {
+      sizes_.assign(read.shape, read.shape + read.dimensions);
+      code_ = read.dtype;
+      place_ = read.device;
+      return;
+    }
+    shape_ = tensor::get(t, tensor::names().shape);
+    dtype_ = tensor::get(t, tensor::names().dtype);
+    device_ = tensor::get(t, tensor::names().device);
   }
 
   bool fits(py::handle t) const {
     const auto& names = tensor::names();
     if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != type_.ptr()) return false;
-    if (!tensor::get(t, names.dtype).is(dtype_) || !tensor::get(t, names.requires_grad).is(grad_)) return false;
-    if (!tensor::get(t, names.shape).equal(shape_)) return false;
-    if (!device_) return tensor::get(t, names.is_cpu).ptr() == Py_True;
-    return tensor::get(t, names.device).equal(device_);
+    if (!tensor::get(t, names.requires_grad).is(grad_)) return false;
+    dlpack::Tensor read;
+    if (tensor::read(t, read))
+      return at_once_ && read.dtype == code_ && read.device == place_ &&
+             std::equal(sizes_.begin(), sizes_.end(), read.shape, read.shape + read.dimensions);
+    return !at_once_ && tensor::get(t, names.dtype).is(dtype_) && tensor::get(t, names.shape).equal(shape_) &&
+           tensor::get(t, names.device).equal(device_);
   }
 
  private:
-  py::object type_, shape_, dtype_, grad_, device_;  // the device where it is not the CPU
+  py::object type_, grad_;
+  bool at_once_;  // read, or asked for one by one
+  std::vector<std::int64_t> sizes_;
+  dlpack::DataType code_{};
+  dlpack::Device place_{};
+  py::object shape_, dtype_, device_;
 };
 
 class Kinds {

@@ -136,15 +136,25 @@ class NativeStep:
             lowered = self._lowered
             parameters = [work.parameters[name] for name in lowered.parameters]
             parameters += [work.buffers[name] for name in lowered.buffers]
+            step = self._step(work, learned)
+            rates = work.alpha.shape
+            same = step.call(
+                work.steps,
+                work.first_order,
+                rates[0] > 1,
+                rates[1] > 1,
+                *self._bytes,
+                self._wanted[1] if gradient else None,
+                *(lowered.output or (0, 0)),
+            )
             call = work.memory[key] = NativeCall(
-                self._step(work, learned),
+                step,
+                same.run,
                 parameters,
-                self._wanted if gradient else None,
-                learned,
+                self._wanted[0] if gradient else None,
+                learned and gradient,
                 work.alpha.new_empty(()),
-                self._bytes,
                 self._outputs if outputs else None,
-                lowered.output or (0, 0),
                 self._operands,
             )
         return call
@@ -156,24 +166,22 @@ class NativeCall:
 
     Attributes:
         step: ``MetaGradient32`` or ``MetaGradient64`` of the extension.
+        native: runs it; csrc/executor/call.h.
         parameters: parameters and buffers in the program's order.
-        wanted: how many of them adapt, which come first, and how many get a gradient; ``None`` for no gradient at all.
+        adapted: how many of them adapt, which come first; ``None`` where no gradient is wanted.
         learned: whether the rates get a gradient.
         loss: what a loss looks like.
-        bytes: of a task in each leaf of the support and of the query set.
         outputs: where the losses of each task and the query outputs are wanted, the outputs of a task.
-        output_shape: rows and features of the one output as the program has it.
         operands: of the operations on support and query.
     """
 
     step: Any
+    native: Any
     parameters: list[Tensor]
-    wanted: tuple[int, int] | None
+    adapted: int | None
     learned: bool
     loss: Tensor
-    bytes: list[list[int]]
     outputs: list[Output] | None
-    output_shape: tuple[int, int]
     operands: list[tuple[Operands, ...]]
 
     def run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
@@ -181,50 +189,37 @@ class NativeCall:
 
         Inside :func:`fastmeta.engine.profile.collect` it is profiled.
         """
-        steps, alpha = work.steps, work.alpha
-        rates = alpha.shape
+        alpha = work.alpha
         support, query = leaves(work.support), leaves(work.query)
         tasks = support[0].shape[0]
         losses, support_losses, results = _NONE, _NONE, []  # no elements: not wanted
         if self.outputs is not None or work.check_finite:
-            losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((steps, tasks))
+            losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((work.steps, tasks))
         if self.outputs:
             results = [alpha.new_empty((tasks, *value.shape)) for value in self.outputs]
         loss = torch.empty_like(self.loss)
-        d_alpha = alpha.new_zeros(rates) if self.learned and self.wanted else None  # in rows, however alpha lies
-        rows, features = self.output_shape
+        d_alpha = alpha.new_zeros(alpha.shape) if self.learned else None  # in rows, however alpha lies
         profile = collecting()
-        gradients = self.step.run(
+        gradients = self.native(
             tasks,
-            steps,
-            work.first_order,
             alpha,
-            rates[0] > 1,
-            rates[1] > 1,
             self.parameters,
             support,
-            self.bytes[0],
             query,
-            self.bytes[1],
             None if cotangents is None else cotangents.losses,
-            None if self.wanted is None else self.wanted[1],
-            torch.empty_like,
             d_alpha,
             loss,
             losses,
             support_losses,
             results[0] if results else None,
-            rows,
-            features,
             torch.get_num_threads(),
             None if profile is None else profile.part(self.step, *self.operands),
         )
         if work.check_finite:
-            for k in range(steps):
+            for k in range(work.steps):
                 require_finite(support_losses[k], f"support loss at inner step {k}")
             require_finite(losses, "query loss")
         gradient = None
-        if self.wanted is not None:
-            adapted = self.wanted[0]
-            gradient = MetaGradient(gradients[:adapted], gradients[adapted:], d_alpha)
+        if self.adapted is not None:
+            gradient = MetaGradient(gradients[: self.adapted], gradients[self.adapted :], d_alpha)
         return Evaluation(loss, losses, support_losses, results, gradient, [])

@@ -82,10 +82,25 @@ def write_in_place(model: nn.Sequential) -> None:
 CHANGES = [swap_layer, swap_parameter, swap_data, turn_data, widen, freeze, drop_bias, append, write_in_place]
 
 
+class Derived(torch.Tensor):
+    """Of a type whose tensors are asked for everything by name, as all are in a PyTorch without DLPack 1.3."""
+
+
+def derived(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().as_subclass(Derived)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@pytest.mark.parametrize("type_of", [plain, derived])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
-def test_changes_of_the_model_are_noticed(change: Callable[[nn.Sequential], None]) -> None:
+def test_changes_of_the_model_are_noticed(change: Callable[[nn.Sequential], None], type_of: Callable) -> None:
     torch.manual_seed(0)
     model, (support, query) = small(), sets()
+    for layer in (model[0], model[2]):
+        layer.weight, layer.bias = nn.Parameter(type_of(layer.weight)), nn.Parameter(type_of(layer.bias))
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
     for _ in range(2):
         check(maml, model, support, query)
@@ -115,9 +130,11 @@ def test_another_kind_of_rate_is_noticed(first: str) -> None:
             assert relative_error(gradients, truth[kind]) <= EXACT
 
 
-def test_tasks_of_another_kind_are_noticed() -> None:
+@pytest.mark.parametrize("type_of", [plain, derived])
+def test_tasks_of_another_kind_are_noticed(type_of: Callable) -> None:
     torch.manual_seed(0)
     model, (support, query) = small(), sets()
+    support, query = [tuple(type_of(x) for x in s) for s in (support, query)]
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
     check(maml, model, support, query)
     check(maml, model, tuple(x[:2] for x in support), tuple(x[:2] for x in query))
