@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from benchmarks.peers.base import Step, Variant
 from benchmarks.workloads import Problem
 
@@ -23,13 +21,12 @@ def prepare_backward(problem: Problem) -> Step:
     tasks = fm.TaskBatch(support=problem.support, query=problem.query)
     parameters = dict(problem.model.named_parameters())
 
-    def run() -> dict[str, Tensor]:
+    def run() -> None:
         for p in parameters.values():
             p.grad = None
         maml(tasks).loss.backward()
-        return {n: p.grad for n, p in parameters.items() if p.grad is not None}
 
-    return Step(run)
+    return Step(run, lambda _: {n: p.grad for n, p in parameters.items() if p.grad is not None})
 
 
 OURS: tuple[Variant, ...] = (

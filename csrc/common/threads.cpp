@@ -47,18 +47,16 @@ bool watched(F ready) {
   return false;
 }
 
-thread_local bool is_worker = false;
+thread_local bool at_work = false;  // on a job: what it asks for now, it does alone
 
 // A job is open for as many threads as it has seats. Who takes one does so before it looks at the job, and the caller
 // waits for those alone; a thread that comes late, or not at all, costs nothing. Locks are for going to sleep.
 class Pool {
  public:
-  void run(std::int64_t n, int threads, Work work, void* context) {
+  // False where another thread's job is running.
+  bool run(std::int64_t n, int threads, Work work, Own own, void* context) {
     std::unique_lock<std::mutex> only(one_job_, std::try_to_lock);
-    if (!only.owns_lock()) {
-      work(context, 0, n, 0);
-      return;
-    }
+    if (!only.owns_lock()) return false;
     if (workers_ < threads - 1) share_.reset(new Share[threads]);
     for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
     work_ = work;
@@ -77,21 +75,25 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
+    at_work = true;
+    own(context);
     take_ranges(0);
+    at_work = false;
     const int taken = static_cast<int>(seats - open_.exchange(job) % seats_limit);
     const auto done = [&] { return finished_.load() == taken; };
-    if (watched(done)) return;
+    if (watched(done)) return true;
     std::unique_lock<std::mutex> lock(mutex_);
     waits_.store(true);
     done_.wait(lock, done);
     waits_.store(false);
+    return true;
   }
 
  private:
   static constexpr std::uint64_t seats_limit = std::uint64_t{1} << 16;
 
   void serve() {
-    is_worker = true;
+    at_work = true;
     std::uint64_t seen = 0;
     for (;;) {
       const auto another = [&] {
@@ -163,14 +165,11 @@ Pool& the_pool() {
 
 }  // namespace
 
-void parallel_ranges(std::int64_t n, int threads, Work work, void* context) {
-  if (n <= 0) return;
+void parallel_ranges(std::int64_t n, int threads, Work work, Own own, void* context) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, n));
-  if (threads <= 1 || is_worker) {
-    work(context, 0, n, 0);
-    return;
-  }
-  the_pool().run(n, threads, work, context);
+  if (threads > 1 && !at_work && the_pool().run(n, threads, work, own, context)) return;
+  own(context);
+  if (n > 0) work(context, 0, n, 0);
 }
 
 }  // namespace fastmeta

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "call.h"
-#include "describe.h"
+#include "bind_program.h"
 #include "meta_gradient.h"
 
 namespace py = pybind11;

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -21,14 +22,23 @@ namespace py = pybind11;
 template <class R>
 class Addresses {
  public:
-  const R* of(py::handle given) { return reinterpret_cast<const R*>(contiguous(given).address); }
+  struct Contiguous {
+    py::handle tensor;
+    std::uintptr_t address;
+  };
 
-  // Of a parameter; a gradient for it is made by `like`.
-  const R* of(py::handle parameter, const py::object& like, py::object& gradient) {
-    const Contiguous own = contiguous(parameter);
-    gradient = tensor::result(PyObject_CallOneArg(like.ptr(), own.tensor.ptr()));
-    return reinterpret_cast<const R*>(own.address);
+  Contiguous contiguous(py::handle given) {
+    dlpack::Tensor at_once;
+    if (tensor::read(given, at_once)) {
+      if (tensor::is_contiguous(at_once)) return {given, tensor::address(at_once)};
+    } else if (tensor::is_contiguous(given)) {
+      return {given, tensor::address(given)};
+    }
+    copies_.push_back(tensor::call(given, tensor::names().contiguous));
+    return {copies_.back(), tensor::address(copies_.back())};
   }
+
+  const R* of(py::handle given) { return reinterpret_cast<const R*>(contiguous(given).address); }
 
   // Of the first task of each leaf, whose tasks take so many bytes. Tasks may lie anywhere, each contiguous.
   std::vector<Leaf> of_leaves(const py::sequence& leaves, const std::vector<std::int64_t>& bytes) {
@@ -47,22 +57,6 @@ class Addresses {
   }
 
  private:
-  struct Contiguous {
-    py::handle tensor;
-    std::uintptr_t address;
-  };
-
-  Contiguous contiguous(py::handle given) {
-    dlpack::Tensor at_once;
-    if (tensor::read(given, at_once)) {
-      if (tensor::is_contiguous(at_once)) return {given, tensor::address(at_once)};
-    } else if (tensor::is_contiguous(given)) {
-      return {given, tensor::address(given)};
-    }
-    copies_.push_back(tensor::call(given, tensor::names().contiguous));
-    return {copies_.back(), tensor::address(copies_.back())};
-  }
-
   std::vector<py::object> copies_;
 };
 
@@ -105,15 +99,12 @@ class Call {
     request.alpha = addresses.of(alpha);
     request.parameters.reserve(parameters.size());
     request.gradients.reserve(wanted_);
+    std::vector<py::handle> rows;  // the parameters as kernels read them
+    rows.reserve(parameters.size());
     for (const py::handle parameter : parameters) {
-      if (request.parameters.size() >= wanted_) {
-        request.parameters.push_back(addresses.of(parameter));
-        continue;
-      }
-      py::object gradient;
-      request.parameters.push_back(addresses.of(parameter, like_, gradient));
-      request.gradients.push_back(place<R>(gradient));
-      gradients.append(gradient);
+      const auto [tensor, address] = addresses.contiguous(parameter);
+      rows.push_back(tensor);
+      request.parameters.push_back(reinterpret_cast<const R*>(address));
     }
     request.support = addresses.of_leaves(support, support_bytes_);
     request.query = addresses.of_leaves(query, query_bytes_);
@@ -125,10 +116,17 @@ class Call {
     request.outputs = place<R>(outputs);
     request.threads = threads;
     request.profile = profile;
-    {
-      const py::gil_scoped_release released;
-      step_.run(request);
-    }
+    std::unique_ptr<py::gil_scoped_release> released;
+    request.own = [&] {  // to make tensors takes as long as a small network's task: others need not wait for it
+      for (std::size_t i = 0; i < wanted_; ++i) {
+        const py::object gradient = tensor::result(PyObject_CallOneArg(like_.ptr(), rows[i].ptr()));
+        request.gradients.push_back(place<R>(gradient));
+        gradients.append(gradient);
+      }
+      released = std::make_unique<py::gil_scoped_release>();
+    };
+    step_.run(request);
+    released.reset();
     return gradients;
   }
 

@@ -256,7 +256,18 @@ void MetaGradient<R>::run(const Request<R>& request) {
   std::vector<double> d_alpha(learned ? blocks * rates : 0), losses(request.tasks);
   std::mutex mutex;
   std::exception_ptr failure;  // a thread that cannot have its workspace must not end the process
-  parallel_for(blocks, share.at_once, [&](std::int64_t first, std::int64_t last, int seat) {
+  const auto fails = [&] {
+    std::lock_guard<std::mutex> lock(mutex);
+    failure = std::current_exception();
+  };
+  const auto own = [&] {
+    try {
+      if (request.own) request.own();
+    } catch (...) {
+      fails();
+    }
+  };
+  const auto work = [&](std::int64_t first, std::int64_t last, int seat) {
     try {
       const typename Shelf<Workspace>::Loan loan(*workspaces_, elements, seat);
       Workspace& workspace = *loan;
@@ -273,10 +284,10 @@ void MetaGradient<R>::run(const Request<R>& request) {
       }
       if (watches != nullptr) request.profile->add(watches->support, watches->query, share.within);
     } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex);
-      failure = std::current_exception();
+      fails();
     }
-  });
+  };
+  parallel_for(blocks, share.at_once, work, own);
   if (failure) std::rethrow_exception(failure);
   const double sum_of_losses = std::accumulate(losses.begin(), losses.end(), 0.0);
   *request.loss = static_cast<R>(sum_of_losses / static_cast<double>(request.tasks));

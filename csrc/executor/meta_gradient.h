@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -31,6 +32,8 @@ struct Request {
   std::int64_t output_rows, output_columns;
   int threads;
   Profile* profile;  // is added to
+  // Where it is not empty, done by the caller while other threads have begun; `gradients` may be as late as that.
+  std::function<void()> own = {};
 };
 
 // What a workspace's layout depends on.

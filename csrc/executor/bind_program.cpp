@@ -1,4 +1,4 @@
-#include "describe.h"
+#include "bind_program.h"
 
 #include <pybind11/stl.h>
 
