@@ -14,7 +14,7 @@ import torch
 import fastmeta
 from fastmeta.cli import doctor
 from fastmeta.cli.main import COMMANDS, main
-from fastmeta.core import environment, native
+from fastmeta.core import environment, native, rates
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -143,3 +143,33 @@ def test_a_processor_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     environment.processor.cache_clear()
     assert environment.processor()
     environment.processor.cache_clear()
+
+
+def test_calibration_is_measured_kept_and_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path / "new"))
+    assert not rates.known().measured
+    status, out, _ = call(capsys, "doctor", "--calibrate")
+    assert status == 0
+    assert str(tmp_path / "new" / "rates.json") in out
+    found = rates.known()
+    assert found.measured
+    assert 1e9 < found.flops < 1e14
+    assert 1e8 < found.bytes < 1e13
+    assert 1e-7 < found.call_s < 1e-2
+    assert json.loads(call(capsys, "doctor", "--json")[1])["rates"]["flops"] == found.flops
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # another number of threads is another machine
+    try:
+        assert not rates.known().measured
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("content", ["{", '{"%s": {}}', '{"%s": {"flops": -1, "bytes": 1, "cache": 1, "call_s": 1}}'])
+def test_rates_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str) -> None:
+    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path))
+    rates.file().write_text(content.replace("%s", rates._machine()))
+    with pytest.warns(UserWarning, match="calibrate"):
+        assert rates.known() == rates.Rates()

@@ -48,6 +48,8 @@ void bind_type(py::module_& m, const char* name, const char* call_name) {
         if (learned) kept["gradients"] = size * self.support().packing().adapted;
         return kept;
       })
+      .def("kept_once_bytes",
+           [](const Self& self) { return static_cast<std::int64_t>(sizeof(R)) * self.support().once(); })
       .def(
           "call",
           [](Self& self, std::int64_t steps, bool first_order, bool rate_per_step, bool rate_per_parameter,

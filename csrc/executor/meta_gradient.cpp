@@ -54,7 +54,7 @@ struct MetaGradient<R>::Layout {
   std::int64_t g;              // gradients of each step, where rates are learned
   std::int64_t lam[2];         // in turn
   std::int64_t u;              // rates times lam, where each parameter has its own; else lam is the direction itself
-  std::int64_t tape, tape_step, query_tape;
+  std::int64_t tape, tape_step, once, query_tape;
   std::int64_t tangent, tangent_step, scratch;
   std::int64_t total;
 };
@@ -86,6 +86,7 @@ struct MetaGradient<R>::Workspace : Memory {
   std::vector<Calls<R>> support;         // one a step
   std::vector<TangentCalls<R>> tangents;  // one a step
   Calls<R> query;
+  Calls<R> once;  // of the last sweep over operations that run once
   std::vector<std::vector<Past<R>>> pasts;  // of calls that collect a weight
 
   // Adapted weights after so many steps, packed.
@@ -190,6 +191,7 @@ typename MetaGradient<R>::Layout MetaGradient<R>::layout(const Kind& kind, int w
   const bool keeps = second_order || collects_;
   at.tape_step = keeps ? support_.tape() : 0;
   at.tape = take(support_.tape(), keeps ? kind.steps : std::min<std::int64_t>(kind.steps, 1));
+  at.once = take(support_.once(), 1);
   if (collects_) {  // of a collected weight all factors stay: the query's, and those of each step's tangents
     at.query_tape = take(query_.tape(), 1);
     at.tangent = take(support_.tangent(), second_order ? kind.steps : 0);
@@ -349,13 +351,14 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, c
   workspace.tangents.clear();
   const R* rates = theta + support_.packed_size();
   const R* own = theta;
+  R *tape = memory + at.tape, *once = memory + at.once;
   for (std::int64_t k = 0; k < kind.steps; ++k) {
     Gradients<R> to{kind.learned ? workspace.gradient(k) : workspace.weights(k + 1), false};
     if (!kind.learned) {
       to.from = own;
       to.rates = rates;
     }
-    workspace.support.push_back(support_.bind(memory + at.tape + k * at.tape_step, own, theta, to, within));
+    workspace.support.push_back(support_.bind(tape + k * at.tape_step, once, own, theta, to, within));
     if (kind.second_order) {
       const std::int64_t passed = kind.steps - 1 - k;
       const R* lam = workspace.lam(passed);
@@ -366,7 +369,9 @@ void MetaGradient<R>::bind(Workspace& workspace, const Kind& kind, int within, c
     rates += support_program_.adapted + support_program_.differentiated;
     own = workspace.weights(k + 1);
   }
-  workspace.query = query_.bind(memory + at.query_tape, own, theta, {workspace.lam(0), true}, within);
+  workspace.query = query_.bind(memory + at.query_tape, nullptr, own, theta, {workspace.lam(0), true}, within);
+  if (kind.second_order && support_.sends())
+    workspace.once = support_.bind(tape, once, theta, theta, {workspace.lam(1), true}, within);
   if (collects_)
     workspace.pasts = support_.remember(workspace.support, workspace.tangents, workspace.query,
                                         theta + support_.packed_size(),
@@ -385,9 +390,9 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
   for (std::int64_t k = 0; k < request.steps; ++k) {  // eq. (2)-(3)
     const Calls<R>& calls = workspace.support[k];
     support_.aim(workspace.support[k], request.support, task);
-    const R loss = support_.forward(calls, scratch, on_support);
+    const R loss = support_.forward(calls, k > 0, scratch, on_support);
     if (request.support_losses != nullptr) request.support_losses[k * request.tasks + task] = loss;
-    support_.backward(memory + at.tape + k * at.tape_step, calls, R(1), scratch, on_support);
+    support_.backward(memory + at.tape + k * at.tape_step, memory + at.once, calls, R(1), scratch, on_support);
     if (!workspace.kind.learned) continue;
     const R *g = workspace.gradient(k), *own = k == 0 ? workspace.theta : workspace.weights(k);
     R* next = workspace.weights(k + 1);
@@ -397,7 +402,7 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
                   });
   }
   query_.aim(workspace.query, request.query, task);
-  const R of_task = query_.forward(workspace.query, scratch, on_query);
+  const R of_task = query_.forward(workspace.query, false, scratch, on_query);
   loss = static_cast<double>(of_task);
   if (request.losses != nullptr) request.losses[task] = of_task;
   R* tape = memory + at.query_tape;
@@ -410,8 +415,8 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
   }
   if (!request.gradient) return;
   const R d_loss = request.d_losses != nullptr ? request.d_losses[task] : R(1) / static_cast<R>(request.tasks);
-  query_.backward(tape, workspace.query, d_loss, scratch, on_query);
-  const R* lam = adjoint(request, workspace, d_alpha, on_support);
+  query_.backward(tape, nullptr, workspace.query, d_loss, scratch, on_query);
+  const R* lam = adjoint(request, task, workspace, d_alpha, on_support);
   if (first)
     std::memcpy(total, lam, sizeof(R) * packing.differentiated);
   else
@@ -421,13 +426,14 @@ void MetaGradient<R>::run_task(const Request<R>& request, std::int64_t task, Wor
 
 // Returns lam of the shared weights.
 template <class R>
-const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha,
+const R* MetaGradient<R>::adjoint(const Request<R>& request, std::int64_t task, Workspace& workspace, double* d_alpha,
                                   Stopwatch* watch) const {
   const Packing& packing = support_.packing();
   const Layout& at = workspace.at;
   const std::int64_t rates = request.rate_per_parameter ? support_program_.adapted : 1;
   const bool scales = request.rate_per_parameter && !request.first_order;
-  R* memory = workspace.data;
+  const bool sends = workspace.kind.second_order && request.steps > 0 && support_.sends();
+  R *memory = workspace.data, *scratch = memory + at.scratch;
   R* u = memory + at.u;
   const R* lam = workspace.lam(0);
   for (std::int64_t k = request.steps - 1; k >= 0; --k) {
@@ -440,12 +446,20 @@ const R* MetaGradient<R>::adjoint(const Request<R>& request, Workspace& workspac
                       if (scales) kernels_.scale(u + begin, rate, lam + begin, n);  // eq. (5)
                     });
     if (request.first_order) continue;
-    support_.hessian_product(memory + at.tangent + k * at.tangent_step, workspace.support[k], workspace.tangents[k],
-                             memory + at.scratch,
-                             watch);
+    R* tangent = memory + at.tangent + k * at.tangent_step;
+    support_.hessian_product(tangent, workspace.support[k], workspace.tangents[k], scratch, watch);
     lam = workspace.lam(request.steps - k);
+    if (!sends) continue;
+    const std::int64_t row = support_program_.adapted + support_program_.differentiated;
+    const R rate = workspace.theta[support_.packed_size() + k * row + support_program_.adapted];
+    support_.send(memory + at.once, tangent, rate, k == request.steps - 1);
   }
-  return lam;
+  if (!sends) return lam;
+  support_.aim(workspace.once, request.support, task);
+  support_.backward_once(memory + at.tape, memory + at.once, workspace.once, scratch, watch);
+  R* all = workspace.lam(request.steps);  // one of the two has the query's gradients of those parameters
+  support_.add_once(all, workspace.lam(request.steps + 1));
+  return all;
 }
 
 template class MetaGradient<float>;

@@ -80,7 +80,8 @@ class MetaGradient {
   void bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const;
   void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total, bool first,
                 double& loss, double* d_alpha, Watches* watches) const;
-  const R* adjoint(const Request<R>& request, Workspace& workspace, double* d_alpha, Stopwatch* watch) const;
+  const R* adjoint(const Request<R>& request, std::int64_t task, Workspace& workspace, double* d_alpha,
+                   Stopwatch* watch) const;
 
   const Isa isa_;
   const packed::Kernels<R>& kernels_;

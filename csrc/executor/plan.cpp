@@ -68,6 +68,8 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
     item.turned = take<R>(turned_, sizes.turned);
     items_.push_back(item);
   }
+  if (kept && items_.back().varies)
+    for (Item& item : items_) item.once = slots_[item.operation->y].once = !item.varies;
   share_cotangents();
   find_places(kept);
   packing_.offsets.resize(program.parameters);
@@ -85,7 +87,8 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   place(program.differentiated, program.parameters, false);
 }
 
-// A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add.
+// A cotangent is the sum over readers. Sweeps back meet the last reader first: it writes, and the others add. Those that
+// run once come after all others, in a sweep of their own.
 template <class R>
 void Plan<R>::share_cotangents() {
   for (std::size_t n = 0; n < items_.size(); ++n) {
@@ -95,10 +98,15 @@ void Plan<R>::share_cotangents() {
     for (int i = 0; i < max_inputs; ++i) {
       const Source& x = item.operation->x[i];
       if (x.is_data || x.index == absent || !slots_[x.index].active) continue;
-      const Slot& slot = slots_[x.index];
+      Slot& slot = slots_[x.index];
+      const auto varying = std::find_if(slot.readers.rbegin(), slot.readers.rend(),
+                                        [&](int reader) { return !items_[reader].once; });
+      slot.sent = slot.once && varying != slot.readers.rend();
+      const bool last = item.once ? !slot.sent && slot.readers.back() == static_cast<int>(n)
+                                  : *varying == static_cast<int>(n);
       // An operation that reads a value twice writes by its first input.
       const bool again = i > 0 && !item.operation->x[0].is_data && item.operation->x[0].index == x.index;
-      item.adds[i] = again || slot.readers.back() != static_cast<int>(n);
+      item.adds[i] = again || !last;
       if (item.adds[i]) aside_size_[i] = std::max(aside_size_[i], slot.size);
     }
   }
@@ -110,9 +118,10 @@ template <class R>
 void Plan<R>::find_places(bool kept) {
   const std::int64_t n = static_cast<std::int64_t>(items_.size());
   std::vector<Lifetime> buffers;
-  const auto add = [&](std::int64_t size, std::int64_t first, std::int64_t last, std::int64_t* place) {
+  const auto add = [&](std::int64_t size, std::int64_t first, std::int64_t last, std::int64_t* place,
+                       bool once = false) {
     if (kept) {
-      *place = take<R>(tape_, size);
+      *place = take<R>(once ? once_ : tape_, size);
     } else {
       buffers.push_back({aligned<R>(size), first, last, place});
     }
@@ -127,9 +136,9 @@ void Plan<R>::find_places(bool kept) {
     if (item.active && item.sizes.rereads_y) last = 2 * n - slot.maker;
     // What a collected weight is made of stays to the end.
     const std::int64_t back = item.collects ? 2 * n + 1 : 2 * n - slot.maker;
-    add(item.sizes.y, slot.maker, last, &slot.y);
-    add(item.sizes.saved, slot.maker, item.active ? back : slot.maker, &item.saved);
-    if (item.active) add(item.sizes.y, 2 * n - reader, back, &slot.dy);
+    add(item.sizes.y, slot.maker, last, &slot.y, item.once);
+    add(item.sizes.saved, slot.maker, item.active ? back : slot.maker, &item.saved, item.once);
+    if (item.active) add(item.sizes.y, 2 * n - reader, back, &slot.dy, item.once);
   }
   for (int i = 0; i < max_inputs; ++i) add(aside_size_[i], n, 2 * n, &aside_[i]);
   if (!kept) tape_ = executor::find_places(buffers);
@@ -186,7 +195,7 @@ Step<R> Plan<R>::step_of(const Item& item, const Gradients<R>& to) const {
 }
 
 template <class R>
-Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R>& to, int threads) const {
+Calls<R> Plan<R>::bind(R* tape, R* once, const R* own, const R* shared, const Gradients<R>& to, int threads) const {
   const int wanted = to.all ? program_.differentiated : program_.adapted;
   Calls<R> calls;
   for (const Item& item : items_) {
@@ -195,8 +204,10 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R
     for (int i = 0; i < max_inputs; ++i) {
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
-      p.x[i] = tape + slots_[x.index].y;
-      if (slots_[x.index].active) p.dx[i] = tape + (item.adds[i] ? aside_[i] : slots_[x.index].dy);
+      const Slot& slot = slots_[x.index];
+      R* const memory = slot.once ? once : tape;
+      p.x[i] = memory + slot.y;
+      if (slot.active) p.dx[i] = item.adds[i] ? tape + aside_[i] : memory + slot.dy;
     }
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
@@ -208,9 +219,10 @@ Calls<R> Plan<R>::bind(R* tape, const R* own, const R* shared, const Gradients<R
     const bool is_shared = own == shared || operation.w[0] >= program_.adapted;
     if (item.sizes.turned > 0 && is_shared) p.turned = shared + packing_.total + item.turned;
     p.step = step_of(item, to);
-    p.y = tape + slots_[operation.y].y;
-    p.dy = tape + slots_[operation.y].dy;
-    p.saved = tape + item.saved;
+    R* const memory = item.once ? once : tape;
+    p.y = memory + slots_[operation.y].y;
+    p.dy = memory + slots_[operation.y].dy;
+    p.saved = memory + item.saved;
     p.threads = threads;
     calls.push_back(p);
   }
@@ -296,12 +308,12 @@ void Plan<R>::aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t t
 }
 
 template <class R>
-void Plan<R>::add_cotangents(const Item& item, R* memory, const std::int64_t* aside,
+void Plan<R>::add_cotangents(const Item& item, R* memory, R* once, const std::int64_t* aside,
                              std::int64_t Slot::*cotangent) const {
   for (int i = 0; i < max_inputs; ++i) {
     if (!item.adds[i]) continue;
     const Slot& slot = slots_[item.operation->x[i].index];
-    kernels_.add(memory + slot.*cotangent, memory + aside[i], slot.size);
+    kernels_.add((slot.once ? once : memory) + slot.*cotangent, memory + aside[i], slot.size);
   }
 }
 
@@ -314,9 +326,10 @@ void Plan<R>::take_steps(const Item& item, const Step<R>& step, R* const* dw) co
 }
 
 template <class R>
-R Plan<R>::forward(const Calls<R>& calls, R* scratch, Stopwatch* watch) const {
+R Plan<R>::forward(const Calls<R>& calls, bool again, R* scratch, Stopwatch* watch) const {
   if (watch != nullptr) watch->start();
   for (std::size_t n = 0; n < items_.size(); ++n) {
+    if (again && items_[n].once) continue;
     items_[n].maps.forward(items_[n].shape, calls[n], scratch);
     if (watch != nullptr) watch->lap(n, forward_map);
   }
@@ -324,14 +337,14 @@ R Plan<R>::forward(const Calls<R>& calls, R* scratch, Stopwatch* watch) const {
 }
 
 template <class R>
-void Plan<R>::backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch, Stopwatch* watch) const {
+void Plan<R>::backward(R* tape, R* once, const Calls<R>& calls, R d_loss, R* scratch, Stopwatch* watch) const {
   if (watch != nullptr) watch->start();
   tape[slots_[items_.back().operation->y].dy] = d_loss;
   for (std::size_t n = items_.size(); n-- > 0;) {
-    if (!items_[n].active) continue;
+    if (!items_[n].active || items_[n].once) continue;
     items_[n].maps.backward(items_[n].shape, calls[n], scratch);
     take_steps(items_[n], calls[n].step, calls[n].dw);
-    add_cotangents(items_[n], tape, aside_, &Slot::dy);
+    add_cotangents(items_[n], tape, once, aside_, &Slot::dy);
     if (watch != nullptr) watch->lap(n, backward_map);
   }
 }
@@ -340,7 +353,7 @@ template <class R>
 void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch,
                               Stopwatch* watch) const {
   for (std::size_t n = 0; n < items_.size(); ++n)
-    if (!items_[n].varies) std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
+    if (!items_[n].varies && !items_[n].once) std::fill_n(tangents[n].saved_dot, items_[n].sizes.saved_dot, R(0));
   if (watch != nullptr) watch->start();
   for (std::size_t n = 0; n < items_.size(); ++n) {
     if (!items_[n].varies) continue;
@@ -349,12 +362,46 @@ void Plan<R>::hessian_product(R* tangent, const Calls<R>& calls, const TangentCa
   }
   tangent[slots_[items_.back().operation->y].dy_dot] = 0;
   for (std::size_t n = items_.size(); n-- > 0;) {
-    if (!items_[n].active) continue;
+    if (!items_[n].active || items_[n].once) continue;
     items_[n].maps.tangent_backward(items_[n].shape, calls[n], tangents[n], scratch);
     take_steps(items_[n], tangents[n].step, tangents[n].dw_dot);
-    add_cotangents(items_[n], tangent, aside_dot_, &Slot::dy_dot);
+    add_cotangents(items_[n], tangent, tangent, aside_dot_, &Slot::dy_dot);
     if (watch != nullptr) watch->lap(n, tangent_backward_map);
   }
+}
+
+template <class R>
+bool Plan<R>::sends() const {
+  return std::any_of(items_.begin(), items_.end(), [](const Item& item) { return item.once && item.active; });
+}
+
+template <class R>
+void Plan<R>::send(R* once, const R* tangent, R rate, bool first) const {
+  for (const Slot& slot : slots_) {
+    if (!slot.sent) continue;
+    R* const d = once + slot.dy;
+    if (first) std::fill_n(d, slot.size, R(0));
+    kernels_.step(d, d, rate, tangent + slot.dy_dot, slot.size);
+  }
+}
+
+template <class R>
+void Plan<R>::backward_once(R* tape, R* once, const Calls<R>& calls, R* scratch, Stopwatch* watch) const {
+  if (watch != nullptr) watch->start();
+  for (std::size_t n = items_.size(); n-- > 0;) {
+    if (!items_[n].active || !items_[n].once) continue;
+    items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+    add_cotangents(items_[n], tape, once, aside_, &Slot::dy);
+    if (watch != nullptr) watch->lap(n, backward_map);
+  }
+}
+
+template <class R>
+void Plan<R>::add_once(R* to, const R* gradient) const {
+  for (const Item& item : items_)
+    for (const int p : item.operation->w)
+      if (item.once && p != absent && p < program_.differentiated)
+        kernels_.add(to + packing_.offsets[p], gradient + packing_.offsets[p], packing_.sizes[p]);
 }
 
 template class Plan<float>;

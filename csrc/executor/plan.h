@@ -42,10 +42,13 @@ template <class R>
 class Plan {
  public:
   // What a pass leaves is `kept` as a whole for tangents, or only until its backward has read it for the last time.
+  // A plan that keeps runs again and again on the same data: operations that no adapted weight reaches run in the first
+  // pass alone, and their part of the tape is kept once.
   Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels, bool kept);
 
   const Packing& packing() const { return packing_; }
   std::int64_t tape() const { return tape_; }        // elements of a pass
+  std::int64_t once() const { return once_; }        // elements of what all passes share
   std::int64_t tangent() const { return tangent_; }  // elements: what a Hessian-vector product takes beside
   std::int64_t scratch(int threads) const;           // elements, where so many work on a task
   double shared() const;                             // the part of a pass in operations that can use several threads
@@ -55,9 +58,9 @@ class Plan {
   void pack(const R* const* parameters, R* packed) const;
   void unpack(const R* packed, R* const* tensors) const;  // the differentiated ones
 
-  // Calls on this tape. `own` holds this task's adapted weights, packed, `shared` all weights as pack leaves them.
+  // Calls on this tape, and on what all passes share. `own` holds this task's adapted weights, packed, `shared` all weights as pack leaves them.
   // So many threads may work on a call.
-  Calls<R> bind(R* tape, const R* own, const R* shared, const Gradients<R>& to, int threads) const;
+  Calls<R> bind(R* tape, R* once, const R* own, const R* shared, const Gradients<R>& to, int threads) const;
   // Calls of a Hessian-vector product along u, packed like the adapted parameters; of all differentiated parameters.
   TangentCalls<R> bind_tangent(R* tangent, const R* u, const Gradients<R>& to) const;
   // Tells calls that collect a weight what has passed before and after them: `support` and `tangents` hold one set of
@@ -72,13 +75,20 @@ class Plan {
   void aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const;
 
   // The sweeps; a watch takes the laps of their maps, where there is one.
-  // Runs the objective; its loss is returned.
-  R forward(const Calls<R>& calls, R* scratch, Stopwatch* watch) const;
-  // Gradient of d_loss times the loss.
-  void backward(R* tape, const Calls<R>& calls, R d_loss, R* scratch, Stopwatch* watch) const;
-  // Derivative of that gradient (with d_loss = 1, all differentiated parameters).
+  // Runs the objective, or what another pass over the same data changes; its loss is returned.
+  R forward(const Calls<R>& calls, bool again, R* scratch, Stopwatch* watch) const;
+  // Gradient of d_loss times the loss; not of what only operations that run once depend on.
+  void backward(R* tape, R* once, const Calls<R>& calls, R d_loss, R* scratch, Stopwatch* watch) const;
+  // Derivative of that gradient (with d_loss = 1, all differentiated parameters but those of operations that run once).
   void hessian_product(R* tangent, const Calls<R>& calls, const TangentCalls<R>& tangents, R* scratch,
                        Stopwatch* watch) const;
+  // To parameters of operations that run once the products' derivatives are linear in the cotangents that all products
+  // send there. `send` subtracts those of one product, times its rate, from what others have sent; `backward_once` is
+  // the sweep for all of them, and `add_once` adds its gradients, packed like weights.
+  bool sends() const;
+  void send(R* once, const R* tangent, R rate, bool first) const;
+  void backward_once(R* tape, R* once, const Calls<R>& calls, R* scratch, Stopwatch* watch) const;
+  void add_once(R* to, const R* gradient) const;
 
   // The value that the caller may ask for, rows that lie output_row apart.
   const R* output(const R* tape) const { return tape + slots_[program_.output].y; }
@@ -91,6 +101,8 @@ class Plan {
   struct Slot {
     std::int64_t y, dy, y_dot, dy_dot, size;
     bool varies, active;  // depends on adapted weights; on any weight whose gradient is wanted
+    bool once;            // y and dy lie where all passes share
+    bool sent;            // what varies reads it, and what runs once made it
     int maker;            // operation
     std::vector<int> readers;
   };
@@ -100,7 +112,7 @@ class Plan {
     Maps<R> maps;
     Sizes sizes;
     std::int64_t saved, saved_dot, turned;
-    bool varies, active;
+    bool varies, active, once;
     bool collects;  // w[0] of a task is never formed
     bool adds[max_inputs];  // to the cotangent that a later reader of the input has written
   };
@@ -109,14 +121,15 @@ class Plan {
   void find_places(bool kept);
   Step<R> step_of(const Item& item, const Gradients<R>& to) const;
   void take_steps(const Item& item, const Step<R>& step, R* const* dw) const;
-  void add_cotangents(const Item& item, R* memory, const std::int64_t* aside, std::int64_t Slot::*cotangent) const;
+  void add_cotangents(const Item& item, R* memory, R* once, const std::int64_t* aside,
+                      std::int64_t Slot::*cotangent) const;
 
   const Program& program_;
   const packed::Kernels<R>& kernels_;
   Packing packing_;
   std::vector<Slot> slots_;
   std::vector<Item> items_;
-  std::int64_t tape_ = 0, tangent_ = 0, turned_ = 0;
+  std::int64_t tape_ = 0, once_ = 0, tangent_ = 0, turned_ = 0;
   // Where what is added waits, on the tape and beside, and how long it is.
   std::int64_t aside_[max_inputs] = {}, aside_dot_[max_inputs] = {}, aside_size_[max_inputs] = {};
   std::int64_t row_unit_;  // elements of a vector, to whole ones of which rows are padded

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
-from fastmeta.engine.work import Work, require_finite
+from fastmeta.engine.work import Plan, Work, require_finite
 
 
 def checked_steps(steps: int) -> int:
@@ -31,6 +32,20 @@ def checked_chunk_size(chunk_size: int | None) -> int | None:
     if chunk_size < 1:
         raise ValueError(f"MAML: chunk_size must be at least 1, got {chunk_size}")
     return chunk_size
+
+
+def checked_plan(plan: Any, names: Iterable[str]) -> Plan:
+    """How fast weights are to be held, if it is known how."""
+    forms = ("auto", "dense", "factored")
+    pairs = tuple(plan.items()) if isinstance(plan, Mapping) else (("*", plan),)
+    wrong = [form for _, form in pairs if form not in forms]
+    if wrong:
+        raise ValueError(f"MAML: plan must be 'auto', 'dense' or 'factored', or map names to these, got {wrong[0]!r}")
+    known = list(names)
+    unmatched = [pattern for pattern, _ in pairs if not any(fnmatchcase(name, pattern) for name in known)]
+    if unmatched:
+        raise ValueError(f"MAML: plan must name parameters of the model, got {unmatched}; known: {known}")
+    return pairs if isinstance(plan, Mapping) else plan
 
 
 def select_parameters(

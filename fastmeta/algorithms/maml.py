@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.algorithms.adapted import AdaptedModel
-from fastmeta.algorithms.inputs import check_masks, check_tensors, checked_chunk_size, checked_steps, select_parameters
+from fastmeta.algorithms.inputs import (
+    check_masks,
+    check_tensors,
+    checked_chunk_size,
+    checked_plan,
+    checked_steps,
+    select_parameters,
+)
 from fastmeta.algorithms.recall import Recall, pairs
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
@@ -30,6 +37,7 @@ from fastmeta.tasks.batch import TaskBatch
 
 Engine = Literal["auto", "program", "autodiff"]
 Executor = Literal["auto", "native", "reference"]
+Form = Literal["auto", "dense", "factored"]
 
 
 class MetaOutput(NamedTuple):
@@ -85,6 +93,10 @@ class MAML(nn.Module):
         executor: who runs the program: ``"native"`` the compiled executor, which raises where it lacks a kernel;
             ``"reference"`` the operations in torch; ``"auto"`` the native one where it can. :meth:`explain` says
             which, and why.
+        plan: how each task's weights are held: ``"dense"`` forms them; ``"factored"`` keeps linear layers' weights as
+            the shared one and products of few rows, on the reference executor; ``"auto"`` takes what costs less. Or a
+            mapping from names or ``fnmatch`` patterns of parameters to one of these, of which the first that fits
+            holds; what fits none is ``"auto"``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -106,6 +118,7 @@ class MAML(nn.Module):
         chunk_size: int | None = None,
         engine: Engine = "auto",
         executor: Executor = "auto",
+        plan: Form | Mapping[str, Form] = "auto",
     ) -> None:
         super().__init__()
         if engine not in ("auto", "program", "autodiff"):
@@ -130,6 +143,7 @@ class MAML(nn.Module):
         self.chunk_size = checked_chunk_size(chunk_size)
         self.engine = engine
         self.executor = executor
+        self.plan = checked_plan(plan, self._objective.parameters())
         self._rates_of(self._packing(self._objective.parameters()))
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
@@ -299,6 +313,7 @@ class MAML(nn.Module):
             differentiate,
             self.chunk_size,
             self.executor,
+            self.plan,
             self.update_running_stats,
         )
         check_tensors(work, self.engine)
@@ -324,6 +339,7 @@ class MAML(nn.Module):
             self.chunk_size,
             self.engine,
             self.executor,
+            self.plan,
             self.lr if isinstance(self.lr, (float, int)) else None,
             flags,
         )

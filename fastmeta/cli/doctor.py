@@ -7,25 +7,35 @@ import importlib.util
 import json
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 import fastmeta.ops
-from fastmeta.core import environment
+from fastmeta.core import environment, rates
 from fastmeta.core.dispatch import Backend
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the rates that plans are compared by, and keep them.")
+    ] = False,
+) -> None:
     """Show versions, backends with the reason of each one that is missing, instruction sets, threads and GPU."""
+    if calibrate:
+        from fastmeta.engine.calibrate import measure  # what only shows things need not load the engine
+
+        rates.keep(measure())
     report = gather()
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))
 
 
 def gather() -> dict[str, Any]:
-    """The environment, and the backends of every op."""
+    """The environment, the rates that plans are compared by, and the backends of every op."""
     backends = {op: [vars(backend) for backend in table] for op, table in tables()}
-    return {**environment.gather(), "backends": backends}
+    return {**environment.gather(), "rates": {**asdict(rates.known()), "file": str(rates.file())}, "backends": backends}
 
 
 def tables() -> Iterator[tuple[str, tuple[Backend, ...]]]:
@@ -58,9 +68,19 @@ def render(report: dict[str, Any]) -> str:
     lines += ["gpu"]
     lines += [f"  {device['name']} ({device['capability']})" for device in report["gpu"]["devices"]]
     lines += [f"  none: {report['gpu']['reason']}"] if not report["gpu"]["devices"] else []
+    lines += ["rates that plans are compared by", *_rates(report["rates"])]
     lines += ["backends, best first"]
     for op, table in report["backends"].items():
         for backend in table:
             state = "" if backend["available"] else "missing: "
             lines += [f"  {op:<16} {backend['name']:<10} {state}{backend['reason']}"]
     return "\n".join(lines)
+
+
+def _rates(found: dict[str, Any]) -> list[str]:
+    origin = f"measured; {found['file']}" if found["measured"] else "defaults; --calibrate measures this machine's"
+    return [
+        f"  {found['flops'] / 1e9:.0f} GFLOP/s, memory {found['bytes'] / 1e9:.0f} GB/s",
+        f"  cache {found['cache'] >> 10} KiB, call {found['call_s'] * 1e6:.1f} us",
+        f"  {origin}",
+    ]

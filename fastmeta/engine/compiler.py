@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmeta.engine.factor import choose, factored, quicker
+from fastmeta.core import rates
+from fastmeta.engine.factor import choose, factored, plan_of, quicker
 from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.plan import chunk_size, plan
@@ -89,7 +90,9 @@ class Compiler:
         if query is not None:
             names = choose(support, query, work)
             runs_natively = isinstance(native, NativeStep)
-            if runs_natively and work.executor == "auto" and quicker(support, query, work, names):
+            if runs_natively and any(plan_of(work.plan, name) == "factored" for name in names):
+                native, runs_natively = "weights that no task forms are asked for", False
+            if runs_natively and work.executor == "auto" and quicker(support, query, work, names, rates.known()):
                 native, runs_natively = "weights that no task forms take less time", False
             if not runs_natively:
                 support, query = self._factored(support, names), self._factored(query, names)

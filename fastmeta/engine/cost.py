@@ -56,10 +56,14 @@ def bytes_by_map(operands: Operands) -> ByMap:
 
 def flops(work: Work, support: Instruction, query: Instruction | None) -> int:
     """Operations of one call of the program, at the support's and at the query's shapes, in the whole meta-step."""
-    once = products(support)
-    first, later = sum(once[:2]), sum(once[2:])
+    forward, backward, *tangents = products(support)
+    first, later = forward + backward, sum(tangents)
     tasks = 1 if support.later.single else work.tasks
-    total = support.op.flops() * work.steps * (first + (0 if work.first_order else later))
+    if support.invariant:  # the same at every step: forward once, and back once for what all steps send there
+        passes = (forward + (0 if work.first_order else backward)) * min(work.steps, 1)
+    else:
+        passes = work.steps * (first + (0 if work.first_order else later))
+    total = support.op.flops() * passes
     if query is not None:
         total += query.op.flops() * first
     return total * tasks

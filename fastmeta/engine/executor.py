@@ -17,6 +17,19 @@ from fastmeta.core.task_op import Need, Tensors, plus
 from fastmeta.engine.program import Instruction, Program, Route
 
 
+@dataclass(frozen=True)
+class Invariants:
+    """What the loop-invariant instructions have left, for every pass over the same data.
+
+    Attributes:
+        values: of the slots that others read.
+        saved: what their maps need; nothing for the other instructions.
+    """
+
+    values: dict[int, Any]
+    saved: list[Tensors]
+
+
 @dataclass
 class Tape:
     """What one pass over the program leaves for the passes that follow.
@@ -26,6 +39,7 @@ class Tape:
         loss: ``[T]``.
         outputs: the model's output tensors, ``[T, ...]``.
         mutations: new values of buffers, ``[T, ...]``.
+        invariants: for the next pass over the same data.
         saved: what each instruction's maps need.
         d_y: the cotangents each instruction's backward was given.
     """
@@ -34,6 +48,7 @@ class Tape:
     loss: Tensor
     outputs: tuple[Tensor, ...]
     mutations: dict[str, Tensor]
+    invariants: Invariants
     saved: list[Tensors] = field(default_factory=list)
     d_y: list[Tensors | None] = field(default_factory=list)
 
@@ -45,10 +60,12 @@ class Gradients:
     Attributes:
         adapted: of each task, ``[T, *shape]`` or factors.
         outer: summed over tasks, ``[*shape]``.
+        invariants: of the slots between loop-invariant instructions and those whose tangents ran, as the slots are.
     """
 
     adapted: list[Tensor | LowRank]
     outer: list[Tensor | None]
+    invariants: dict[int, Tensor] = field(default_factory=dict)
 
 
 def forward(
@@ -58,6 +75,7 @@ def forward(
     data: Sequence[Tensor],
     *,
     first: bool,
+    invariants: Invariants | None = None,
 ) -> Tape:
     """Run the objective for all tasks.
 
@@ -67,6 +85,7 @@ def forward(
         state: all other parameters and the buffers by name, ``[*shape]``.
         data: the batch's leaves, ``[T, ...]``.
         first: whether tasks still share their weights.
+        invariants: of an earlier pass over the same data, so that loop-invariant instructions need not run again.
 
     Returns:
         The tape, with ``d_y`` still empty.
@@ -79,8 +98,13 @@ def forward(
         if name in state:
             values[slot] = state[name]
     values.update((graph.parameters[name], value) for name, value in zip(program.adapted, adapted, strict=True))
-    saved = []
-    for instruction in program.instructions:
+    saved: list[Tensors] = []
+    if invariants is not None:
+        values.update(invariants.values)
+    for i, instruction in enumerate(program.instructions):
+        if invariants is not None and instruction.invariant:
+            saved.append(invariants.saved[i])
+            continue
         route = instruction.route(first)
         x = [values[slot] for slot in instruction.inputs]
         if route.single:
@@ -92,6 +116,9 @@ def forward(
             y, kept = instruction.op.forward(x)
         saved.append(kept if route.active else ())  # no other map will run
         values.update((slot, v) for slot, v in zip(instruction.outputs, y, strict=True) if v is not None)
+    if invariants is None:
+        kept_once = [kept if i.invariant else () for i, kept in zip(program.instructions, saved, strict=True)]
+        invariants = Invariants({slot: values[slot] for slot in program.boundary if slot in values}, kept_once)
     tasked = program.tasked(first)
 
     def per_task(slot: int) -> Tensor:
@@ -103,6 +130,7 @@ def forward(
         per_task(graph.loss),
         tuple(per_task(slot) for slot in graph.outputs),
         {name: per_task(slot) for name, slot in graph.mutations.items()},
+        invariants,
         saved,
     )
 
@@ -130,14 +158,15 @@ def backward(
     for i in range(len(program.instructions) - 1, -1, -1):
         instruction = program.instructions[i]
         route = instruction.route(tape.first)
-        if not route.active:
+        need = route.wanted(outer)
+        if not any(need):
             continue
         d_y = tuple(cotangents.pop(slot, None) for slot in instruction.outputs)
         if all(d is None for d in d_y):
             continue
         tape.d_y[i] = d_y
-        d_x = instruction.op.backward(tape.saved[i], _lift(route, d_y), route.need)
-        _accumulate(cotangents, instruction, route, d_x)
+        d_x = instruction.op.backward(tape.saved[i], _lift(route, d_y), need)
+        _accumulate(cotangents, instruction, route, need, d_x)
     return _gradients(program, tape, cotangents, outer)
 
 
@@ -147,7 +176,9 @@ def hessian_vector_product(
     """Tangent of :func:`backward`'s gradients in direction ``phi_dot = direction``, forward over reverse.
 
     One tangent-forward and one tangent-backward over the tape: ``H u`` for the adapting parameters, and
-    ``d<g, u>/d psi`` for the others (the last term of eq. 8').
+    ``d<g, u>/d psi`` for the others (the last term of eq. 8'). Where loop-invariant instructions come in between, that
+    term is linear in the cotangents they would be given: those are returned, for :func:`invariant_backward` to do once
+    what every step would do.
 
     Args:
         program: the planned program.
@@ -169,16 +200,40 @@ def hessian_vector_product(
     cotangents: dict[int, Any] = {}
     for i in range(len(program.instructions) - 1, -1, -1):
         instruction = program.instructions[i]
-        route, d_y, saved_dot = instruction.route(tape.first), tape.d_y[i], saved_dots[i]
-        d_y_dot = tuple(cotangents.pop(slot, None) for slot in instruction.outputs)
-        if d_y is None or (saved_dot is None and all(d is None for d in d_y_dot)):
+        if instruction.invariant:
             continue
-        if saved_dot is None:  # no tangent comes in, so the map is linear in the cotangent
-            d_x_dot = instruction.op.backward(tape.saved[i], _lift(route, d_y_dot), route.need)
+        route, d_y, saved_dot = instruction.route(tape.first), tape.d_y[i], saved_dots[i]
+        need = route.wanted(outer)
+        d_y_dot = tuple(cotangents.pop(slot, None) for slot in instruction.outputs)
+        if saved_dot is not None and d_y is not None:
+            d_x_dot = instruction.op.tangent_backward(tape.saved[i], saved_dot, d_y, d_y_dot, need)
+        elif any(d is not None for d in d_y_dot):  # no tangent comes in, so the map is linear in the cotangent
+            d_x_dot = instruction.op.backward(tape.saved[i], _lift(route, d_y_dot), need)
         else:
-            d_x_dot = instruction.op.tangent_backward(tape.saved[i], saved_dot, d_y, d_y_dot, route.need)
-        _accumulate(cotangents, instruction, route, d_x_dot)
+            continue
+        _accumulate(cotangents, instruction, route, need, d_x_dot)
     return _gradients(program, tape, cotangents, outer)
+
+
+def invariant_backward(program: Program, invariants: Invariants, cotangents: dict[int, Tensor]) -> list[Tensor | None]:
+    """Reverse sweep of the loop-invariant instructions.
+
+    Args:
+        program: the planned program.
+        invariants: of a pass.
+        cotangents: of the slots that others read, :attr:`Gradients.invariants`.
+
+    Returns:
+        Gradients of the parameters that do not adapt, summed over tasks, ``[*shape]``.
+    """
+    flowing: dict[int, Any] = dict(cotangents)
+    for instruction, saved in zip(reversed(program.instructions), reversed(invariants.saved), strict=True):
+        route = instruction.first
+        d_y = tuple(flowing.pop(slot, None) for slot in instruction.outputs) if instruction.invariant else ()
+        if any(d is not None for d in d_y) and route.active:
+            d_x = instruction.op.backward(saved, _lift(route, d_y), route.need)
+            _accumulate(flowing, instruction, route, route.need, d_x)
+    return [flowing.get(program.graph.parameters[name]) for name in program.outer]
 
 
 def _lift(route: Route, tensors: Tensors) -> Tensors:
@@ -186,11 +241,13 @@ def _lift(route: Route, tensors: Tensors) -> Tensors:
     return tuple(d if d is None else d.unsqueeze(0) for d in tensors) if route.single else tensors
 
 
-def _accumulate(cotangents: dict[int, Any], instruction: Instruction, route: Route, d_x: Tensors) -> None:
+def _accumulate(
+    cotangents: dict[int, Any], instruction: Instruction, route: Route, need: tuple[Need, ...], d_x: Tensors
+) -> None:
     for position, (slot, d) in enumerate(zip(instruction.inputs, d_x, strict=True)):
-        if d is None or not route.need[position]:
+        if d is None or not need[position]:
             continue
-        if route.need[position] is Need.FACTORS:  # of a parameter with this one reader
+        if need[position] is Need.FACTORS:  # of a parameter with this one reader
             cotangents[slot] = d
             continue
         if route.single:
@@ -216,4 +273,4 @@ def _gradients(program: Program, tape: Tape, cotangents: dict[int, Any], outer: 
             d = tape.loss.new_zeros((tasks, *shape), dtype=dtype)
         adapted.append(d)
     others = [cotangents.get(graph.parameters[name]) for name in program.outer] if outer else []
-    return Gradients(adapted, others)
+    return Gradients(adapted, others, {slot: cotangents[slot] for slot in program.boundary if slot in cotangents})

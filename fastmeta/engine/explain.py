@@ -27,7 +27,7 @@ class Row:
             or ``shared`` where no task has its own.
         backend: who runs it.
         flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
-        saved: bytes kept for its maps, per inner step, for all tasks.
+        saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
         keeps: what the saved bytes are.
         reason: why the generic operation stands in, or why it runs once.
@@ -74,6 +74,7 @@ class Explanation:
         executor: who runs the program, and why not the native executor where it does not.
         kept: named bytes kept per inner step, by the reference executor for all tasks of a chunk at once, by the native
             one for each task at work.
+        kept_once: bytes kept likewise for all inner steps together: operands of what is the same at every step.
     """
 
     engine: str
@@ -84,6 +85,7 @@ class Explanation:
     executor: str = ""
     rows: tuple[Row, ...] = ()
     kept: dict[str, int] = field(default_factory=dict)
+    kept_once: int = 0
 
     @property
     def kept_per_step(self) -> int:
@@ -125,7 +127,8 @@ class Explanation:
                 head,
                 f"executor: {self.executor}",
                 *lines,
-                f"kept per inner step: {kept or 'nothing'}; total {self.kept_per_step / 1024:.1f} KiB",
+                f"kept per inner step: {kept or 'nothing'}; total {self.kept_per_step / 1024:.1f} KiB"
+                + (f"; once: {self.kept_once / 1024:.1f} KiB" if self.kept_once else ""),
             ]
         )
 
@@ -140,7 +143,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     native = programs.native
     refusal = native if isinstance(native, str) else native.refusal(work, outputs=False)
     if isinstance(native, str) or refusal:
-        rows, kept = _by_reference(work, programs)
+        rows, kept, once = _by_reference(work, programs)
         executor = f"reference, because {refusal}"
     else:
         calls = cost.paired(programs.support, programs.query)
@@ -150,19 +153,20 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
             for call, query in calls
         )
         kept = native.kept(work, learned=work.alpha.requires_grad)
+        once = native.kept_once(work, learned=work.alpha.requires_grad)
         room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
         at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
         sharing = f"tasks at once: {at_once}, each in {room:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
         executor = f"native, instruction set {native.instruction_set}, {sharing}"
-    return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept)
+    return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept, once)
 
 
-def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict[str, int]]:
+def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict[str, int], int]:
     program = programs.support
     with torch.no_grad():
         state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
         tape = executor.forward(program, work.theta, state, leaves(work.support), first=True)
-        executor.backward(program, tape, torch.ones_like(tape.loss))
+        executor.backward(program, tape, torch.ones_like(tape.loss), outer=False)
     second_order = not work.first_order and work.steps > 0
     seen = {t.untyped_storage().data_ptr() for t in (*work.parameters.values(), *leaves(work.support))}
     rows = []
@@ -171,14 +175,15 @@ def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
         rows.append(_row(call, "reference", cost.flops(work, call, query), saved, cotangents))
     kept = {}
+    once = sum(row.saved for row, i in zip(rows, program.instructions, strict=True) if i.invariant)
     if second_order:
-        kept["operands"] = sum(row.saved for row in rows)
+        kept["operands"] = sum(row.saved for row in rows) - once
         kept["cotangents"] = sum(row.cotangents for row in rows)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
     if work.alpha.requires_grad:
         kept["gradients"] = work.packing.size * work.tasks * tape.loss.element_size()
-    return tuple(rows), kept
+    return tuple(rows), kept, once
 
 
 def _row(
@@ -188,6 +193,8 @@ def _row(
     reason = instruction.reason
     if route.single and not reason:
         reason = "no task differs: runs once"
+    elif instruction.invariant and not reason:
+        reason = "nothing that adapts comes before it: runs once, not at every step"
     if collected:
         reason = "reads the task's data: its weight changes by products with them and is formed for no task"
     factored = Need.FACTORS in route.need

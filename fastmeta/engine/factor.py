@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
+from fastmeta.core.rates import Rates
 from fastmeta.core.task_op import Need
 from fastmeta.engine.cost import products
 from fastmeta.engine.program import Instruction, Program, Route
-from fastmeta.engine.work import Work
+from fastmeta.engine.work import Plan, Work
 
 WEIGHT = 1  # its position among a linear operation's inputs
-
-# Rates to compare two ways by, chosen by judgement and not measured on the machine at hand: operations and bytes of
-# memory a second, a cache that holds the weights of one task, and what a call of the task-batched executor takes beside
-# its work.
-FLOPS, BYTES, CACHE, CALL_S = 2e11, 2e10, 1 << 20, 15e-6
 
 
 def candidates(program: Program) -> dict[str, Instruction]:
@@ -38,8 +35,11 @@ def factored(program: Program, names: frozenset[str]) -> Program:
     chosen = {id(instruction) for name, instruction in candidates(program).items() if name in names}
 
     def rerouted(route: Route) -> Route:
-        need = tuple(Need.FACTORS if i == WEIGHT else n for i, n in enumerate(route.need))
-        return replace(route, need=need)
+        need, inner = (
+            tuple(Need.FACTORS if i == WEIGHT else n for i, n in enumerate(wanted))
+            for wanted in (route.need, route.inner)
+        )
+        return replace(route, need=need, inner=inner)
 
     instructions = tuple(
         replace(i, first=rerouted(i.first), later=rerouted(i.later)) if id(i) in chosen else i
@@ -49,25 +49,46 @@ def factored(program: Program, names: frozenset[str]) -> Program:
 
 
 def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
-    """The parameters for which factors take fewer operations than a weight of each task's own."""
-    if work.segments is None and work.alpha.shape[1] > 1:
-        return frozenset()  # a rate an element makes a step's matrix one of full rank
+    """The parameters for which factors are asked for, or take fewer operations than a weight of each task's own.
+
+    Raises:
+        ValueError: factors are asked for by name where they cannot be.
+    """
     asked = candidates(query)
+    possible = {name: i for name, i in candidates(support).items() if name in asked}
+    if work.segments is None and work.alpha.shape[1] > 1:
+        possible = {}  # a rate an element makes a step's matrix one of full rank
+    if not isinstance(work.plan, str):
+        patterns = [pattern for pattern, form in work.plan if form == "factored"]
+        impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in possible)]
+        if impossible:
+            raise ValueError(
+                f"MAML: plan 'factored' must be for linear layers' weights that one call reads, at one rate each; "
+                f"got {impossible}, possible: {list(possible)}"
+            )
     return frozenset(
         name
-        for name, instruction in candidates(support).items()
-        if name in asked and _Costs(instruction, asked[name], work).fewer
+        for name, instruction in possible.items()
+        if (plan := plan_of(work.plan, name)) == "factored"
+        or (plan == "auto" and _Costs(instruction, asked[name], work).fewer)
     )
 
 
-def quicker(support: Program, query: Program, work: Work, names: frozenset[str]) -> bool:
+def plan_of(plan: Plan, name: str) -> str:
+    """What is asked for the parameter ``name``: ``dense``, ``factored`` or ``auto``."""
+    if isinstance(plan, str):
+        return plan
+    return next((form for pattern, form in plan if fnmatchcase(name, pattern)), "auto")
+
+
+def quicker(support: Program, query: Program, work: Work, names: frozenset[str], rates: Rates) -> bool:
     """Whether the task-batched executor with these factors takes less time than weights of each task's own."""
     asked = candidates(query)
     costs = [(name in names, _Costs(i, asked[name], work)) for name, i in candidates(support).items() if name in asked]
     sweeps = work.steps * (2 if work.first_order else 4) + 2
-    with_factors = len(support.instructions) * sweeps * CALL_S
-    with_factors += sum(c.factored_seconds() if chosen else c.formed_seconds() for chosen, c in costs)
-    return bool(names) and with_factors < sum(c.formed_seconds() for _, c in costs)
+    with_factors = len(support.instructions) * sweeps * rates.call_s
+    with_factors += sum(c.factored_seconds(rates) if chosen else c.formed_seconds(rates) for chosen, c in costs)
+    return bool(names) and with_factors < sum(c.formed_seconds(rates) for _, c in costs)
 
 
 class _Costs:
@@ -107,11 +128,11 @@ class _Costs:
         """Of one task, with factors."""
         return 2 * (self._shared * self._elements + self._pairs)
 
-    def formed_seconds(self) -> float:
+    def formed_seconds(self, rates: Rates) -> float:
         size = self._elements * self._item
-        moved = size * self._formed_products if size * (self._steps + 1) > CACHE else 0
-        return self._tasks * max(self.formed_flops / FLOPS, moved / BYTES)
+        moved = size * self._formed_products if size * (self._steps + 1) > rates.cache else 0
+        return self._tasks * max(self.formed_flops / rates.flops, moved / rates.bytes)
 
-    def factored_seconds(self) -> float:
+    def factored_seconds(self, rates: Rates) -> float:
         moved = self._elements * self._item * self._shared_products
-        return max(self._tasks * self.factored_flops / FLOPS, moved / BYTES)
+        return max(self._tasks * self.factored_flops / rates.flops, moved / rates.bytes)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fastmeta.core import native
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
+from fastmeta.engine.factor import WEIGHT, plan_of
 from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
 from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.profile import collecting
 from fastmeta.engine.program import Instruction, Program
 from fastmeta.engine.trace import Output
-from fastmeta.engine.work import Work, leaves, require_finite
+from fastmeta.engine.work import Plan, Work, leaves, require_finite
 
 _NONE = torch.empty(0)
 
@@ -43,9 +44,10 @@ class NativeStep:
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
         self._programs = lowered[0].program, lowered[1].program
         self._operands = [one.operands for one in lowered]
+        self._weights = [_weight_of(one.instruction, support) for one in self._operands[0]]
         self._isa = extension.instruction_set
         self._steps: dict[Any, Any] = {}  # by the operations in Gram form, and the instruction set
-        self._forms: dict[tuple[int, bool], tuple[bool, ...]] = {}
+        self._forms: dict[tuple[int, bool, Plan], tuple[bool, ...]] = {}
         try:
             self._step_of(self._dense())
         except ValueError as error:
@@ -65,6 +67,11 @@ class NativeStep:
         """Named bytes kept per inner step for the adjoint of each task at work."""
         return self._step(work, learned).kept_bytes(not work.first_order and work.steps > 0, learned)
 
+    def kept_once(self, work: Work, *, learned: bool) -> int:
+        """Bytes kept for the adjoint of each task at work, for all inner steps together."""
+        kept = not work.first_order and work.steps > 0
+        return int(self._step(work, learned).kept_once_bytes()) if kept else 0
+
     def sharing(self, work: Work, *, learned: bool) -> tuple[int, int]:
         """How many tasks are at work at once, and how many threads on each."""
         return self._step(work, learned).sharing(work.tasks, *self._kind(work, learned), torch.get_num_threads())
@@ -78,10 +85,13 @@ class NativeStep:
         """For each operation, whether its weight is held as products with the task's data and formed for no task."""
         if learned or work.alpha.shape[1] > 1:
             return self._dense()
-        key = work.steps, work.first_order
+        key = work.steps, work.first_order, work.plan
         form = self._forms.get(key)
         if form is None:
             form = with_gram(*self._programs, work.steps, second_order=not work.first_order)
+            if work.plan != "auto":
+                dense = [plan_of(work.plan, weight) == "dense" for weight in self._weights]
+                form = tuple(gram and not formed for gram, formed in zip(form, dense, strict=True))
             self._forms[key] = form
         return form
 
@@ -223,3 +233,11 @@ class NativeCall:
         if self.adapted is not None:
             gradient = MetaGradient(gradients[: self.adapted], gradients[self.adapted :], d_alpha)
         return Evaluation(loss, losses, support_losses, results, gradient, [])
+
+
+def _weight_of(instruction: Instruction | None, program: Program) -> str:
+    """Name of the parameter that an instruction has for its weight; empty where there is none."""
+    if instruction is None or len(instruction.inputs) <= WEIGHT:
+        return ""
+    slot = instruction.inputs[WEIGHT]
+    return next((name for name, own in program.graph.parameters.items() if own == slot), "")

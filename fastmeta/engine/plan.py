@@ -41,10 +41,14 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
     first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data))
     later = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data) | adapted_slots)
     instructions = []
+    changing = set(adapted_slots)  # from one inner step to the next
     for node in nodes:
         op, reason = _choose(node, first.active)
-        routes = [dependence.route(node, op) for dependence in (first, later)]
-        instructions.append(Instruction(op, node.inputs, node.outputs, node.module, reason, *routes))
+        routes = first.route(node, op), later.route(node, op)
+        invariant = not op.random and changing.isdisjoint(node.inputs)
+        if not invariant:
+            changing.update(node.outputs)
+        instructions.append(Instruction(op, node.inputs, node.outputs, node.module, reason, *routes, invariant))
     return Program(
         graph,
         tuple(instructions),
@@ -135,9 +139,10 @@ class _Dependence:
                 need.append(Need.SHARED)
             else:
                 need.append(Need.TASK)
+        inner = [n if slot in self.adapts else Need.NONE for n, slot in zip(need, inputs, strict=True)]
         if not single:
             self.tasked.update(node.outputs)
         for table in (self.adapts, self.active):
             if any(slot in table for slot in inputs):
                 table.update(node.outputs)
-        return Route(single, tuple(expand), tuple(need), tuple(sums))
+        return Route(single, tuple(expand), tuple(need), tuple(inner), tuple(sums))

@@ -21,7 +21,7 @@ class Record:
         module: the submodule whose parameters it reads; empty where it has none.
         phase: ``support`` or ``query``.
         map: ``forward``, ``backward``, ``tangent`` or ``tangent_backward``.
-        calls: one a task and inner step.
+        calls: one a task and inner step, or one a task where nothing that adapts comes before.
         seconds: of threads: where several work on one task, all of them count for as long as the call takes. Sums over
             readers of a value, and steps along a gradient, count with the map that they follow; the gradient of a
             weight that no task forms is summed up behind all maps and counts with none.

@@ -19,6 +19,7 @@ class Route:
         single: no input differs between tasks, so it runs once, as if there were one task.
         expand: positions of shared inputs that are expanded to T.
         need: what is wanted of each input's cotangent.
+        inner: the same where the gradient by what adapts alone is wanted, as in an inner step.
         sums: positions whose cotangents are summed over tasks after the map, because the input is shared by all
             tasks and the operation does not sum by itself.
     """
@@ -26,12 +27,17 @@ class Route:
     single: bool
     expand: tuple[int, ...]
     need: tuple[Need, ...]
+    inner: tuple[Need, ...]
     sums: tuple[int, ...]
 
     @property
     def active(self) -> bool:
         """Whether any cotangent is wanted."""
         return any(self.need)
+
+    def wanted(self, outer: bool) -> tuple[Need, ...]:
+        """``need``, or ``inner`` where gradients of the parameters that do not adapt are not wanted."""
+        return self.need if outer else self.inner
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Instruction:
     reason: str  # why the generic op stands in; empty where an operation covers the call
     first: Route  # while every task still holds the shared weights
     later: Route  # once each task has its own
+    invariant: bool  # depends on nothing that adapts and not on chance: the same at every inner step
 
     def route(self, first: bool) -> Route:
         """The route of this phase."""
@@ -89,6 +96,13 @@ class Program:
                     slot for slot, need in zip(instruction.inputs, instruction.later.need, strict=True) if need
                 )
         return [name for name in self.adapted if self.graph.parameters[name] not in reached]
+
+    @cached_property
+    def boundary(self) -> frozenset[int]:
+        """Slots that loop-invariant instructions fill, and that others read."""
+        filled = {slot for instruction in self.instructions if instruction.invariant for slot in instruction.outputs}
+        read = {slot for instruction in self.instructions if not instruction.invariant for slot in instruction.inputs}
+        return frozenset(filled & (read | {self.graph.loss, *self.graph.outputs, *self.graph.mutations.values()}))
 
     @cached_property
     def batch_statistics(self) -> bool:

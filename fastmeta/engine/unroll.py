@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
 from fastmeta.engine.evaluation import MetaGradient
-from fastmeta.engine.executor import Tape
+from fastmeta.engine.executor import Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
@@ -64,8 +64,10 @@ def unroll(
     adapted: Sequence[Weight] = work.theta
     phi = rule.start()
     losses, trajectory = [], Trajectory(phi, phi.packed)
+    invariants: Invariants | None = None
     for k in range(work.steps):
-        tape = executor.forward(support, adapted, fixed, support_data, first=k == 0)
+        tape = executor.forward(support, adapted, fixed, support_data, first=k == 0, invariants=invariants)
+        invariants = tape.invariants
         if work.check_finite:
             require_finite(tape.loss, f"support loss at inner step {k}")
         g = executor.backward(support, tape, torch.ones_like(tape.loss), outer=False)
@@ -111,6 +113,7 @@ def adjoint(
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs)
     lam, outer = rule.vector(gradients.adapted), list(gradients.outer)
     d_alpha: list[Tensor] = []
+    invariants, flowing = None, dict[int, Tensor]()  # cotangents of what is the same at every step
     for k in range(work.steps - 1, -1, -1):
         g = trajectory.gradients[k] if trajectory.gradients else None
         u, d_rate = rule.adjoint(lam, g, k)
@@ -118,10 +121,20 @@ def adjoint(
             d_alpha.append(d_rate)
         if work.first_order:
             continue
-        product = executor.hessian_vector_product(support, trajectory.tapes.pop(), rule.values(u))
+        tape = trajectory.tapes.pop()
+        product = executor.hessian_vector_product(support, tape, rule.values(u))
         lam = rule.less(lam, product.adapted)
-        outer = [plus(a, None if b is None else -b) for a, b in zip(outer, product.outer, strict=True)]
+        outer = _minus(outer, product.outer)
+        invariants = tape.invariants
+        for slot, d in product.invariants.items():
+            flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
+    if invariants is not None and flowing:
+        outer = _minus(outer, executor.invariant_backward(support, invariants, flowing))
     return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]))
+
+
+def _minus(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [plus(one, None if other is None else -other) for one, other in zip(a, b, strict=True)]
 
 
 def _fixed_state(work: Work) -> dict[str, Tensor]:

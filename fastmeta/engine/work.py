@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from fastmeta.core.packing import Packing
 from fastmeta.engine.objective import Objective
 
+Plan = str | tuple[tuple[str, str], ...]
+
 
 @dataclass  # not frozen, which would take its time at every meta-step
 class Work:
@@ -31,6 +33,8 @@ class Work:
         differentiate: whether a meta-gradient will be asked for.
         chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
         executor: ``auto``, ``native`` or ``reference``.
+        plan: how fast weights are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of parameters'
+            names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
@@ -49,6 +53,7 @@ class Work:
     differentiate: bool
     chunk_size: int | None
     executor: str
+    plan: Plan
     keep_mutations: bool
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -232,6 +232,23 @@ Program residual_images(std::int64_t n) {
   return p;
 }
 
+// One layer adapts. Its input, the same at every step, is read by others that do not, before and after it.
+Program branches(std::int64_t n) {
+  Program p;
+  p.operations = {linear(n, features, hidden, Activation::silu, {true, 0}, 6, 0),
+                  linear(n, hidden, hidden, Activation::tanh, {false, 0}, 0, 1),
+                  linear(n, hidden, hidden, Activation::silu, {false, 0}, 2, 2),
+                  sum(n, hidden, Activation::tanh, 1, 2, 3),
+                  sum(n, hidden, Activation::identity, 3, 0, 4),
+                  linear(n, hidden, classes, Activation::identity, {false, 4}, 4, 5),
+                  loss_of(loss::Kind::cross_entropy, n, 5, 6)};
+  p.values = 7;
+  p.output = 5;
+  p.adapted = 2;
+  p.differentiated = p.parameters = 8;
+  return p;
+}
+
 // Batch norm in evaluation mode, in a convolution and elsewhere.
 Program evaluation(std::int64_t n) {
   Program p;
@@ -265,6 +282,9 @@ const Case cases[] = {
      features, true},
     {"residual images", residual_images,
      {108, 6, 6, 6, 6, 6, 108, 6, 6, 6, 6, 6, 144, 6, 18, 3}, 2 * side * side, true},
+    {"branches", branches,
+     {hidden * hidden, hidden, hidden * hidden, hidden, hidden * classes, classes, features * hidden, hidden}, features,
+     true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
     {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
      true, 6},

@@ -80,18 +80,30 @@ struct Problem {
   }
 };
 
-// Of some calls at the same time, on so many threads each at the most. Data have no derivative; all else varies here.
+// Of some calls at the same time, on so many threads each at the most.
 int check_profile(const Case& c, const Profile& profile, int calls, int threads) {
   double seconds = 0;
   bool right = profile.meta_steps() == calls;
   for (const bool query : {false, true}) {
     const Program program = c.program(4);
     const std::vector<Tally>& tallies = query ? profile.query() : profile.support();
+    std::vector<bool> varies(program.values), active(program.values);  // by value, as its maker
     for (std::size_t i = 0; i < tallies.size(); ++i) {
       const Operation& operation = program.operations[i / map_count];
-      const bool constant = operation.x[0].is_data && operation.w[0] == absent;
-      const bool runs = i % map_count == forward_map || (!constant && (!query || i % map_count == backward_map));
-      right = right && tallies[i].calls == (runs ? calls * tasks * (query ? 1 : steps) : 0) && tallies[i].ticks >= 0;
+      const int y = operation.y, map = static_cast<int>(i % map_count);
+      for (const int w : operation.w) {
+        varies[y] = varies[y] || (w != absent && w < program.adapted);
+        active[y] = active[y] || (w != absent && w < program.differentiated);
+      }
+      for (const Source& x : operation.x) {
+        if (x.is_data || x.index == absent) continue;
+        varies[y] = varies[y] || varies[x.index];
+        active[y] = active[y] || active[x.index];
+      }
+      // What does not vary runs once on a support set: forward, and back for all steps.
+      const std::int64_t passes = query || !varies[y] ? 1 : steps;
+      const bool runs = map == forward_map || (map == backward_map && active[y]) || (!query && varies[y]);
+      right = right && tallies[i].calls == (runs ? calls * tasks * passes : 0) && tallies[i].ticks >= 0;
       seconds += profile.seconds(tallies[i]);
     }
   }

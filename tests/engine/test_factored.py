@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,27 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta as fm
 from fastmeta.core.low_rank import LowRank
-from fastmeta.engine import compiler
-from fastmeta.engine.factor import candidates
-from fastmeta.engine.program import Program
-from fastmeta.engine.work import Work
 from tests.engine.test_native import EXACT, batch_of, network, truth
 from tests.oracle import relative_error, total_error
 
 Choice = Callable[[list[str]], set[str]]
 
 
-@pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Choice], None]:
-    """Let the layers that ``choice`` picks from the candidates' names be factored."""
-
-    def apply(choice: Choice) -> None:
-        def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
-            return frozenset(choice(sorted(candidates(support))))
-
-        monkeypatch.setattr(compiler, "choose", choose)
-
-    return apply
+def planned(model: nn.Module, choice: Choice) -> dict[str, str]:
+    """The linear layers' weights that ``choice`` picks from their names factored, the others dense."""
+    weights = sorted(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    chosen = choice(weights)
+    return {name: "factored" if name in chosen else "dense" for name in weights}
 
 
 class Tokens(nn.Module):
@@ -63,12 +54,12 @@ def plans(maml: fm.MAML, tasks: fm.TaskBatch) -> list[str]:
 @pytest.mark.parametrize("choice", [set, lambda names: set(names[:1]), lambda names: set(names[1:])])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_the_gradient_is_exact(force: Any, choice: Choice, first_order: bool, steps: int) -> None:
-    force(choice)
+def test_the_gradient_is_exact(choice: Choice, first_order: bool, steps: int) -> None:
     model, tasks = tokens()
     options: dict[str, Any] = {"lr": 0.1, "steps": steps, "first_order": first_order}
-    maml = fm.MAML(model, F.cross_entropy, executor="reference", **options)
-    assert "factored" in plans(maml, tasks)
+    plan = planned(model, choice)
+    maml = fm.MAML(model, F.cross_entropy, plan=plan, **options)
+    assert Counter(plans(maml, tasks)) == Counter(plan.values())
     wanted = fm.MAML(model, F.cross_entropy, engine="autodiff", **options).value_and_grad(tasks)[1]
     assert relative_error(maml.value_and_grad(tasks)[1], wanted) <= EXACT
     for chunk_size in (1, 3):
@@ -89,33 +80,30 @@ def by_name(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("rates", [scalar, by_step, by_name])
-def test_learned_rates_get_their_gradient(force: Any, rates: Callable[[nn.Module], Any]) -> None:
-    force(lambda names: set(names[::2]))
+def test_learned_rates_get_their_gradient(rates: Callable[[nn.Module], Any]) -> None:
     model, tasks = tokens()
     lr = rates(model)
-    found = fm.MAML(model, F.cross_entropy, lr=lr, steps=3, executor="reference")
+    found = fm.MAML(model, F.cross_entropy, lr=lr, steps=3, plan=planned(model, lambda names: set(names[::2])))
     assert "factored" in plans(found, tasks)
     wanted = fm.MAML(model, F.cross_entropy, lr=lr, steps=3, engine="autodiff")
     assert relative_error(found.value_and_grad(tasks)[1], wanted.value_and_grad(tasks)[1]) <= EXACT
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_nothing_may_be_left_to_form(force: Any, learned: bool) -> None:
-    force(set)
+def test_nothing_may_be_left_to_form(learned: bool) -> None:
     model = network(5, 6, 3, activation="tanh", bias=False)
     tasks = batch_of(5, 3, "cross entropy")
     lr = nn.Parameter(torch.tensor(0.1, dtype=torch.float64)) if learned else 0.1
-    found = fm.MAML(model, F.cross_entropy, lr=lr, steps=2, executor="reference")
+    found = fm.MAML(model, F.cross_entropy, lr=lr, steps=2, plan="factored")
     assert plans(found, tasks) == ["factored", "factored"]
     wanted = fm.MAML(model, F.cross_entropy, lr=lr, steps=2, engine="autodiff")
     assert relative_error(found.value_and_grad(tasks)[1], wanted.value_and_grad(tasks)[1]) <= EXACT
 
 
-def test_other_objectives_and_parameters_that_do_not_adapt(force: Any) -> None:
-    force(set)
+def test_other_objectives_and_parameters_that_do_not_adapt() -> None:
     model, tasks = tokens()
     gradients = []
-    for options in ({"executor": "reference"}, {"engine": "autodiff"}):
+    for options in ({"plan": "factored"}, {"engine": "autodiff"}):
         maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, parameters=["outside.*", "head.*"], **options)
         out = maml(tasks)
         loss = out.task_losses[1] + out.logits.square().mean()
@@ -130,6 +118,34 @@ def test_a_rate_an_element_forms_the_weights() -> None:
     assert "factored" in plans(fm.MAML(model, F.cross_entropy, lr=0.1, executor="reference"), tasks)
     lr = {n: torch.full_like(p, 0.1) for n, p in model.named_parameters()}
     assert "factored" not in plans(fm.MAML(model, F.cross_entropy, lr=lr, executor="reference"), tasks)
+
+
+@pytest.mark.parametrize("width", [8, 400])
+def test_a_plan_can_be_asked_for_against_the_costs(width: int) -> None:
+    """Narrow layers choose to be formed and wide ones not to be; either may be told otherwise, by name or all."""
+    model = network(width, width, 3, activation="tanh")
+    tasks = batch_of(width, 3, "cross entropy", (2, 3))
+    chosen = plans(fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="reference"), tasks)[0]
+    assert chosen == ("dense" if width == 8 else "factored")
+    for plan in ("dense", "factored", {"0.weight": "dense", "2.weight": "factored"}):
+        found = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, plan=plan)
+        wanted = truth(model, F.cross_entropy, tasks, 0.1, 2)[3]
+        assert relative_error(found.value_and_grad(tasks)[1], wanted) <= EXACT
+        shown = plans(fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, plan=plan, executor="reference"), tasks)
+        assert shown == (list(plan.values()) if isinstance(plan, dict) else [plan, plan])
+
+
+def test_a_plan_that_cannot_be_is_refused() -> None:
+    model = network(4, 6, 3)
+    tasks = batch_of(4, 3, "cross entropy")
+    for wrong in ("sparse", {"0.weight": "sparse"}, {"nobody": "dense"}):
+        with pytest.raises(ValueError, match="plan must"):
+            fm.MAML(model, F.cross_entropy, plan=wrong)
+    assert plans(fm.MAML(model, F.cross_entropy, plan={"0.*": "factored"}), tasks) == ["factored", "dense"]
+    with pytest.raises(ValueError, match=r"got \['\*.bias'\], possible: \['0.weight', '2.weight'\]"):
+        fm.MAML(model, F.cross_entropy, plan={"*.bias": "factored"}).value_and_grad(tasks)
+    with pytest.raises(RuntimeError, match="asked for"):
+        fm.MAML(model, F.cross_entropy, plan="factored", executor="native").value_and_grad(tasks)
 
 
 class Largest(TorchDispatchMode):
