@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from benchmarks.floor import peaks
+from benchmarks.ours import learner
 from benchmarks.workloads import Problem
 from fastmeta.core.peak import copy_rate
 from fastmeta.engine.profile import Profile, Record, collect
@@ -78,10 +79,7 @@ class Breakdown:
 
 def break_down(problem: Problem) -> Breakdown | None:
     """Profile some meta-steps of ``problem``; ``None`` where the native executor does not run them."""
-    import fastmeta as fm
-
-    maml = fm.MAML(problem.model, problem.loss, lr=problem.lr, steps=problem.steps)
-    tasks = fm.TaskBatch(support=problem.support, query=problem.query)
+    maml, tasks = learner(problem)
     maml.value_and_grad(tasks)
     blocks = []
     for _ in range(BLOCKS):

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     variants = [VARIANTS[name] for name in options.variant or VARIANTS]
     effort = Effort(options.rounds, default.slot_s, options.budget)
     comparisons = []
-    for name in options.workload or [name for name, w in WORKLOADS.items() if not w.untuned]:
+    for name in options.workload or [name for name, w in WORKLOADS.items() if w.group == "usual"]:
         comparisons.append(compare(WORKLOADS[name], variants, effort, memory=options.memory, say=_to_stderr))
         print(f"\n{comparisons[-1].title}\n{text_table(*details(comparisons[-1]))}", flush=True)
         if comparisons[-1].breakdown is not None:

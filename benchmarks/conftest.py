@@ -61,7 +61,7 @@ def chosen(config: pytest.Config, option: str, known: dict) -> list[str]:
         return list(names)
     if known is not WORKLOADS:
         return list(known)
-    return list(QUICK_WORKLOADS) if is_quick() else [name for name, w in WORKLOADS.items() if not w.untuned]
+    return list(QUICK_WORKLOADS) if is_quick() else [name for name, w in WORKLOADS.items() if w.group == "usual"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

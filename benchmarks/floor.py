@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from benchmarks.ours import learner
 from benchmarks.workloads import Problem
 from fastmeta.core import native
 from fastmeta.core.peak import peak_flops
@@ -77,10 +78,8 @@ def peaks() -> Peaks:
 
 def floor_of(problem: Problem) -> Floor:
     """The floor of ``problem``; its products are counted by ``fastmeta.MAML.explain``."""
-    import fastmeta as fm
-
-    maml = fm.MAML(problem.model, problem.loss, lr=problem.lr, steps=problem.steps)
-    flops = maml.explain(fm.TaskBatch(support=problem.support, query=problem.query)).flops
+    maml, batch = learner(problem)
+    flops = maml.explain(batch).flops
     tensors = [*problem.support, *problem.query, *problem.model.parameters(), *problem.model.parameters()]
     size = sum(t.numel() * t.element_size() for t in tensors)
     peak = peaks()

@@ -26,7 +26,6 @@ from tests.oracle import maml_loop, relative_error, relative_errors, total_error
 
 FACTOR = 2.0  # the project's law: at most twice PyTorch's own float32 error on the same work
 EXACT = 1e-9  # the same in float64, where no unit in the last place flips anything
-NUDGES = 6
 SINGLES = 4  # tasks that are looked at one by one
 
 Gradients = dict[str, Tensor]
@@ -98,22 +97,22 @@ class Gate:
         return dataclasses.replace(errors, task=error), refusal
 
 
-def open_gate(problem: Problem) -> Gate:
-    """Compute the truth and float32's own error for ``problem``, on one thread.
+def open_gate(problem: Problem, nudges: int) -> Gate:
+    """Compute the truth and float32's own error for ``problem`` and so many nudged copies, on one thread.
 
     A second thread gains little on one small task after another, and loses much where other processes want its core.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _open(problem)
+        return _open(problem, nudges)
     finally:
         torch.set_num_threads(threads)
 
 
-def _open(problem: Problem) -> Gate:
+def _open(problem: Problem, nudges: int) -> Gate:
     truth = _truth(problem)
-    copies = [problem, *(problem.nudged(seed) for seed in range(NUDGES))]
+    copies = [problem, *(problem.nudged(seed) for seed in range(nudges))]
     loop, *nudged = (_errors(_loop(p), truth) for p in copies)
     everyone = [loop, *nudged]
     worst = max(everyone, key=lambda e: e.worst)
@@ -129,7 +128,7 @@ def _single(copies: list[Problem], task: int) -> Single:
 
 def _truth(problem: Problem) -> Gradients:
     p = problem.double()
-    return maml_loop(p.model, p.loss, p.support, p.query, p.lr, p.steps)[3]
+    return maml_loop(p.model, p.loss, p.support, p.query, p.lr, p.steps, adapted_names=p.adapted)[3]
 
 
 def _loop(problem: Problem) -> Gradients:

@@ -103,7 +103,7 @@ def compare(
         say(f"{workload.name} {time.perf_counter() - begin:6.1f} s  {what}")
 
     problem = workload.build()
-    gate = open_gate(problem)
+    gate = open_gate(problem, workload.nudges)
     tell("truth and float32's own error")
     outcomes, steps = [], {}
     for variant in variants:
@@ -148,6 +148,9 @@ def _admit(variant: Variant, workload: Workload, problem: Problem, gate: Gate) -
     """Prepare a variant on its own copy of the model and let it through only with the right gradient."""
     outcome = Outcome(variant.name, variant.peer, variant.kind, variant.about)
     own = dataclasses.replace(problem, model=copy.deepcopy(problem.model))
+    if problem.adapted is not None and not variant.partial:
+        outcome.status, outcome.reason = "unsupported", "adapts every parameter"
+        return outcome, None
     if variant.probe:
         outcome.reason = probe.refusal(workload.name, variant.name, workload.compile_s)
         if outcome.reason:

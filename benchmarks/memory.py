@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peers.base import Variant
-from benchmarks.workloads import WORKLOADS, Problem
+from benchmarks.workloads import Problem, named
 
 TIMEOUT_S = 240
 STATUS = Path("/proc/self/status")
@@ -98,15 +98,15 @@ def _field(name: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", choices=sorted(WORKLOADS))
+    parser.add_argument("workload", help="as benchmarks.workloads.named reads it")
     parser.add_argument("variant")
     options = parser.parse_args(arguments)
 
     from benchmarks.machine import use_threads
-    from benchmarks.variants import VARIANTS
+    from benchmarks.variants import EVERY
 
     use_threads()
-    print(json.dumps({"peak_mib": peak_mib(VARIANTS[options.variant], WORKLOADS[options.workload].build())}))
+    print(json.dumps({"peak_mib": peak_mib(EVERY[options.variant], named(options.workload).build())}))
 
 
 if __name__ == "__main__":

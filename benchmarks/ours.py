@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import fastmeta as fm
 from benchmarks.peers.base import Step, Variant
 from benchmarks.workloads import Problem
 
 
-def prepare_value_and_grad(problem: Problem) -> Step:
-    import fastmeta as fm
+def learner(problem: Problem, **options: Any) -> tuple[fm.MAML, fm.TaskBatch]:
+    """What users would write for ``problem``."""
+    maml = fm.MAML(problem.model, problem.loss, problem.lr, problem.steps, parameters=problem.adapted, **options)
+    return maml, fm.TaskBatch(support=problem.support, query=problem.query)
 
-    maml = fm.MAML(problem.model, problem.loss, lr=problem.lr, steps=problem.steps)
-    tasks = fm.TaskBatch(support=problem.support, query=problem.query)
+
+def prepare_value_and_grad(problem: Problem, **options: Any) -> Step:
+    maml, tasks = learner(problem, **options)
     return Step(lambda: maml.value_and_grad(tasks)[1])
 
 
 def prepare_backward(problem: Problem) -> Step:
-    import fastmeta as fm
-
-    maml = fm.MAML(problem.model, problem.loss, lr=problem.lr, steps=problem.steps)
-    tasks = fm.TaskBatch(support=problem.support, query=problem.query)
+    maml, tasks = learner(problem)
     parameters = dict(problem.model.named_parameters())
 
     def run() -> None:
@@ -30,6 +34,25 @@ def prepare_backward(problem: Problem) -> Step:
 
 
 OURS: tuple[Variant, ...] = (
-    Variant("fastmeta", "fastmeta", "ours", prepare_value_and_grad, "fastmeta MAML.value_and_grad"),
-    Variant("fastmeta.backward", "fastmeta", "ours", prepare_backward, "fastmeta MAML(tasks).loss.backward()"),
+    Variant("fastmeta", "fastmeta", "ours", prepare_value_and_grad, "fastmeta MAML.value_and_grad", partial=True),
+    Variant(
+        "fastmeta.backward",
+        "fastmeta",
+        "ours",
+        prepare_backward,
+        "fastmeta MAML(tasks).loss.backward()",
+        partial=True,
+    ),
+)
+
+PLANNED: tuple[Variant, ...] = tuple(
+    Variant(
+        f"fastmeta.{plan}",
+        "fastmeta",
+        "ours",
+        functools.partial(prepare_value_and_grad, plan=plan),
+        f"fastmeta MAML.value_and_grad, plan={plan!r}",
+        partial=True,
+    )
+    for plan in ("dense", "factored")
 )

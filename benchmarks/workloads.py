@@ -9,16 +9,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import sentences
 from fastmeta.core.rounding import nudged
 
 Batch = tuple[Tensor, Tensor]
+# Of the untuned and the large a workload runs only when it is named: shapes that no kernel was made for, and networks
+# of which a peer's meta-gradient takes seconds or minutes.
+Group = Literal["usual", "untuned", "large"]
 
 SEED = 20170309
 # So many that the first outputs move by about as much as another order of summation moves them: a convolution of 576
@@ -37,6 +41,11 @@ class Problem:
     lr: float
     steps: int
     note: str = ""  # what is not as the workload's name says
+    adapted: tuple[str, ...] | None = None  # names of the parameters that adapt; all of them where None
+
+    def adapts(self, name: str) -> bool:
+        """Whether the inner loop updates this parameter; the others get their meta-gradient alone."""
+        return self.adapted is None or name in self.adapted
 
     @property
     def tasks(self) -> int:
@@ -62,7 +71,8 @@ class Problem:
         """The same problem in float64."""
 
         def wide(batch: Batch) -> Batch:
-            return batch[0].double(), batch[1].double() if batch[1].is_floating_point() else batch[1]
+            x, y = (t.double() if t.is_floating_point() else t for t in batch)
+            return x, y
 
         model = copy.deepcopy(self.model).double()
         return dataclasses.replace(self, model=model, support=wide(self.support), query=wide(self.query))
@@ -79,8 +89,9 @@ class Workload:
     name: str
     title: str
     build: Callable[[], Problem]
-    untuned: bool = False  # a shape that no kernel was made for; run only when it is named
+    group: Group = "usual"
     compile_s: int = 100  # seconds that a compiled form has to get ready, in the process that tries it first
+    nudges: int = 6  # copies with nudged weights that float32's error is measured on
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -151,6 +162,38 @@ def mini84() -> Problem:
     return Problem(_seeded(lambda: conv4(3, 32, 84, 5)), F.cross_entropy, batch(1), batch(15), 0.01, 5)
 
 
+def wide() -> Problem:
+    """A perceptron of 4096 units a layer on random vectors: 160 MB of weights, of which peers hold one a task."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def batch(n: int) -> Batch:
+        return torch.randn(32, n, 4096, generator=generator), torch.randint(10, (32, n), generator=generator)
+
+    return Problem(_seeded(lambda: mlp(4096, 4096, 4096, 10)), F.cross_entropy, batch(5), batch(15), 0.01, 3)
+
+
+def square(tasks: int, steps: int, samples: int, width: int) -> Problem:
+    """A perceptron width-width-width-10 on random vectors, as many for the query as for the support set."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def batch() -> Batch:
+        x = torch.randn(tasks, samples, width, generator=generator)
+        return x, torch.randint(10, (tasks, samples), generator=generator)
+
+    return Problem(_seeded(lambda: mlp(width, width, width, 10)), F.cross_entropy, batch(), batch(), 0.01, steps)
+
+
+def minilm(*, head_only: bool) -> Problem:
+    """A pretrained sentence encoder on 5-way 1-shot intents, 25 query sentences; all its linear layers adapt, or none
+    but the head (ANIL)."""
+    model = _seeded(lambda: sentences.classifier(5))
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    chosen = ["head"] if head_only else layers
+    adapted = tuple(f"{layer}.{kind}" for layer in chosen for kind in ("weight", "bias"))
+    tasks = sentences.episodes(_data("clinc150.jsonl"), SEED, tasks=4, ways=5, shots=1, queries=5)
+    return Problem(model, F.cross_entropy, *tasks, 0.1 if head_only else 0.01, 3, adapted=adapted)
+
+
 def characters(tasks: int, ways: int, shots: int, queries: int) -> tuple[Batch, Batch, str]:
     """Few-shot episodes of 28x28 images, ink = 1: Omniglot's where the data file is found, else random strokes.
 
@@ -159,8 +202,8 @@ def characters(tasks: int, ways: int, shots: int, queries: int) -> tuple[Batch, 
     """
     rng = np.random.default_rng(SEED)
     n = shots + queries
-    path = _omniglot_file()
-    if path is None:
+    path = _data("omniglot28.npz")
+    if not path.is_file():
         images = (rng.random((tasks, ways, n, 28, 28)) < 0.1).astype(np.float32)
         note = "random images: omniglot28.npz was not found (FASTMETA_DATA names its folder)"
     else:
@@ -179,11 +222,10 @@ def characters(tasks: int, ways: int, shots: int, queries: int) -> tuple[Batch, 
     return batch(images[:, :, :shots]), batch(images[:, :, shots:]), note
 
 
-def _omniglot_file() -> Path | None:
+def _data(name: str) -> Path:
     folder = os.environ.get("FASTMETA_DATA")
     root = Path(folder) if folder else Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = root / "omniglot28.npz"
-    return path if path.is_file() else None
+    return root / name
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -211,11 +253,29 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload("omniglot_20way", "Conv4-64 28x28, 20-way 1-shot, T = 4, K = 5", lambda: omniglot(4, 20, 5, 0.1)),
         Workload("conv4_84", "Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),
-        Workload("filters_48", "Conv4-48 28x28, 10-way, T = 8, K = 1", lambda: omniglot(8, 10, 1, 0.1, 48), True),
-        Workload("kernel_5x5", "Conv4-32 28x28, 5x5, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.1, 32, kernel=5), True),
-        Workload("stride_2", "Conv4-64 28x28, stride, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.1, pool=False), True),
-        Workload("no_norm", "Conv4-64 28x28, no norm, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.01, norm=False), True),
-        Workload("ten_steps", "Conv4-64 28x28, T = 2, K = 10", lambda: omniglot(2, 5, 10, 0.05), True),
-        Workload("one_task", "Conv4-64 28x28, T = 1, K = 1", lambda: omniglot(1, 5, 1, 0.1), True),
+        Workload("filters_48", "Conv4-48 28x28, 10-way, T = 8, K = 1", lambda: omniglot(8, 10, 1, 0.1, 48), "untuned"),
+        Workload(
+            "kernel_5x5", "Conv4-32 28x28, 5x5, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.1, 32, kernel=5), "untuned"
+        ),
+        Workload(
+            "stride_2", "Conv4-64 28x28, stride, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.1, pool=False), "untuned"
+        ),
+        Workload(
+            "no_norm", "Conv4-64 28x28, no norm, T = 8, K = 1", lambda: omniglot(8, 5, 1, 0.01, norm=False), "untuned"
+        ),
+        Workload("ten_steps", "Conv4-64 28x28, T = 2, K = 10", lambda: omniglot(2, 5, 10, 0.05), "untuned"),
+        Workload("one_task", "Conv4-64 28x28, T = 1, K = 1", lambda: omniglot(1, 5, 1, 0.1), "untuned"),
+        Workload("wide", "MLP 4096-4096-4096-10, T = 32, 5 + 15, K = 3", wide, "large", nudges=1),
+        Workload("minilm", "MiniLM, T = 4, 5 + 25 sentences, K = 3", lambda: minilm(head_only=False), "large"),
+        Workload("minilm_head", "MiniLM, head, T = 4, 5 + 25, K = 3", lambda: minilm(head_only=True), "large"),
     )
 }
+
+
+def named(name: str) -> Workload:
+    """The workload of this name; ``square:T,K,N,width`` stands for :func:`square` of these."""
+    kind, _, numbers = name.partition(":")
+    if kind != "square":
+        return WORKLOADS[name]
+    tasks, steps, samples, width = map(int, numbers.split(","))
+    return Workload(name, name, lambda: square(tasks, steps, samples, width))

@@ -47,3 +47,4 @@ class Variant:
     prepare: Callable[[Problem], Step]
     about: str
     probe: bool = False  # preparing may not end: a process under a time limit tries first
+    partial: bool = False  # can adapt a part of the parameters

@@ -60,7 +60,7 @@ def _bind_task(compiled: Callable[..., Params], problem: Problem) -> Step:
 
 
 COMPILE_VMAP = Variant(
-    "compile.vmap", "torch.compile", "compiled", prepare_vmap, "torch.compile of torch.func's grad and vmap", probe=True
+    "compile.vmap", "torch.compile", "compiled", prepare_vmap, "torch.compile of torch.func's grad and vmap", True, True
 )
 COMPILE_TASK = Variant(
     "compile.task",
@@ -69,4 +69,5 @@ COMPILE_TASK = Variant(
     prepare_task,
     "torch.compile of torch.func's grad of one task, in a loop",
     probe=True,
+    partial=True,
 )

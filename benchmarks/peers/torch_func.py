@@ -21,14 +21,16 @@ def task_loss(problem: Problem) -> Callable[[Params, Tensor, Tensor, Tensor, Ten
     """The query loss of one task as a function of the shared weights."""
     model, loss = problem.model, problem.loss
 
-    def inner(p: Params, x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(model, p, (x,)), y)
+    def inner(phi: Params, others: Params, x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(model, {**others, **phi}, (x,)), y)
 
     def outer(p: Params, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
+        others = {n: v for n, v in p.items() if not problem.adapts(n)}
+        phi = {n: v for n, v in p.items() if problem.adapts(n)}
         for _ in range(problem.steps):
-            g = grad(inner)(p, xs, ys)
-            p = {n: p[n] - problem.lr * g[n] for n in p}
-        return inner(p, xq, yq)
+            g = grad(inner)(phi, others, xs, ys)
+            phi = {n: phi[n] - problem.lr * g[n] for n in phi}
+        return inner(phi, others, xq, yq)
 
     return outer
 
@@ -52,4 +54,4 @@ def prepare(problem: Problem) -> Step:
     return Step(lambda: gradient(theta, *problem.support, *problem.query))
 
 
-FUNC = Variant("torch.func", "torch.func", "eager", prepare, "torch.func grad and vmap over tasks")
+FUNC = Variant("torch.func", "torch.func", "eager", prepare, "torch.func grad and vmap over tasks", partial=True)

@@ -14,6 +14,7 @@ def prepare(problem: Problem) -> Step:
     model, loss = problem.model, problem.loss
     theta = dict(model.named_parameters())
     names, values = list(theta), list(theta.values())
+    adapted = [name for name in names if problem.adapts(name)]
     tasks = list(zip(*problem.support, *problem.query, strict=True))
 
     def run() -> dict[str, Tensor]:
@@ -22,8 +23,8 @@ def prepare(problem: Problem) -> Step:
             phi = theta
             for _ in range(problem.steps):
                 inner = loss(functional_call(model, phi, (xs,)), ys)
-                g = torch.autograd.grad(inner, list(phi.values()), create_graph=True)
-                phi = {n: p - problem.lr * d for (n, p), d in zip(phi.items(), g, strict=True)}
+                g = torch.autograd.grad(inner, [phi[n] for n in adapted], create_graph=True)
+                phi = {**phi, **{n: phi[n] - problem.lr * d for n, d in zip(adapted, g, strict=True)}}
             outer = loss(functional_call(model, phi, (xq,)), yq) / len(tasks)
             # One backward a task frees its graph at once, so this is the loop at its smallest memory.
             torch._foreach_add_(total, torch.autograd.grad(outer, values))
@@ -32,4 +33,4 @@ def prepare(problem: Problem) -> Step:
     return Step(run)
 
 
-LOOP = Variant("loop", "loop", "eager", prepare, "hand-written PyTorch loop over tasks")
+LOOP = Variant("loop", "loop", "eager", prepare, "hand-written PyTorch loop over tasks", partial=True)

@@ -1,0 +1,237 @@
+"""``python -m benchmarks.scaling``: time and memory of one meta-gradient against T, K, N and width.
+
+A perceptron of three layers, of which one number at a time is varied. fastmeta runs with the plan that it chooses, with
+every weight formed for each task, and with none formed; of the peers the quickest at each point is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.machine import THREADS, machine_line, use_threads
+from benchmarks.memory import measure_all
+from benchmarks.peers.base import Step
+from benchmarks.timing import Effort, interleave
+from benchmarks.variants import EVERY
+from benchmarks.workloads import Problem, square
+from tests.oracle import total_error
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+OURS = ("fastmeta", "fastmeta.dense", "fastmeta.factored")
+PEERS = ("loop", "torch.func", "jax.vmap", "jax.map")  # torch.compile takes minutes a point
+EFFORT = Effort(rounds=5, slot_s=0.05, budget_s=8.0)
+ALIKE = 1e-3  # of the loop's gradient, as far as another may be from it; a wrong one is at 1
+ROOM = 1 << 30  # bytes of all tasks' weights at all steps, up to which compiled peers take part
+LOOKS = {
+    "fastmeta": ("chosen plan", "#2f7f5f", "o"),
+    "fastmeta.dense": ("weights formed", "#4a90c2", "s"),
+    "fastmeta.factored": ("weights as factors", "#8a5fb0", "^"),
+    "peer": ("best peer", "#c98b3c", "x"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """T tasks of N support and N query samples, K steps, a perceptron width-width-width-10."""
+
+    tasks: int = 16
+    steps: int = 3
+    samples: int = 5
+    width: int = 256
+
+    @property
+    def name(self) -> str:
+        """As :func:`benchmarks.workloads.named` reads it."""
+        return f"square:{self.tasks},{self.steps},{self.samples},{self.width}"
+
+    def problem(self) -> Problem:
+        """The meta-gradient to compute."""
+        return square(self.tasks, self.steps, self.samples, self.width)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights of every task at every step."""
+        return 4 * self.tasks * (self.steps + 1) * (2 * self.width**2 + 10 * self.width)
+
+
+AXES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tasks": ("tasks T", (2, 4, 8, 16, 32, 64)),
+    "steps": ("inner steps K", (1, 2, 3, 5, 8)),
+    "samples": ("samples N", (1, 2, 5, 10, 20, 40)),
+    "width": ("width", (64, 128, 256, 512, 1024, 2048)),
+}
+
+
+def measure(point: Point, effort: Effort, *, memory: bool) -> dict[str, dict[str, float | None]]:
+    """Median milliseconds and peak MiB by variant.
+
+    Raises:
+        RuntimeError: a gradient is not the loop's.
+    """
+    wanted = [n for n in (*PEERS, *OURS) if not n.startswith("jax") or point.weight_bytes <= ROOM]
+    steps: dict[str, Step] = {name: EVERY[name].prepare(point.problem()) for name in wanted}
+    truth = steps["loop"].gradients(steps["loop"].run())
+    for name, step in steps.items():
+        error = total_error(step.gradients(step.run()), truth)
+        if not error <= ALIKE:
+            raise RuntimeError(f"{point.name}: the gradient of {name} must be the loop's, got an error of {error:.1e}")
+    times = interleave({name: step.run for name, step in steps.items()}, effort)
+    del steps
+    found: dict[str, dict[str, float | None]] = {
+        name: {"ms": 1e3 * median(times[name].seconds), "mib": None} for name in wanted
+    }
+    if memory:
+        best = min(PEERS, key=lambda name: found[name]["ms"] if name in found else math.inf)
+        for name, peak in measure_all(point.name, [*OURS, best]).items():
+            found[name]["mib"] = peak.peak_mib
+    return found
+
+
+def run(axes: Iterable[str], effort: Effort, *, memory: bool = True) -> dict[str, Any]:
+    """Measure every point of these axes; points that axes share are measured once."""
+    known: dict[Point, dict[str, dict[str, float | None]]] = {}
+    curves: dict[str, Any] = {}
+    for axis in axes:
+        points = [replace(Point(), **{axis: value}) for value in AXES[axis][1]]
+        for point in points:
+            if point not in known:
+                known[point] = measure(point, effort, memory=memory)
+                print(point.name, {n: round(v["ms"] or 0, 2) for n, v in known[point].items()}, file=sys.stderr)
+        curves[axis] = [{"value": value, "found": known[p]} for value, p in zip(AXES[axis][1], points, strict=True)]
+    return {"machine": machine_line(), "base": asdict(Point()), "axes": curves}
+
+
+def curve(rows: Sequence[dict[str, Any]], variant: str, what: str) -> list[float]:
+    """``ms`` or ``mib`` of a variant along an axis, NaN where there is none; of ``peer`` the quickest at each point."""
+    values = []
+    for row in rows:
+        found = row["found"]
+        name = variant
+        if variant == "peer":
+            name = min((n for n in PEERS if n in found), key=lambda n: found[n]["ms"])
+        value = found.get(name, {}).get(what)
+        values.append(math.nan if value is None else value)
+    return values
+
+
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Slope of ``log y`` by ``log x``, least squares over the upper half of the axis, where constants weigh least."""
+    pairs = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if y > 0]
+    pairs = pairs[len(pairs) // 2 - 1 :]
+    if len(pairs) < 2:
+        return math.nan
+    x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def document(data: dict[str, Any]) -> str:
+    """docs/performance.md."""
+    base = Point(**data["base"])
+    about = (
+        f"A perceptron width-width-width-10 with ReLU and cross-entropy. Where nothing else is said T = {base.tasks}, "
+        f"K = {base.steps}, N = {base.samples} support and as many query samples, width {base.width}. *Formed* is "
+        '`plan="dense"`, *factors* `plan="factored"`, *chosen* `plan="auto"`. The best peer is the quickest of '
+        f"{', '.join(f'`{name}`' for name in PEERS)} at each point; jitted JAX takes part up to {ROOM >> 20} MiB of "
+        "weights of all tasks and steps. Memory is the peak above what was resident before."
+    )
+    lines = [
+        "# Performance",
+        "",
+        "How time and memory of one meta-gradient grow. Written by `python -m benchmarks.scaling` from",
+        "[scaling.json](../benchmarks/results/scaling.json).",
+        "",
+        f"Measured on: {data['machine']}",
+        "",
+        about,
+        "",
+        "![time and memory](../benchmarks/results/scaling.png)",
+    ]
+    exponents = []
+    for axis, rows in data["axes"].items():
+        title = AXES[axis][0]
+        xs = [row["value"] for row in rows]
+        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        heads = [title, *(f"{LOOKS[v][0]}, {unit}" for unit in ("ms", "MiB") for v in LOOKS), "best peer / chosen"]
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        columns = [curve(rows, v, what) for what in ("ms", "mib") for v in LOOKS]
+        ratio = [p / o for p, o in zip(curve(rows, "peer", "ms"), curve(rows, "fastmeta", "ms"), strict=True)]
+        for i, x in enumerate(xs):
+            cells = [str(x), *(_number(column[i]) for column in columns), f"{ratio[i]:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        slopes = [_number(exponent(xs, column)) for column in columns]
+        exponents.append("| " + " | ".join([title, *slopes]) + " |")
+    heads = ["by", *(f"{LOOKS[v][0]}, {what}" for what in ("time", "memory") for v in LOOKS)]
+    lines += ["", "## Exponents", "", "Of a power law fitted to the upper half of each axis.", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *exponents, ""]
+    return "\n".join(lines)
+
+
+def picture(data: dict[str, Any]) -> bytes:
+    """PNG: time above, memory below, one column an axis."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axes = data["axes"]
+    figure = Figure(figsize=(4 * len(axes), 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for column, (axis, rows) in enumerate(axes.items()):
+        for line, (what, unit) in enumerate((("ms", "time, ms"), ("mib", "peak memory, MiB"))):
+            plot = figure.add_subplot(2, len(axes), line * len(axes) + column + 1)
+            drawn: list[float] = []
+            for variant, (label, colour, marker) in LOOKS.items():
+                xs, ys = [row["value"] for row in rows], curve(rows, variant, what)
+                drawn += ys
+                plot.plot(xs, ys, marker=marker, color=colour, label=label, markersize=5, linewidth=1.4)
+            plot.set_xscale("log", base=2)
+            if any(y > 0 for y in drawn):
+                plot.set_yscale("log")
+            plot.set_xlabel(AXES[axis][0])
+            plot.grid(alpha=0.25)
+            if column == 0:
+                plot.set_ylabel(unit)
+            if column == 0 and line == 0:
+                plot.legend(fontsize=8)
+    figure.suptitle(data["machine"], fontsize=6)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write scaling.json, scaling.png and docs/performance.md; or write the last two anew."""
+    from fastmeta.core import files
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--axis", action="append", choices=list(AXES), help="default: all")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--render", action="store_true", help="measure nothing; write picture and document anew")
+    options = parser.parse_args(arguments)
+    path = RESULTS / "scaling.json"
+    if not options.render:
+        use_threads(options.threads)
+        files.write_json(path, run(options.axis or AXES, EFFORT))
+    data = json.loads(path.read_text())
+    files.write_bytes(RESULTS / "scaling.png", picture(data))
+    files.write_text(DOCUMENT, document(data))
+
+
+if __name__ == "__main__":
+    main()
