@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastmeta.core import checks, files, native, rounding
+from fastmeta.core import checks, files, native, product, rounding
 from fastmeta.core.dispatch import Backend, select
+from tests.oracle import relative_error
 
 X = torch.zeros(2, 3)
 
@@ -152,3 +153,24 @@ def test_nudged_weights_are_a_few_units_in_the_last_place_away() -> None:
     again, other = (rounding.nudged(model, seed, ulps=4).weight for seed in (1, 2))
     assert torch.equal(again, moved.weight)
     assert not torch.equal(other, moved.weight)
+
+
+@pytest.mark.parametrize("quicker", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (100, 96, 130), (1, 900, 700), (700, 25, 900), (25, 900, 700)])
+def test_products_by_either_library(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], quicker: bool
+) -> None:
+    if quicker and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(product, "onednn_is_quicker", lambda: quicker)
+    torch.manual_seed(0)
+    m, k, n = shape
+    a, b, bias = torch.randn(m, k), torch.randn(k, n), torch.randn(n)
+    truth = a.double() @ b.double()
+    for left in (a, a.t().contiguous().t(), torch.stack([a, a], 1)[:, 0]):
+        for right in (b, b.t().contiguous().t()):
+            assert relative_error(product.product(left, right), truth) <= 1e-6
+            assert relative_error(product.linear(left, right.t(), bias), truth + bias) <= 1e-6
+    a.requires_grad_()
+    product.product(a, b).sum().backward()  # where autograd records, it can differentiate
+    assert relative_error(a.grad, b.sum(1).expand(m, k)) <= 1e-5

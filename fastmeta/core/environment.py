@@ -52,13 +52,23 @@ def cores() -> int:
 @functools.cache
 def processor() -> str:
     """The processor's own name where the system tells it, else its architecture."""
+    return _of_cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def vendor() -> str:
+    """The processor's maker as it names itself, such as ``GenuineIntel``; empty where the system does not tell."""
+    return _of_cpuinfo("vendor_id")
+
+
+def _of_cpuinfo(*keys: str) -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
+            if key.strip() in keys and value.strip():
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def native_build() -> dict[str, Any]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fastmeta.core.product import linear, product
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class LowRank:
 
     def of_rows(self, x: Tensor) -> Tensor:
         """``x W^T``, eq. (10): ``[T, R, in] -> [T, R, out]``."""
-        y = None if self.shared is None else F.linear(x, self.shared)
+        y = None if self.shared is None else linear(x.flatten(0, 1), self.shared).unflatten(0, x.shape[:2])
         for left, right in self.factors:
             y = _add_product(y, torch.bmm(x, right.mT), left)
         return _require(y)
 
     def of_cotangents(self, d: Tensor) -> Tensor:
         """``d W``, eq. (11): ``[T, R, out] -> [T, R, in]``."""
-        y = None if self.shared is None else torch.matmul(d, self.shared)
+        y = None if self.shared is None else product(d.flatten(0, 1), self.shared).unflatten(0, d.shape[:2])
         for left, right in self.factors:
             y = _add_product(y, torch.bmm(d, left.mT), right)
         return _require(y)
@@ -61,7 +62,7 @@ class LowRank:
         total = None
         for left, right in self.factors:
             a, b = left.flatten(0, 1).t(), right.flatten(0, 1)
-            total = torch.mm(a, b) if total is None else total.addmm_(a, b)
+            total = product(a, b) if total is None else total.add_(product(a, b))
         return _require(total)
 
     def formed(self) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastmeta.core.low_rank import LowRank
+from fastmeta.core.product import linear, product
 
 Weight = Tensor | LowRank
 
@@ -23,8 +23,10 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return y if bias is None else y.add_(bias.unsqueeze(1) if bias.dim() == 2 else bias)
     if weight.dim() == 2:
         if bias is None or bias.dim() == 1:
-            return F.linear(x, weight, bias)
-        return F.linear(x, weight).add_(bias.unsqueeze(1))
+            return linear(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2])
+        return linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2]).add_(bias.unsqueeze(1))
+    if weight.shape[0] == 1:
+        return linear(x[0], weight[0], bias[0] if bias is not None and bias.dim() == 2 else bias).unsqueeze(0)
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(1) if bias.dim() == 2 else bias, x, weight.mT)
@@ -34,14 +36,16 @@ def input_cotangent(d_y: Tensor, weight: Weight) -> Tensor:
     """``d_x = d_y W``."""
     if isinstance(weight, LowRank):
         return weight.of_cotangents(d_y)
-    return torch.matmul(d_y, weight) if weight.dim() == 2 else torch.bmm(d_y, weight)
+    if weight.dim() == 2:
+        return product(d_y.flatten(0, 1), weight).unflatten(0, d_y.shape[:2])
+    return product(d_y[0], weight[0]).unsqueeze(0) if weight.shape[0] == 1 else torch.bmm(d_y, weight)
 
 
 def weight_cotangent(d_y: Tensor, x: Tensor, shared: bool) -> Tensor:
     """``d_W = d_y^T x``, ``[T, out, in]``; summed over tasks, ``[out, in]``, as one product over stacked rows."""
     if shared:
-        return torch.mm(d_y.flatten(0, 1).t(), x.flatten(0, 1))
-    return torch.bmm(d_y.mT, x)
+        return product(d_y.flatten(0, 1).t(), x.flatten(0, 1))
+    return product(d_y[0].t(), x[0]).unsqueeze(0) if x.shape[0] == 1 else torch.bmm(d_y.mT, x)
 
 
 def bias_cotangent(d_y: Tensor, shared: bool) -> Tensor:
@@ -59,12 +63,12 @@ def tangent(
         return None if bias_dot is None else bias_dot.unsqueeze(1).expand(-1, x.shape[1], -1)
     if x_dot is None:
         return forward(x, weight_dot, bias_dot)
-    if isinstance(weight, LowRank) or isinstance(weight_dot, LowRank):
-        return forward(x, weight_dot, bias_dot).add_(forward(x_dot, weight, None))
-    if weight.dim() == 3:
-        return forward(x, weight_dot, bias_dot).baddbmm_(x_dot, weight.mT)
-    y_dot = F.linear(x_dot, weight).baddbmm_(x, weight_dot.mT)
-    return y_dot if bias_dot is None else y_dot.add_(bias_dot.unsqueeze(1))
+    if not isinstance(weight, LowRank) and not isinstance(weight_dot, LowRank) and x.shape[0] > 1:
+        if weight.dim() == 3:
+            return forward(x, weight_dot, bias_dot).baddbmm_(x_dot, weight.mT)
+        y_dot = forward(x_dot, weight, None).baddbmm_(x, weight_dot.mT)
+        return y_dot if bias_dot is None else y_dot.add_(bias_dot.unsqueeze(1))
+    return forward(x, weight_dot, bias_dot).add_(forward(x_dot, weight, None))
 
 
 def input_cotangent_dot(
@@ -74,10 +78,10 @@ def input_cotangent_dot(
     straight = None if d_y_dot is None else input_cotangent(d_y_dot, weight)
     if d_y is None or weight_dot is None:
         return straight
-    if isinstance(weight_dot, LowRank):
-        product = weight_dot.of_cotangents(d_y)
-        return product if straight is None else straight.add_(product)
-    return torch.bmm(d_y, weight_dot) if straight is None else straight.baddbmm_(d_y, weight_dot)
+    if straight is not None and not isinstance(weight_dot, LowRank) and weight_dot.shape[0] > 1:
+        return straight.baddbmm_(d_y, weight_dot)
+    bent = input_cotangent(d_y, weight_dot)
+    return bent if straight is None else straight.add_(bent)
 
 
 def weight_cotangent_dot(
@@ -89,8 +93,8 @@ def weight_cotangent_dot(
         return straight
     if straight is None:
         return weight_cotangent(d_y, x_dot, shared)
-    if shared:
-        return straight.addmm_(d_y.flatten(0, 1).t(), x_dot.flatten(0, 1))
+    if shared or x.shape[0] == 1:
+        return straight.add_(weight_cotangent(d_y, x_dot, shared))
     return straight.baddbmm_(d_y.mT, x_dot)
 
 
