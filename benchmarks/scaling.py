@@ -24,6 +24,7 @@ from benchmarks.peers.base import Step
 from benchmarks.timing import Effort, interleave
 from benchmarks.variants import EVERY
 from benchmarks.workloads import Problem, square
+from fastmeta.core import files
 from tests.oracle import total_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,18 +99,32 @@ def measure(point: Point, effort: Effort, *, memory: bool) -> dict[str, dict[str
     return found
 
 
-def run(axes: Iterable[str], effort: Effort, *, memory: bool = True) -> dict[str, Any]:
-    """Measure every point of these axes; points that axes share are measured once."""
-    known: dict[Point, dict[str, dict[str, float | None]]] = {}
-    curves: dict[str, Any] = {}
-    for axis in axes:
-        points = [replace(Point(), **{axis: value}) for value in AXES[axis][1]]
-        for point in points:
-            if point not in known:
-                known[point] = measure(point, effort, memory=memory)
-                print(point.name, {n: round(v["ms"] or 0, 2) for n, v in known[point].items()}, file=sys.stderr)
-        curves[axis] = [{"value": value, "found": known[p]} for value, p in zip(AXES[axis][1], points, strict=True)]
-    return {"machine": machine_line(), "base": asdict(Point()), "axes": curves}
+def run(axes: Iterable[str], effort: Effort, *, memory: bool = True, path: Path | None = None) -> dict[str, Any]:
+    """Measure every point of these axes, each once; with ``path`` what is done is kept there and not done again."""
+    data: dict[str, Any] = {"machine": machine_line(), "base": asdict(Point()), "axes": list(axes), "points": {}}
+    if path is not None and path.is_file():
+        earlier = json.loads(path.read_text())
+        if (earlier["machine"], earlier["base"]) == (data["machine"], data["base"]):
+            data["points"] = earlier["points"]
+    for axis in data["axes"]:
+        for _, point in points_of(axis):
+            if point.name in data["points"]:
+                continue
+            found = data["points"][point.name] = measure(point, effort, memory=memory)
+            print(point.name, {name: round(each["ms"] or 0, 2) for name, each in found.items()}, file=sys.stderr)
+            if path is not None:
+                files.write_json(path, data)
+    return data
+
+
+def points_of(axis: str) -> list[tuple[int, Point]]:
+    """The values of an axis and their points."""
+    return [(value, replace(Point(), **{axis: value})) for value in AXES[axis][1]]
+
+
+def rows_of(data: dict[str, Any], axis: str) -> list[dict[str, Any]]:
+    """What was found along an axis."""
+    return [{"value": value, "found": data["points"][point.name]} for value, point in points_of(axis)]
 
 
 def curve(rows: Sequence[dict[str, Any]], variant: str, what: str) -> list[float]:
@@ -159,8 +174,8 @@ def document(data: dict[str, Any]) -> str:
         "![time and memory](../benchmarks/results/scaling.png)",
     ]
     exponents = []
-    for axis, rows in data["axes"].items():
-        title = AXES[axis][0]
+    for axis in data["axes"]:
+        title, rows = AXES[axis][0], rows_of(data, axis)
         xs = [row["value"] for row in rows]
         lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
         heads = [title, *(f"{LOOKS[v][0]}, {unit}" for unit in ("ms", "MiB") for v in LOOKS), "best peer / chosen"]
@@ -188,7 +203,8 @@ def picture(data: dict[str, Any]) -> bytes:
     axes = data["axes"]
     figure = Figure(figsize=(4 * len(axes), 7), layout="constrained")
     FigureCanvasAgg(figure)
-    for column, (axis, rows) in enumerate(axes.items()):
+    for column, axis in enumerate(axes):
+        rows = rows_of(data, axis)
         for line, (what, unit) in enumerate((("ms", "time, ms"), ("mib", "peak memory, MiB"))):
             plot = figure.add_subplot(2, len(axes), line * len(axes) + column + 1)
             drawn: list[float] = []
@@ -216,18 +232,22 @@ def _number(value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and write scaling.json, scaling.png and docs/performance.md; or write the last two anew."""
-    from fastmeta.core import files
+    """Measure and write scaling.json, scaling.png and docs/performance.md; or write the last two anew.
 
+    What an interrupted run has measured on the same machine is not measured again.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--axis", action="append", choices=list(AXES), help="default: all")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--render", action="store_true", help="measure nothing; write picture and document anew")
+    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
     options = parser.parse_args(arguments)
     path = RESULTS / "scaling.json"
     if not options.render:
         use_threads(options.threads)
-        files.write_json(path, run(options.axis or AXES, EFFORT))
+        if options.again:
+            path.unlink(missing_ok=True)
+        files.write_json(path, run(options.axis or AXES, EFFORT, path=path))
     data = json.loads(path.read_text())
     files.write_bytes(RESULTS / "scaling.png", picture(data))
     files.write_text(DOCUMENT, document(data))

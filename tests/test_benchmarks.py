@@ -259,11 +259,13 @@ def test_relative_errors_of_null_and_non_finite_gradients() -> None:
         relative_errors({"a": truth["a"]}, truth)
 
 
-def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
     monkeypatch.setattr(scaling, "PEERS", ("loop", "torch.func"))
-    data = scaling.run(["width"], BRIEF, memory=RESET.exists())
-    rows = data["axes"]["width"]
+    path = tmp_path / "scaling.json"
+    data = scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
+    assert scaling.run(["width"], BRIEF, path=path) == data == json.loads(path.read_text())  # nothing is done again
+    rows = scaling.rows_of(data, "width")
     assert scaling.curve(rows, "peer", "ms") == [
         min(row["found"][n]["ms"] for n in ("loop", "torch.func")) for row in rows
     ]

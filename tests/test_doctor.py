@@ -158,6 +158,9 @@ def test_calibration_is_measured_kept_and_used(
     assert 1e9 < found.flops < 1e14
     assert 1e8 < found.bytes < 1e13
     assert 1e-7 < found.call_s < 1e-2
+    assert found.near > 1e9
+    assert found.native > 1e8
+    assert found.cache <= found.last * 64
     assert json.loads(call(capsys, "doctor", "--json")[1])["rates"]["flops"] == found.flops
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)  # another number of threads is another machine
@@ -167,7 +170,14 @@ def test_calibration_is_measured_kept_and_used(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("content", ["{", '{"%s": {}}', '{"%s": {"flops": -1, "bytes": 1, "cache": 1, "call_s": 1}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"%s": {}}',
+        '{"%s": {"flops": -1, "native": 1, "bytes": 1, "near": 1, "cache": 1, "last": 1, "call_s": 1}}',
+    ],
+)
 def test_rates_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str) -> None:
     monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path))
     rates.file().write_text(content.replace("%s", rates._machine()))

@@ -80,7 +80,8 @@ def render(report: dict[str, Any]) -> str:
 def _rates(found: dict[str, Any]) -> list[str]:
     origin = f"measured; {found['file']}" if found["measured"] else "defaults; --calibrate measures this machine's"
     return [
-        f"  {found['flops'] / 1e9:.0f} GFLOP/s, memory {found['bytes'] / 1e9:.0f} GB/s",
-        f"  cache {found['cache'] >> 10} KiB, call {found['call_s'] * 1e6:.1f} us",
+        f"  {found['flops'] / 1e9:.0f} GFLOP/s, native {found['native'] / 1e9:.0f} GFLOP/s",
+        f"  memory {found['bytes'] / 1e9:.0f} GB/s, last-level cache {found['near'] / 1e9:.0f} GB/s",
+        f"  caches {found['cache'] >> 10} and {found['last'] >> 10} KiB a thread, call {found['call_s'] * 1e6:.1f} us",
         f"  {origin}",
     ]

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,21 @@ class Rates:
 
     Attributes:
         flops: float32 operations a second of a large matrix product.
+        native: the same of the native executor's products of matrices in cache.
         bytes: of memory a second, read and written.
+        near: the same of the last-level cache.
         cache: bytes in which the weights of one task stay at hand: a core's second-level cache.
+        last: bytes of the last-level cache that one thread may fill.
         call_s: seconds that a call of the task-batched executor takes beside its work.
         measured: whether these are this machine's own.
     """
 
     flops: float = 2e11
+    native: float = 3e11
     bytes: float = 2e10
+    near: float = 5e10
     cache: int = 1 << 20
+    last: int = 8 << 20
     call_s: float = 1.5e-5
     measured: bool = False
 
@@ -52,7 +58,7 @@ def _known(path: Path, machine: str) -> Rates:
     found = _stored(path).get(machine)
     if found is None:
         return Rates()
-    names = "flops", "bytes", "cache", "call_s"
+    names = [field.name for field in fields(Rates) if field.name != "measured"]
     values: dict[str, Any] = {name: found.get(name) if isinstance(found, dict) else None for name in names}
     if not all(isinstance(value, (int, float)) and value > 0 for value in values.values()):
         said = f"{path} holds no rates for this machine that can be used; run: fastmeta doctor --calibrate"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fastmeta.core import native
+from fastmeta.core.peak import copy_rate, peak_flops
 from fastmeta.core.rates import Rates
 from fastmeta.core.task_op import Call, Need
 from fastmeta.ops.linear.op import Linear
@@ -15,13 +18,19 @@ from fastmeta.ops.linear.op import Linear
 PRODUCT = 1024  # rows and columns of the product that is timed
 COPIED = 32 << 20  # bytes, far above the caches
 TRIALS, CALLS = 12, 500
-SECOND_LEVEL = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+NEAR = 4 << 20  # bytes, between the second-level cache and the last
+# Parts of the processor's peak, and of a copy's rate, that the native executor's products reach with weights in the
+# second-level cache, and beyond it: 350 of 500 GFLOP/s, 50 of 260 GB/s (AMD Zen 5, two threads).
+REACHED, REACHED_NEAR = 0.65, 0.2
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def measure() -> Rates:
-    """Measure now: a product of 1024 x 1024 matrices, a copy of 32 MiB, and calls of an operation on single elements.
+    """Measure now.
 
-    Of each the quickest of many trials counts. Takes about a second.
+    A product of 1024 x 1024 matrices; copies far above the caches, and within the last of them; calls of an operation
+    on single elements; the processor's peak, of which the native executor reaches a part. Of each the quickest of many
+    trials counts. Takes about a second.
     """
     with torch.no_grad():
         a, b, c = torch.rand(PRODUCT, PRODUCT), torch.rand(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
@@ -29,7 +38,13 @@ def measure() -> Rates:
         copy = torch.empty_like(source)
         product = _least(lambda: torch.mm(a, b, out=c))
         copied = _least(lambda: copy.copy_(source))
-        return Rates(2 * PRODUCT**3 / product, 2 * COPIED / copied, _second_level(), _call_s(), measured=True)
+        rates = Rates(2 * PRODUCT**3 / product, bytes=2 * COPIED / copied, call_s=_call_s(), measured=True)
+    threads = torch.get_num_threads()
+    rates = replace(rates, cache=_cache(2, rates.cache), last=_cache(3, rates.last * threads) // threads)
+    if native.extension() is None:
+        return rates
+    near = REACHED_NEAR * copy_rate(min(NEAR, rates.last), threads)
+    return replace(rates, native=REACHED * peak_flops(torch.float32, threads), near=near)
 
 
 def _call_s() -> float:
@@ -49,13 +64,14 @@ def _call_s() -> float:
     return _least(sweep) / CALLS / 4
 
 
-def _second_level() -> int:
+def _cache(level: int, otherwise: int) -> int:
+    """Bytes of a cache of the first core, where the system tells."""
     try:
-        text = SECOND_LEVEL.read_text().strip()
+        text = (CACHES / f"index{level}" / "size").read_text().strip()
     except OSError:
-        return Rates.cache
+        return otherwise
     unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:])
-    return int(text[:-1]) * unit if unit and text[:-1].isdigit() else Rates.cache
+    return int(text[:-1]) * unit if unit and text[:-1].isdigit() else otherwise
 
 
 def _least(call: Callable[[], object]) -> float:

@@ -111,6 +111,7 @@ class _Costs:
         self._shared = k * n * (1 + back) * (1 + again) + m * (1 + back) + m + again * k * n * (1 + back)
         self._shared_products = k * (1 + back) * (1 + again) + 3
         pairs = (1 + 3 * again) * k * (k - 1) // 2 * n * n + (1 + again) * k * m * n  # rows that meet rows
+        self._pair_products = (1 + 3 * again) * k * (k - 1) // 2 + (1 + again) * k
         self._pairs = 2 * pairs * (op.fan_in + op.fan_out)
 
     @property
@@ -129,10 +130,16 @@ class _Costs:
         return 2 * (self._shared * self._elements + self._pairs)
 
     def formed_seconds(self, rates: Rates) -> float:
+        """By the native executor, a task a thread: its weights at all steps lie in one of the caches, or in memory."""
         size = self._elements * self._item
-        moved = size * self._formed_products if size * (self._steps + 1) > rates.cache else 0
-        return self._tasks * max(self.formed_flops / rates.flops, moved / rates.bytes)
+        held = size * (self._steps + 1)
+        moved = size * self._formed_products if held > rates.cache else 0
+        return self._tasks * max(
+            self.formed_flops / rates.native, moved / (rates.near if held <= rates.last else rates.bytes)
+        )
 
     def factored_seconds(self, rates: Rates) -> float:
+        """By the task-batched executor: each pair of factors is two calls in every map it takes part in."""
         moved = self._elements * self._item * self._shared_products
-        return max(self._tasks * self.factored_flops / rates.flops, moved / rates.bytes)
+        calls = 2 * self._pair_products * rates.call_s
+        return calls + max(self._tasks * self.factored_flops / rates.flops, moved / rates.bytes)
