@@ -90,8 +90,7 @@ class Call {
   // The gradients; every other result goes where its tensor lies, and none where that is None.
   py::list run(std::int64_t tasks, py::handle alpha, const py::list& parameters, const py::sequence& support,
                const py::sequence& query, py::handle d_losses, py::handle d_alpha, py::handle loss, py::handle losses,
-               py::handle support_losses, py::handle outputs, int threads,
-               Profile* profile) const {
+               py::handle support_losses, py::handle outputs, int threads, Profile* profile) const {
     Addresses<R> addresses;
     py::list gradients;
     Request<R> request = constant_;

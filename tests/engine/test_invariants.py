@@ -201,8 +201,7 @@ def test_the_native_executor_runs_them_once() -> None:
     assert calls["4", "support", "forward"] == calls["4", "support", "tangent_backward"] == 3 * T
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_running_statistics_follow_every_pass(executor: str) -> None:
+def test_running_statistics_follow_every_pass() -> None:
     """A training pass over a body that does not adapt still moves its statistics, at every step as a loop does."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, WAYS)).double()
