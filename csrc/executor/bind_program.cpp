@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../callback/kernels.h"
 #include "../conv_block/kernels.h"
 #include "../data/kernels.h"
 #include "../flatten/kernels.h"
@@ -193,6 +195,49 @@ void describe_conv(const py::dict& d, Operation& operation) {
   operation.f64 = [](Isa isa) { return conv_block::table_of(isa).f64; };
 }
 
+py::object view_of(const callback::Buffer& buffer) {
+  if (buffer.address == nullptr) return py::none();
+  return py::memoryview::from_memory(const_cast<void*>(buffer.address), buffer.bytes);
+}
+
+template <std::size_t n>
+py::tuple views_of(const callback::Buffer (&buffers)[n]) {
+  py::tuple views(n);
+  for (std::size_t i = 0; i < n; ++i) views[i] = view_of(buffers[i]);
+  return views;
+}
+
+void describe_callback(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<callback::Shape>();
+  shape->rows = get<std::int64_t>(d, "rows");
+  shape->features = get<std::int64_t>(d, "features");
+  const auto copy = [&](const char* key, std::int64_t* to) {
+    const auto values = get<std::vector<std::int64_t>>(d, key);
+    std::copy(values.begin(), values.end(), to);
+  };
+  copy("x_rows", shape->x_rows);
+  copy("x_features", shape->x_features);
+  copy("x_bytes", shape->x_bytes);
+  copy("weights", shape->weights);
+  // Threads of the executor's call it, and none of them has the interpreter's lock then.
+  const std::shared_ptr<py::object> function(new py::object(d["call"]), [](py::object* held) {
+    const py::gil_scoped_acquire lock;
+    delete held;
+  });
+  shape->call = [function](callback::Map map, const callback::Buffers& b) {
+    const py::gil_scoped_acquire lock;
+    try {
+      (*function)(static_cast<int>(map), reinterpret_cast<std::uintptr_t>(b.key), view_of(b.y), view_of(b.y_dot),
+                  views_of(b.x), views_of(b.w));
+    } catch (py::error_already_set& error) {  // it keeps its errors itself, but the interpreter may be ending
+      error.discard_as_unraisable("fastmeta's native executor");
+    }
+  };
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return callback::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return callback::table_of(isa).f64; };
+}
+
 Operation operation_of(const py::dict& d) {
   Operation operation;
   int i = 0;
@@ -211,6 +256,7 @@ Operation operation_of(const py::dict& d) {
   else if (name == "pool") describe_pool(d, operation);
   else if (name == "pointwise") describe_pointwise(d, operation);
   else if (name == "loss") describe_loss(d, operation);
+  else if (name == "callback") describe_callback(d, operation);
   else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);
   return operation;
 }

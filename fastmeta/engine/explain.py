@@ -25,7 +25,8 @@ class Row:
         shape: of one task's result.
         plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
             or ``shared`` where no task has its own.
-        backend: who runs it.
+        backend: who runs it: ``native``, ``reference``, or ``callback`` for what the native executor has the
+            operation's own maps for.
         flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
@@ -147,9 +148,12 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         executor = f"reference, because {refusal}"
     else:
         calls = cost.paired(programs.support, programs.query)
-        collected = native.collected(work, learned=work.alpha.requires_grad)
+        collected = {id(call) for call in native.collected(work, learned=work.alpha.requires_grad)}
+        cuts = {id(call): reason for call, reason in native.cuts[0]}
         rows = tuple(
-            _row(call, "native", cost.flops(work, call, query), 0, 0, collected=any(call is c for c in collected))
+            _row(call, "callback", cost.flops(work, call, query), 0, 0, f"called back: {cuts[id(call)]}")
+            if id(call) in cuts
+            else _row(call, "native", cost.flops(work, call, query), 0, 0, collected=id(call) in collected)
             for call, query in calls
         )
         kept = native.kept(work, learned=work.alpha.requires_grad)
@@ -158,6 +162,8 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
         sharing = f"tasks at once: {at_once}, each in {room:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
         executor = f"native, instruction set {native.instruction_set}, {sharing}"
+        if cuts:
+            executor += f", cut at operations without kernels: {len(cuts)}"
     return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept, once)
 
 
@@ -187,10 +193,17 @@ def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict
 
 
 def _row(
-    instruction: Instruction, backend: str, flops: int, saved: int, cotangents: int, *, collected: bool = False
+    instruction: Instruction,
+    backend: str,
+    flops: int,
+    saved: int,
+    cotangents: int,
+    reason: str = "",
+    *,
+    collected: bool = False,
 ) -> Row:
     route = instruction.later
-    reason = instruction.reason
+    reason = reason or instruction.reason
     if route.single and not reason:
         reason = "no task differs: runs once"
     elif instruction.invariant and not reason:
@@ -200,7 +213,7 @@ def _row(
     factored = Need.FACTORS in route.need
     if factored and not reason:
         reason = "fewer operations: the weight of each task is the shared one and products of few rows"
-    formed = "resident" if backend == "native" else "shared" if route.single else "dense"
+    formed = "resident" if backend != "reference" else "shared" if route.single else "dense"
     return Row(
         instruction.module,
         instruction.op.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.core import native
+from fastmeta.core.rates import Rates
+from fastmeta.engine.callback import Callbacks, Failures
+from fastmeta.engine.cut import pays
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.factor import WEIGHT, plan_of
 from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
@@ -25,6 +29,9 @@ _NONE = torch.empty(0)
 class NativeStep:
     """A meta-step that csrc/executor runs.
 
+    Attributes:
+        cuts: of support and query, the instructions without kernels, which it calls back for, and why.
+
     Raises:
         NotLowered: the programs have an operation without native kernels, or the extension is missing.
     """
@@ -36,13 +43,17 @@ class NativeStep:
         graph = query.graph
         if graph.values[graph.loss].dtype not in (torch.float32, torch.float64):
             raise NotLowered(f"the loss is of {graph.values[graph.loss].dtype}")
-        lowered = [lower(program, query.outer) for program in (support, query)]
+        self._both, self._failures = (support, query), Failures()
+        lowered = [lower(program, query.outer, self._failures) for program in (support, query)]
         self._lowered = lowered[1]
+        self.cuts = [one.cuts for one in lowered]
         if lowered[0].buffers != lowered[1].buffers:
             raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
         self._programs = lowered[0].program, lowered[1].program
+        called = [o["call"] for p in self._programs for o in p["operations"] if o["operation"] == "callback"]
+        self._callbacks = Callbacks(called, self._failures) if called else None
         self._operands = [one.operands for one in lowered]
         self._weights = [_weight_of(one.instruction, support) for one in self._operands[0]]
         self._isa = extension.instruction_set
@@ -62,6 +73,16 @@ class NativeStep:
     def instruction_set(self) -> str:
         """The one its kernels are compiled for."""
         return self._isa()
+
+    def pays(self, work: Work, rates: Rates) -> bool:
+        """Whether it takes less time than the reference executor, which is asked where the program is cut."""
+        if self._callbacks is None:
+            return True
+        positions = [
+            {i for i, instruction in enumerate(p.instructions) if any(instruction is cut for cut, _ in cuts)}
+            for p, cuts in zip(self._both, self.cuts, strict=True)
+        ]
+        return pays(self._both, tuple(positions), work, rates)
 
     def kept(self, work: Work, *, learned: bool) -> dict[str, int]:
         """Named bytes kept per inner step for the adjoint of each task at work."""
@@ -166,6 +187,7 @@ class NativeStep:
                 work.alpha.new_empty(()),
                 self._outputs if outputs else None,
                 self._operands,
+                self._callbacks,
             )
         return call
 
@@ -183,6 +205,7 @@ class NativeCall:
         loss: what a loss looks like.
         outputs: where the losses of each task and the query outputs are wanted, the outputs of a task.
         operands: of the operations on support and query.
+        callbacks: what the program calls back to, if it does.
     """
 
     step: Any
@@ -193,6 +216,7 @@ class NativeCall:
     loss: Tensor
     outputs: list[Output] | None
     operands: list[tuple[Operands, ...]]
+    callbacks: Callbacks | None
 
     def run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
         """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`.
@@ -210,21 +234,22 @@ class NativeCall:
         loss = torch.empty_like(self.loss)
         d_alpha = alpha.new_zeros(alpha.shape) if self.learned else None  # in rows, however alpha lies
         profile = collecting()
-        gradients = self.native(
-            tasks,
-            alpha,
-            self.parameters,
-            support,
-            query,
-            None if cotangents is None else cotangents.losses,
-            d_alpha,
-            loss,
-            losses,
-            support_losses,
-            results[0] if results else None,
-            torch.get_num_threads(),
-            None if profile is None else profile.part(self.step, *self.operands),
-        )
+        with nullcontext() if self.callbacks is None else self.callbacks.of_one_meta_step():
+            gradients = self.native(
+                tasks,
+                alpha,
+                self.parameters,
+                support,
+                query,
+                None if cotangents is None else cotangents.losses,
+                d_alpha,
+                loss,
+                losses,
+                support_losses,
+                results[0] if results else None,
+                torch.get_num_threads(),
+                None if profile is None else profile.part(self.step, *self.operands),
+            )
         if work.check_finite:
             for k in range(work.steps):
                 require_finite(support_losses[k], f"support loss at inner step {k}")

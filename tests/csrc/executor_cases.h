@@ -3,9 +3,12 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
+#include "../../csrc/callback/kernels.h"
 #include "../../csrc/conv_block/kernels.h"
 #include "../../csrc/data/kernels.h"
 #include "../../csrc/executor/program.h"
@@ -150,6 +153,67 @@ Operation pool_of(std::int64_t n, std::int64_t channels, std::int64_t size, Pool
   return operation;
 }
 
+// y = w x^2, feature by feature, as a caller's function of the addresses it was given by earlier maps.
+template <class R>
+struct Squares {
+  std::int64_t rows, features;
+  callback::Buffers primal{}, tangent{};
+
+  static R* at(const callback::Buffer& b) { return static_cast<R*>(const_cast<void*>(b.address)); }
+
+  void operator()(callback::Map map, const callback::Buffers& b) const {
+    using callback::Map;
+    const std::int64_t row = b.y.bytes / static_cast<std::int64_t>(sizeof(R)) / rows;
+    const R *x = at(primal.x[0]), *w = at(primal.w[0]), *x_dot = at(tangent.x[0]), *w_dot = at(tangent.w[0]);
+    if (map == Map::backward || map == Map::tangent_backward)
+      for (std::int64_t j = 0; j < features; ++j) at(b.w[0])[j] = 0;
+    for (std::int64_t i = 0; i < rows * row; ++i) {
+      const std::int64_t j = i % row;
+      const bool padding = j >= features;
+      const R v = padding ? 0 : x[i], s = padding ? 0 : w[j], d = padding ? 0 : at(b.y)[i];
+      const R v_dot = x_dot == nullptr || padding ? 0 : x_dot[i], s_dot = w_dot == nullptr || padding ? 0 : w_dot[j];
+      if (map == Map::forward) {
+        at(b.y)[i] = s * v * v;
+      } else if (map == Map::tangent) {
+        at(b.y)[i] = s_dot * v * v + 2 * s * v * v_dot;
+      } else {
+        const bool second = map == Map::tangent_backward;
+        const R d_dot = second && !padding ? at(b.y_dot)[i] : 0;
+        at(b.x[0])[i] = second ? 2 * (s_dot * v + s * v_dot) * d + 2 * s * v * d_dot : 2 * s * v * d;
+        if (!padding) at(b.w[0])[j] += second ? 2 * v * v_dot * d + v * v * d_dot : v * v * d;
+      }
+    }
+  }
+};
+
+Operation squares_of(std::int64_t n, std::int64_t width, int x, int w, int y) {
+  struct Kept {
+    std::mutex mutex;
+    std::map<const void*, std::pair<callback::Buffers, callback::Buffers>> calls;
+  };
+  Operation operation;
+  auto shape = std::make_shared<callback::Shape>();
+  *shape = {n, width, {n, 0}, {width, 0}, {0, 0}, {width}, {}};
+  shape->call = [n, width, kept = std::make_shared<Kept>()](callback::Map map, const callback::Buffers& b) {
+    std::unique_lock<std::mutex> lock(kept->mutex);
+    auto& [primal, tangent] = kept->calls[b.key];
+    if (map == callback::Map::forward) primal = b;
+    if (map == callback::Map::tangent) tangent = b;
+    const callback::Buffers x = primal, x_dot = map == callback::Map::backward ? callback::Buffers{} : tangent;
+    lock.unlock();
+    if (b.item == 4)
+      Squares<float>{n, width, x, x_dot}(map, b);
+    else
+      Squares<double>{n, width, x, x_dot}(map, b);
+  };
+  operation.shape = shape;
+  FASTMETA_MAPS(operation, callback)
+  operation.x[0] = {false, x};
+  operation.w[0] = w;
+  operation.y = y;
+  return operation;
+}
+
 struct Case {
   const char* name;
   Program (*program)(std::int64_t n);
@@ -249,6 +313,17 @@ Program branches(std::int64_t n) {
   return p;
 }
 
+Program called_back(std::int64_t n) {
+  Program p;
+  p.operations = {linear(n, features, hidden, Activation::tanh, {true, 0}, 0, 0), squares_of(n, hidden, 0, 2, 1),
+                  linear(n, hidden, classes, Activation::identity, {false, 1}, 3, 2),
+                  loss_of(loss::Kind::cross_entropy, n, 2, 3)};
+  p.values = 4;
+  p.output = 2;
+  p.adapted = p.differentiated = p.parameters = 5;
+  return p;
+}
+
 // Batch norm in evaluation mode, in a convolution and elsewhere.
 Program evaluation(std::int64_t n) {
   Program p;
@@ -285,6 +360,7 @@ const Case cases[] = {
     {"branches", branches,
      {hidden * hidden, hidden, hidden * hidden, hidden, hidden * classes, classes, features * hidden, hidden}, features,
      true},
+    {"called back", called_back, {features * hidden, hidden, hidden, hidden * classes, classes}, features, true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
     {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
      true, 6},

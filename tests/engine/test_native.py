@@ -227,26 +227,6 @@ def test_values_that_are_not_finite_are_named() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("model", "loss", "reason"),
-    [
-        (nn.Sequential(nn.Linear(3, 8), nn.Softplus(), nn.Linear(8, 4)), F.mse_loss, "softplus"),
-        (network(3, 8, 4), lambda x, y: F.mse_loss(x, y) + x.square().mean(), "not the mean or the sum"),
-        (network(3, 8, 4), lambda x, y: F.huber_loss(x, y), "native kernel"),
-        (nn.Sequential(nn.Linear(3, 4), nn.GELU(approximate="tanh")), F.mse_loss, "activation"),
-    ],
-    ids=["softplus", "two losses", "another loss", "approximate gelu"],
-)
-def test_what_it_cannot_run_falls_to_the_reference_and_says_so(model, loss, reason: str) -> None:
-    model, tasks = model.double(), batch_of(3, 4, "mse")
-    maml = fm.MAML(model, loss, lr=0.1, steps=2)
-    assert relative_error(maml.value_and_grad(tasks)[1], truth(model, loss, tasks, 0.1, 2)[3]) <= EXACT
-    assert maml.explain(tasks).executor.startswith("reference, because")
-    assert reason in maml.explain(tasks).executor
-    with pytest.raises(RuntimeError, match="executor 'native' is not available here"):
-        fm.MAML(model, loss, lr=0.1, steps=2, executor="native").value_and_grad(tasks)
-
-
 def test_tied_weights_fall_to_the_reference() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -1,11 +1,16 @@
 """``lower``: a program as the flat list of operations that the native executor walks, where it has kernels for them.
 
 Neighbouring instructions become one operation: a linear layer and its activation; a convolution with the normalisation,
-activation and pooling that follow. Values that only change their shape are renamed. What has no kernel raises
-:class:`NotLowered` with the reason, and the reference executor runs the program.
+activation and pooling that follow. Values that only change their shape are renamed. The program is cut at what has no
+kernel: the executor calls back to its own maps. What cannot be met that way raises :class:`NotLowered` with the reason,
+and the reference executor runs the program.
 """
 
+from functools import partial
+
+from fastmeta.engine.callback import Failures
 from fastmeta.engine.lower import layers, losses, norms
+from fastmeta.engine.lower.callbacks import call_back
 from fastmeta.engine.lower.gram import in_gram_form, with_gram
 from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
 from fastmeta.engine.program import Program
@@ -13,14 +18,16 @@ from fastmeta.engine.program import Program
 __all__ = ["Lowered", "NotLowered", "in_gram_form", "lower", "with_gram"]
 
 
-def lower(program: Program, outer: tuple[str, ...]) -> Lowered:
+def lower(program: Program, outer: tuple[str, ...], failures: Failures) -> Lowered:
     """Lower ``program``.
 
     Args:
         program: the planned program.
         outer: names of the parameters that do not adapt and get a gradient.
+        failures: where callbacks leave their exceptions.
 
     Raises:
         NotLowered: an operation, a shape or a dtype without native kernels.
     """
-    return Lowering(program, outer).run({**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS})
+    handlers = {**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS}
+    return Lowering(program, outer).run(handlers, partial(call_back, failures=failures))

@@ -28,6 +28,9 @@ class NotLowered(Exception):
     """A program the native executor cannot run; the message is the reason ``explain()`` shows."""
 
 
+Handler = Callable[["Lowering", Instruction], None]
+
+
 @dataclass(frozen=True)
 class Lowered:
     """What the native executor is given.
@@ -38,6 +41,7 @@ class Lowered:
         buffers: names of the buffers that are read, whose numbers follow.
         output: rows and features of the query output that can be had, if there is exactly one.
         operands: one an operation.
+        cuts: the instructions without kernels, whose own maps are called back, and why.
     """
 
     program: dict[str, Any]
@@ -45,6 +49,7 @@ class Lowered:
     buffers: tuple[str, ...]
     output: tuple[int, int] | None
     operands: tuple[Operands, ...]
+    cuts: tuple[tuple[Instruction, str], ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class Value:
         return self.samples, self.channels, self.height, self.width
 
 
+def _no_kernel(lowering: Lowering, instruction: Instruction) -> None:
+    raise NotLowered(f"{instruction.op.name} ({instruction.op.call.target}) has no native kernel of its own")
+
+
 class Lowering:
     """One program on its way.
 
@@ -107,9 +116,10 @@ class Lowering:
         self._operations: list[dict[str, Any]] = []
         self._instructions: list[Instruction | None] = []  # one an operation
         self._at: Instruction | None = None  # whose handler is at work
+        self._cuts: list[tuple[Instruction, str]] = []
 
-    def run(self, handlers: Mapping[str, Callable[[Lowering, Instruction], None]]) -> Lowered:
-        """Lower all instructions, each by the handler of its operation's name."""
+    def run(self, handlers: Mapping[str, Handler], otherwise: Handler) -> Lowered:
+        """Lower all instructions, each by the handler of its operation's name, or ``otherwise`` where that cannot."""
         for instruction in self.needed:  # views of parameters stand anywhere before what reads them
             if is_rename(instruction) and instruction.inputs[0] in self._parameters:
                 self._parameters[instruction.outputs[0]] = self._parameters[instruction.inputs[0]]
@@ -117,13 +127,23 @@ class Lowering:
         for instruction in self.needed:
             if instruction.outputs[0] in self._taken or self._renames(instruction):
                 continue
-            op = instruction.op
-            handler = handlers.get(op.name)
-            if handler is None:
-                raise NotLowered(f"{op.name} ({op.call.target}) has no native kernel of its own")
             self._at = instruction
-            handler(self, instruction)
+            before = self._state()
+            try:
+                handlers.get(instruction.op.name, _no_kernel)(self, instruction)
+            except NotLowered as reason:
+                self._return_to(before)
+                otherwise(self, instruction)
+                self._cuts.append((instruction, str(reason)))
         return self._result()
+
+    def _state(self) -> tuple[Any, ...]:
+        """What a handler changes."""
+        changing = self.held, self._read, self._buffers, self._taken, self._made, self._operations, self._instructions
+        return tuple(part.copy() for part in changing)
+
+    def _return_to(self, state: tuple[Any, ...]) -> None:
+        self.held, self._read, self._buffers, self._taken, self._made, self._operations, self._instructions = state
 
     def follower(self, slot: int) -> Instruction | None:
         """The instruction that alone reads ``slot``, by whatever shape."""
@@ -295,7 +315,10 @@ class Lowering:
             "parameters": len(self.names) + len(self._buffers),
         }
         shape = None if output is None else (output.samples, output.channels)
-        return Lowered(program, self.names, tuple(self._buffers), shape, self._operands())
+        loss = self.held.get(self.graph.loss)
+        if isinstance(loss, Value) and loss.index != len(self._operations) - 1:
+            raise NotLowered("the loss is not what is computed last")
+        return Lowered(program, self.names, tuple(self._buffers), shape, self._operands(), tuple(self._cuts))
 
     def _operands(self) -> tuple[Operands, ...]:
         size = self.dtype.itemsize

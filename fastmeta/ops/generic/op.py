@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -147,9 +146,10 @@ class GenericOp(TaskOp):
     @contextlib.contextmanager
     def _environment(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
             # An overload without a batching rule runs task by task inside vmap, which is what one would do by hand.
-            warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+            warn = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+            stack.callback(warn, True)
+            warn(False)
             if base_name(self.call) == "scaled_dot_product_attention":
                 from torch.nn.attention import SDPBackend, sdpa_kernel
 

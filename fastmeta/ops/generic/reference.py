@@ -18,12 +18,12 @@ Function = Callable[[Many, Many], Many]
 
 def forward(f: Function, x: Many, c: Many) -> Many:
     """``y = f(x)``; random numbers are drawn for each task."""
-    return torch.func.vmap(f, randomness="different")(x, c)
+    return _each_task(f, x, c)
 
 
 def backward(f: Function, x: Many, c: Many, d_y: Many) -> Many:
     """``d_x = (df/dx)^T d_y``."""
-    return torch.func.vmap(lambda x, c, d_y: _pull(f, x, c, d_y))(x, c, d_y)
+    return _each_task(lambda x, c, d_y: _pull(f, x, c, d_y), x, c, d_y)
 
 
 def tangent(f: Function, x: Many, c: Many, x_dot: Many) -> Many:
@@ -32,7 +32,7 @@ def tangent(f: Function, x: Many, c: Many, x_dot: Many) -> Many:
     def one(x: Many, c: Many, x_dot: Many) -> Many:
         return torch.func.jvp(lambda *x: f(x, c), x, x_dot)[1]
 
-    return torch.func.vmap(one)(x, c, x_dot)
+    return _each_task(one, x, c, x_dot)
 
 
 def tangent_reverse(f: Function, x: Many, c: Many, x_dot: Many) -> Many:
@@ -43,7 +43,7 @@ def tangent_reverse(f: Function, x: Many, c: Many, x_dot: Many) -> Many:
         zero = tuple(torch.zeros_like(y) for y in pulled[0])
         return torch.func.vjp(pulled[1], zero)[1](x_dot)[0]
 
-    return torch.func.vmap(one)(x, c, x_dot)
+    return _each_task(one, x, c, x_dot)
 
 
 def tangent_backward(f: Function, x: Many, c: Many, x_dot: Many, d_y: Many, d_y_dot: Many) -> Many:
@@ -52,7 +52,7 @@ def tangent_backward(f: Function, x: Many, c: Many, x_dot: Many, d_y: Many, d_y_
     def one(x: Many, c: Many, x_dot: Many, d_y: Many, d_y_dot: Many) -> Many:
         return torch.func.jvp(lambda x, d_y: _pull(f, x, c, d_y), (x, d_y), (x_dot, d_y_dot))[1]
 
-    return torch.func.vmap(one)(x, c, x_dot, d_y, d_y_dot)
+    return _each_task(one, x, c, x_dot, d_y, d_y_dot)
 
 
 def tangent_backward_reverse(f: Function, x: Many, c: Many, x_dot: Many, d_y: Many, d_y_dot: Many) -> Many:
@@ -62,7 +62,14 @@ def tangent_backward_reverse(f: Function, x: Many, c: Many, x_dot: Many, d_y: Ma
         pull = torch.func.vjp(lambda *x: _pull(f, x, c, d_y), *x)[1]
         return tuple(a + b for a, b in zip(_pull(f, x, c, d_y_dot), pull(x_dot), strict=True))
 
-    return torch.func.vmap(one)(x, c, x_dot, d_y, d_y_dot)
+    return _each_task(one, x, c, x_dot, d_y, d_y_dot)
+
+
+def _each_task(one: Callable[..., Many], *args: Many) -> Many:
+    """``one`` for every task; a single task, as the native executor has it, does without batching rules."""
+    if all(value.shape[0] == 1 for many in args for value in many):
+        return tuple(value.unsqueeze(0) for value in one(*(tuple(v.squeeze(0) for v in many) for many in args)))
+    return torch.func.vmap(one, randomness="different")(*args)
 
 
 def _pull(f: Function, x: Many, c: Many, d_y: Many) -> Many:

@@ -1,0 +1,276 @@
+"""A native program cut at operations without kernels: their own maps are called back, where that pays."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta.core import native
+from fastmeta.core.task_op import Tensors
+from fastmeta.engine.callback import Callbacks
+from fastmeta.ops.activation.op import Activation
+from fastmeta.ops.generic.op import GenericOp
+from tests.engine.test_native import batch_of, both, truth
+from tests.oracle import relative_error, total_error
+
+pytestmark = pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
+EXACT = 1e-10  # float64 rounding through norms and three inner steps; a wrong term shows above 1e-3
+WAYS = 3
+
+
+class Excitation(nn.Module):
+    """Scales channels by what their means say: a product of two values that broadcast."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.layer(x.mean((2, 3))))[:, :, None, None]
+
+
+class Learned(nn.Module):
+    """Powers of values, by an exponent that adapts; a mask that does not."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.linspace(1.5, 2.5, features))
+        self.mask: Tensor
+        self.register_buffer("mask", torch.linspace(0.5, 1, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.pow(torch.sigmoid(x), self.power) * self.mask
+
+
+class Tokens(nn.Module):
+    """A task's data are numbers of rows of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, WAYS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens)).mean(1))
+
+
+def images(*blocks: Callable[[int], nn.Module]) -> nn.Module:
+    """Two convolutional blocks of 6 channels on 10 x 10 images, each with a module of its own behind."""
+    layers: list[nn.Module] = []
+    for fan_in, block in zip((2, 6), blocks, strict=True):
+        layers += [nn.Conv2d(fan_in, 6, 3, padding=1), nn.BatchNorm2d(6, track_running_stats=False), block(6)]
+        layers += [nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, WAYS))
+
+
+def image_batch(dtype: torch.dtype = torch.float64) -> fm.TaskBatch:
+    torch.manual_seed(2)
+    return fm.TaskBatch(
+        *((torch.randn(3, n, 2, 10, 10, dtype=dtype), torch.randint(WAYS, (3, n))) for n in (4, 6)),
+    )
+
+
+def rows(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 7), *modules, nn.Linear(7, WAYS))
+
+
+def smoothed(x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(x, y, label_smoothing=0.1)
+
+
+def two_terms(x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(x, y) + 0.1 * x.square().mean()
+
+
+ROWS = "cross entropy"
+CASES: dict[str, tuple[nn.Module, Callable[..., Tensor], str]] = {
+    "mish": (rows(nn.Mish()), F.cross_entropy, ROWS),
+    "softplus": (rows(nn.Softplus(), nn.Linear(7, 7), nn.ReLU()), F.cross_entropy, ROWS),
+    "approximate gelu": (rows(nn.GELU(approximate="tanh")), F.cross_entropy, ROWS),
+    "parameter and buffer": (rows(Learned(7)), F.cross_entropy, ROWS),
+    "smoothed labels": (rows(nn.Tanh()), smoothed, ROWS),
+    "another loss": (rows(nn.Tanh()), F.huber_loss, "mse"),
+    "two terms": (rows(nn.Tanh()), two_terms, "mse"),
+    "images, mish": (images(lambda c: nn.Mish(), lambda c: nn.ReLU()), F.cross_entropy, "images"),
+    "images, excitation": (images(Excitation, lambda c: nn.ReLU()), F.cross_entropy, "images"),
+    "tokens": (Tokens(), F.cross_entropy, "tokens"),
+}
+
+
+def case(name: str) -> tuple[nn.Module, Callable[..., Tensor], fm.TaskBatch]:
+    torch.manual_seed(0)
+    model, loss, kind = CASES[name]
+    if kind == "images":
+        return model.double(), loss, image_batch()
+    if kind == "tokens":
+        sets = [(torch.randint(11, (3, n, 5)), torch.randint(WAYS, (3, n))) for n in (4, 6)]
+        return model.double(), loss, fm.TaskBatch(*sets)
+    return model.double(), loss, batch_of(4, WAYS, kind)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_gradient_is_exact(name: str, steps: int) -> None:
+    model, loss, tasks = case(name)
+    maml = fm.MAML(model, loss, lr=0.1, steps=steps, executor="native")
+    value, gradients = maml.value_and_grad(tasks)
+    right = truth(model, loss, tasks, 0.1, steps)
+    assert float(value) == pytest.approx(float(right[0]), rel=1e-12)
+    assert relative_error(gradients, right[3]) <= EXACT
+    explained = maml.explain(tasks)
+    assert "cut at operations without kernels" in explained.executor
+    assert {row.backend for row in explained.rows} == {"native", "callback"}
+    assert all(row.reason.startswith("called back: ") for row in explained.rows if row.backend == "callback")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"first_order": True},
+        {"lr": nn.Parameter(torch.tensor(0.1, dtype=torch.float64))},
+        {"parameters": ["4.*", "9.*"]},
+    ],
+    ids=["first order", "learned rate", "a part adapts"],
+)
+def test_other_kinds_of_meta_steps(options: dict[str, Any]) -> None:
+    model, loss, tasks = case("images, mish")
+    (value, ours), (right, reference) = both(model, loss, tasks, **{"lr": 0.1, "steps": 2} | options)
+    assert float(value) == pytest.approx(float(right), rel=1e-12)
+    assert relative_error(ours, reference) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_instruction_set(instruction_set: str, dtype: torch.dtype) -> None:
+    for name in ("parameter and buffer", "images, excitation"):
+        model, loss, tasks = case(name)
+        model, given = model.to(dtype), tasks.to(dtype=dtype)
+        maml = fm.MAML(model, loss, lr=0.1, steps=2, executor="native")
+        error = total_error(maml.value_and_grad(given)[1], truth(model, loss, given, 0.1, 2)[3])
+        assert error <= (EXACT if dtype == torch.float64 else 1e-5)
+        assert f"instruction set {instruction_set}" in maml.explain(given).executor
+        model.double()
+
+
+def test_the_number_of_threads_and_of_callers_changes_no_bit() -> None:
+    model, loss, tasks = case("images, excitation")
+    maml = fm.MAML(model, loss, lr=0.1, steps=2, executor="native")
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(maml.value_and_grad(tasks)[1])
+    torch.set_num_threads(before)
+    callers = [threading.Thread(target=lambda: results.append(maml.value_and_grad(tasks)[1])) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 7
+    for other in results[1:]:
+        assert all(torch.equal(results[0][n], other[n]) for n in other)
+
+
+def test_an_exception_inside_comes_out_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, tasks = case("softplus")
+    maml = fm.MAML(model, loss, lr=0.1, steps=2, executor="native")
+    right = maml.value_and_grad(tasks)
+    calls: list[Activation] = []
+
+    def fails(self: Activation, saved: Tensors, x_dot: Tensors) -> tuple[Tensors, Tensors]:
+        calls.append(self)
+        raise ValueError("no tangent today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Activation, "tangent", fails)
+        with pytest.raises(ValueError, match="no tangent today"):
+            maml.value_and_grad(tasks)
+    assert len(calls) == 1  # what would follow is left out
+    again = maml.value_and_grad(tasks)
+    assert torch.equal(right[0], again[0])
+    assert all(torch.equal(right[1][n], again[1][n]) for n in right[1])
+
+
+def test_what_maps_keep_lives_no_longer_than_the_meta_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, tasks = case("mish")
+    kept: list[weakref.ref[Tensor]] = []
+    forward = GenericOp.forward
+
+    def watched(self: GenericOp, x: list[Tensor]) -> tuple[Tensors, Tensors]:
+        y, saved = forward(self, x)
+        kept.extend(weakref.ref(s) for s in saved if s is not None)
+        return y, saved
+
+    monkeypatch.setattr(GenericOp, "forward", watched)
+    fm.MAML(model, loss, lr=0.1, steps=2, executor="native").value_and_grad(tasks)
+    gc.collect()
+    assert kept
+    assert all(each() is None for each in kept)
+
+
+def test_the_planner_cuts_where_that_takes_less_time() -> None:
+    def softplus(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(3, width), nn.Softplus(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+        )
+
+    def executor(width: int, tasks: int) -> str:
+        batch = batch_of(3, 4, "mse", sizes=(25, 25), tasks=tasks, dtype=torch.float32)
+        return fm.MAML(softplus(width), F.mse_loss, lr=0.1, steps=3).explain(batch).executor
+
+    many = executor(8, 100)  # a call back for each task takes longer than all the rest
+    assert many.startswith("reference, because cut at operations without native kernels it would take longer")
+    assert "softplus" in many
+    assert executor(8, 1).startswith("native")
+    assert executor(1024, 4).startswith("native")
+
+
+def test_a_cut_program_is_dropped_with_its_model() -> None:
+    model, loss, tasks = case("mish")
+    maml = fm.MAML(model, loss, lr=0.1, executor="native")
+    maml.value_and_grad(tasks)
+    del maml, model
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is Callbacks]
+
+
+class Dropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, True)
+
+
+class Weighted(nn.Module):
+    """A weight that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm())
+
+
+class Parts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :2].sin(), x[:, 2:4], x[:, 4:]], 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(Dropped(), "random"), (Weighted(), "would be a weight"), (Parts(), "more than 2 values")],
+    ids=["dropout", "computed weight", "three values"],
+)
+def test_what_cannot_be_called_back_falls_to_the_reference_as_a_whole(module: nn.Module, reason: str) -> None:
+    model, tasks = rows(module).double(), batch_of(4, WAYS, ROWS)
+    executor = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2).explain(tasks).executor
+    assert executor.startswith("reference, because")
+    assert reason in executor
+    with pytest.raises(RuntimeError, match="executor 'native' is not available here"):
+        fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native").value_and_grad(tasks)
