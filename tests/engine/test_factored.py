@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta as fm
-from fastmeta.core.low_rank import LowRank
+from fastmeta.core.low_rank import Factor, LowRank
 from tests.engine.test_native import EXACT, batch_of, network, truth
 from tests.oracle import relative_error, total_error
 
@@ -178,15 +178,16 @@ def test_wide_layers_choose_it_and_form_no_weight_of_a_task() -> None:
 def test_low_rank_matrices() -> None:
     torch.manual_seed(0)
     shared, x, d = torch.randn(7, 5), torch.randn(3, 4, 5), torch.randn(3, 4, 7)
-    pairs = [(torch.randn(3, 2, 7), torch.randn(3, 2, 5)) for _ in range(2)]
+    pairs = [Factor(torch.randn(3, 2, 7), torch.randn(3, 2, 5), scale) for scale in (1.0, torch.tensor(-0.3))]
     one = LowRank(shared, tuple(pairs))
-    formed = shared + sum(torch.bmm(a.mT, b) for a, b in pairs)
+    formed = shared + sum(scale * torch.bmm(a.mT, b) for a, b, scale in pairs)
     torch.testing.assert_close(one.formed(), formed)
     torch.testing.assert_close(one.of_rows(x), torch.bmm(x, formed.mT))
     torch.testing.assert_close(one.of_cotangents(d), torch.bmm(d, formed))
-    two = LowRank(None, ((torch.randn(3, 2, 7), pairs[0][1]), (torch.randn(3, 6, 7), torch.randn(3, 6, 5))))
+    known, new = Factor(torch.randn(3, 2, 7), pairs[1].right, 0.7), Factor(torch.randn(3, 6, 7), torch.randn(3, 6, 5))
+    two = LowRank(None, (known, new))
     total = one.plus(two, 0.5)
-    assert total.rank == 2 + 2 + 6  # the rows of the first factor are known already
+    assert total.rank == 2 + 2 + 6  # the rows of one factor are known already
     torch.testing.assert_close(total.formed(), formed + 0.5 * two.formed())
     alone = LowRank(None, one.factors)
     torch.testing.assert_close(alone.inner(two), (alone.formed() * two.formed()).sum((1, 2)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta.core.low_rank import LowRank
+from fastmeta.core.low_rank import Factor, LowRank
 from fastmeta.core.product import linear, product
 
 Weight = Tensor | LowRank
@@ -98,6 +98,6 @@ def weight_cotangent_dot(
     return straight.baddbmm_(d_y.mT, x_dot)
 
 
-def weight_factors(d_y: Tensor | None, x: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
+def weight_factors(d_y: Tensor | None, x: Tensor | None) -> tuple[Factor, ...]:
     """``d_y^T x`` of every task, not formed; nothing where one of them is zero."""
-    return () if d_y is None or x is None else ((d_y, x),)
+    return () if d_y is None or x is None else (Factor(d_y, x),)
