@@ -17,7 +17,7 @@
 
 namespace fastmeta::executor {
 
-constexpr int max_inputs = 2;
+constexpr int max_inputs = 4;
 constexpr int max_weights = 6;
 
 // Numbers of elements.

@@ -104,8 +104,10 @@ void Plan<R>::share_cotangents() {
       slot.sent = slot.once && varying != slot.readers.rend();
       const bool last = item.once ? !slot.sent && slot.readers.back() == static_cast<int>(n)
                                   : *varying == static_cast<int>(n);
-      // An operation that reads a value twice writes by its first input.
-      const bool again = i > 0 && !item.operation->x[0].is_data && item.operation->x[0].index == x.index;
+      // An operation that reads a value again writes by the first of those inputs.
+      const bool again = std::any_of(item.operation->x, item.operation->x + i, [&](const Source& earlier) {
+        return !earlier.is_data && earlier.index == x.index;
+      });
       item.adds[i] = again || !last;
       if (item.adds[i]) aside_size_[i] = std::max(aside_size_[i], slot.size);
     }

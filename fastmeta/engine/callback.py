@@ -1,4 +1,4 @@
-"""An instruction without native kernels inside a native program: its own maps, on the native executor's memory.
+"""Instructions without native kernels inside a native program: their own maps, on the native executor's memory.
 
 The executor calls back once a map, task and inner step (csrc/callback/kernels.h). Everything around the call stays
 native; what the planner compares is :func:`fastmeta.engine.cut.pays`.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmeta.core.task_op import Need, TaskOp, Tensors
+from fastmeta.engine.composite import Composite
+from fastmeta.engine.program import Instruction, Program
 
-FORWARD, BACKWARD, TANGENT, TANGENT_BACKWARD = range(4)
+FORWARD, _, TANGENT, _ = range(4)  # backward and its tangent have a cotangent, and two
 Views = tuple[memoryview | None, ...]
 
 # Two threads never call back at once: what torch.func and the attention kernels switch on and off holds for a process.
@@ -84,23 +86,21 @@ class Failures:
 
 @dataclass
 class Callback:
-    """The four maps of one operation, called with the memory of one task.
+    """The four maps of a composition, called with the memory of one task.
 
     Attributes:
-        op: the operation.
+        op: the composition.
         places: of its inputs; a constant itself, ``[1, ...]``, where one never changes.
-        result: which of its outputs is read, the only one that is.
-        y: how that lies.
+        y: how its result lies.
         failures: where exceptions go: they must not pass through the executor's threads.
     """
 
-    op: TaskOp
+    op: Composite
     places: Sequence[Place | Tensor]
-    result: int
     y: Operand
     failures: Failures
-    _saved: dict[int, Tensors] = field(default_factory=dict)  # by the executor's name of a call
-    _saved_dot: dict[int, Tensors] = field(default_factory=dict)
+    _saved: dict[int, Any] = field(default_factory=dict)  # by the executor's name of a call
+    _saved_dot: dict[int, Any] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Drop what maps keep for each other, once the meta-step is over."""
@@ -122,27 +122,27 @@ class Callback:
         if which == FORWARD:
             values = zip(self.places, self._tensors(x, w), strict=True)
             inputs = [place if isinstance(place, Tensor) else value for place, value in values]
-            outputs, self._saved[key] = self.op.forward([value for value in inputs if value is not None])
-            self.y.write(y, outputs[self.result])
+            result, self._saved[key] = self.op.forward([value for value in inputs if value is not None])
+            self.y.write(y, result)
         elif which == TANGENT:
-            dots, self._saved_dot[key] = self.op.tangent(self._saved[key], tuple(self._tensors(x, w)))
-            self.y.write(y, dots[self.result])
+            dot, self._saved_dot[key] = self.op.tangent(self._saved[key], tuple(self._tensors(x, w)))
+            self.y.write(y, dot)
         else:
-            self._back(which, key, y, y_dot, x, w)
+            self._back(which, key, self.y.read(y), None if y_dot is None else self.y.read(y_dot), x, w)
 
-    def _back(self, which: int, key: int, y: memoryview, y_dot: memoryview | None, x: Views, w: Views) -> None:
+    def _back(self, which: int, key: int, d: Tensor, d_dot: Tensor | None, x: Views, w: Views) -> None:
         views = [None if isinstance(place, Tensor) else place.of(x, w) for place in self.places]
-        need = tuple(Need.NONE if view is None else Need.TASK for view in views)
+        need = tuple(view is not None for view in views)
         saved, saved_dot = self._saved[key], self._saved_dot.get(key)
-        if which == BACKWARD:
-            d_x = self.op.backward(saved, self._cotangents(y), need)
+        if d_dot is None:
+            d_x = self.op.backward(saved, d, need)
         elif saved_dot is None:  # nothing varies: the map is linear in the cotangent
-            d_x = self.op.backward(saved, self._cotangents(y_dot), need)
+            d_x = self.op.backward(saved, d_dot, need)
         else:
-            d_x = self.op.tangent_backward(saved, saved_dot, self._cotangents(y), self._cotangents(y_dot), need)
-        for place, view, d in zip(self.places, views, d_x, strict=True):
+            d_x = self.op.tangent_backward(saved, saved_dot, d, d_dot, need)
+        for place, view, d_place in zip(self.places, views, d_x, strict=True):
             if view is not None and isinstance(place, Place):
-                place.operand.write(view, d)
+                place.operand.write(view, d_place)
 
     def _tensors(self, x: Views, w: Views) -> list[Tensor | None]:
         """Of the inputs that are not constants, whatever derivative of theirs the memory holds."""
@@ -152,12 +152,34 @@ class Callback:
             read.append(None if view is None or isinstance(place, Tensor) else place.operand.read(view))
         return read
 
-    def _cotangents(self, view: memoryview | None) -> Tensors:
-        """Of all outputs: of the one that is read, and none of the others."""
-        found: list[Tensor | None] = [None] * len(self.op.call.outputs)
-        if view is not None:
-            found[self.result] = self.y.read(view)
-        return tuple(found)
+
+class Prelude:
+    """What reads the tasks' data and buffers alone, for all tasks before they are at work.
+
+    Args:
+        program: it belongs to.
+        slots: whose values are further data.
+    """
+
+    def __init__(self, program: Program, slots: Sequence[int]) -> None:
+        self.program, self.slots = program, slots
+        wanted, instructions = set(slots), []
+        for instruction in reversed(program.instructions):  # changes of shape between them are no operations elsewhere
+            if wanted & set(instruction.outputs):
+                wanted.update(instruction.inputs)
+                instructions.append(instruction)
+        self._instructions: list[Instruction] = instructions[::-1]
+
+    def run(self, data: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> list[Tensor]:
+        """The data, ``[T, ...]``, and behind them what is computed."""
+        graph, tasks = self.program.graph, data[0].shape[0]
+        same = self.program.constants | {slot: buffers[name] for name, slot in graph.buffers.items()}
+        values: dict[int, Any] = {slot: value.expand(tasks, *value.shape) for slot, value in same.items()}
+        values.update(zip(graph.data, data, strict=True))
+        for instruction in self._instructions:
+            y, _ = instruction.op.forward([values[slot] for slot in instruction.inputs])
+            values.update(zip(instruction.outputs, y, strict=True))
+        return [*data, *(values[slot].contiguous() for slot in self.slots)]
 
 
 @dataclass(frozen=True)

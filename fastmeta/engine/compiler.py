@@ -89,9 +89,8 @@ class Compiler:
         native = self._native(work, support, query)
         if query is not None:
             names = choose(support, query, work)
-            if isinstance(native, NativeStep) and work.executor == "auto" and not native.pays(work, rates.known()):
-                reason = next(reason for cuts in native.cuts for _, reason in cuts)
-                native = f"cut at operations without native kernels it would take longer: {reason}"
+            if isinstance(native, NativeStep) and work.executor == "auto":
+                native = native.objection(work, rates.known()) or native
             runs_natively = isinstance(native, NativeStep)
             if runs_natively and any(plan_of(work.plan, name) == "factored" for name in names):
                 native, runs_natively = "weights that no task forms are asked for", False

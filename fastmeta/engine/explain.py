@@ -149,25 +149,27 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     else:
         calls = cost.paired(programs.support, programs.query)
         collected = {id(call) for call in native.collected(work, learned=work.alpha.requires_grad)}
-        cuts = {id(call): reason for call, reason in native.cuts[0]}
-        rows = tuple(
-            _row(call, "callback", cost.flops(work, call, query), 0, 0, f"called back: {cuts[id(call)]}")
-            if id(call) in cuts
-            else _row(call, "native", cost.flops(work, call, query), 0, 0, collected=id(call) in collected)
-            for call, query in calls
-        )
+        apart = {id(call): ("callback", f"called back: {reason}") for call, reason in native.cuts[0]}
+        reads = "reads the tasks' data alone, for all tasks at once:"
+        apart |= {id(call): ("reference", f"{reads} {reason}") for call, reason in native.preludes[0]}
+        rows = []
+        for call, query in calls:
+            backend, reason = apart.get(id(call), ("native", ""))
+            rows.append(
+                _row(call, backend, cost.flops(work, call, query), 0, 0, reason, collected=id(call) in collected)
+            )
         kept = native.kept(work, learned=work.alpha.requires_grad)
         once = native.kept_once(work, learned=work.alpha.requires_grad)
         room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
         at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
         sharing = f"tasks at once: {at_once}, each in {room:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
         executor = f"native, instruction set {native.instruction_set}, {sharing}"
-        if cuts:
-            executor += f", cut at operations without kernels: {len(cuts)}"
-    return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, rows, kept, once)
+        if native.cuts[0]:
+            executor += f", cut at operations without kernels: {len(native.cuts[0])}"
+    return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, tuple(rows), kept, once)
 
 
-def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict[str, int], int]:
+def _by_reference(work: Work, programs: Programs) -> tuple[list[Row], dict[str, int], int]:
     program = programs.support
     with torch.no_grad():
         state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
@@ -189,7 +191,7 @@ def _by_reference(work: Work, programs: Programs) -> tuple[tuple[Row, ...], dict
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
     if work.alpha.requires_grad:
         kept["gradients"] = work.packing.size * work.tasks * tape.loss.element_size()
-    return tuple(rows), kept, once
+    return rows, kept, once
 
 
 def _row(

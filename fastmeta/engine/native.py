@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmeta.core import native
 from fastmeta.core.rates import Rates
-from fastmeta.engine.callback import Callbacks, Failures
+from fastmeta.engine.callback import Callbacks, Failures, Prelude
 from fastmeta.engine.cut import pays
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.factor import WEIGHT, plan_of
@@ -24,6 +24,7 @@ from fastmeta.engine.trace import Output
 from fastmeta.engine.work import Plan, Work, leaves, require_finite
 
 _NONE = torch.empty(0)
+ROOM = 512 << 20  # bytes that the tasks at work may hold where the reference executor is a choice
 
 
 class NativeStep:
@@ -31,6 +32,7 @@ class NativeStep:
 
     Attributes:
         cuts: of support and query, the instructions without kernels, which it calls back for, and why.
+        preludes: likewise those that read the tasks' data alone, and run before.
 
     Raises:
         NotLowered: the programs have an operation without native kernels, or the extension is missing.
@@ -47,6 +49,8 @@ class NativeStep:
         lowered = [lower(program, query.outer, self._failures) for program in (support, query)]
         self._lowered = lowered[1]
         self.cuts = [one.cuts for one in lowered]
+        self.preludes = [one.prelude for one in lowered]
+        self._preludes = [Prelude(p, one.prelude_slots) for p, one in zip(self._both, lowered, strict=True)]
         if lowered[0].buffers != lowered[1].buffers:
             raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
@@ -65,7 +69,8 @@ class NativeStep:
             raise NotLowered(str(error)) from error
         self._wanted = len(query.adapted), len(query.adapted) + len(query.outer)
         self._outputs = [graph.values[slot] for slot in graph.outputs]
-        sets = [[p.graph.values[slot] for slot in p.graph.data] for p in (support, query)]
+        slots = [(*p.graph.data, *one.prelude_slots) for p, one in zip(self._both, lowered, strict=True)]
+        sets = [[p.graph.values[slot] for slot in of_set] for p, of_set in zip(self._both, slots, strict=True)]
         self._bytes = [[math.prod(v.shape) * v.dtype.itemsize for v in values] for values in sets]
         self._mutates = bool(graph.mutations)
 
@@ -74,15 +79,22 @@ class NativeStep:
         """The one its kernels are compiled for."""
         return self._isa()
 
-    def pays(self, work: Work, rates: Rates) -> bool:
-        """Whether it takes less time than the reference executor, which is asked where the program is cut."""
+    def objection(self, work: Work, rates: Rates) -> str:
+        """Why the reference executor is the better one for a program that is cut; empty where it is not."""
         if self._callbacks is None:
-            return True
+            return ""
+        reason = next(reason for cuts in self.cuts for _, reason in cuts)
+        learned = work.alpha.requires_grad
+        room = self.sharing(work, learned=learned)[0] * self.workspace_bytes(work, learned=learned)
+        if room > ROOM:
+            return f"cut at operations without native kernels it would hold {room >> 20} MiB: {reason}"
         positions = [
             {i for i, instruction in enumerate(p.instructions) if any(instruction is cut for cut, _ in cuts)}
             for p, cuts in zip(self._both, self.cuts, strict=True)
         ]
-        return pays(self._both, tuple(positions), work, rates)
+        if not pays(self._both, tuple(positions), work, rates):
+            return f"cut at operations without native kernels it would take longer: {reason}"
+        return ""
 
     def kept(self, work: Work, *, learned: bool) -> dict[str, int]:
         """Named bytes kept per inner step for the adjoint of each task at work."""
@@ -188,6 +200,7 @@ class NativeStep:
                 self._outputs if outputs else None,
                 self._operands,
                 self._callbacks,
+                self._preludes if any(self.preludes) else None,
             )
         return call
 
@@ -206,6 +219,7 @@ class NativeCall:
         outputs: where the losses of each task and the query outputs are wanted, the outputs of a task.
         operands: of the operations on support and query.
         callbacks: what the program calls back to, if it does.
+        preludes: to support and query, if there are any.
     """
 
     step: Any
@@ -217,6 +231,7 @@ class NativeCall:
     outputs: list[Output] | None
     operands: list[tuple[Operands, ...]]
     callbacks: Callbacks | None
+    preludes: list[Prelude] | None
 
     def run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
         """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`.
@@ -226,6 +241,11 @@ class NativeCall:
         alpha = work.alpha
         support, query = leaves(work.support), leaves(work.query)
         tasks = support[0].shape[0]
+        if self.preludes is not None:
+            with torch.no_grad():
+                support, query = (
+                    p.run(data, work.buffers) for p, data in zip(self.preludes, (support, query), strict=True)
+                )
         losses, support_losses, results = _NONE, _NONE, []  # no elements: not wanted
         if self.outputs is not None or work.check_finite:
             losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((work.steps, tasks))

@@ -258,17 +258,82 @@ class Weighted(nn.Module):
 
 
 class Parts(nn.Module):
+    """Reads a value in three places, and an operation of its own in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(3))
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:, :2].sin(), x[:, 2:4], x[:, 4:]], 1)
+        first = F.mish(x)
+        a, b, c = (layer(first) for layer in self.layers)
+        return torch.cat([(a * first)[:, :3], b.cumsum(1)[:, 3:5], c.cos()[:, 5:]], 1)
+
+
+class Attending(nn.Module):
+    """Self-attention over padded tokens behind a frozen table: masks from the data, three values read at once."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(11, 8, padding_idx=0), nn.Embedding(5, 8)
+        self.register_buffer("places", torch.arange(5).unsqueeze(0))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.norm, self.head, self.dropout = nn.LayerNorm(8), nn.Linear(8, WAYS), nn.Dropout(dropout)
+        self.places: Tensor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        seen = tokens != 0
+        x = self.norm(self.table(tokens) + self.place(self.places.expand(len(tokens), -1)))
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in self.layers)
+        scores = (q @ k.transpose(2, 3)) * 0.5 + torch.where(seen, 0.0, -1e9)[:, None, None, :]
+        mixed = (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
+        weights = seen.unsqueeze(-1).to(x.dtype)
+        return self.head(((x + mixed) * weights).sum(1) / weights.sum(1))
+
+
+@pytest.mark.parametrize("adapted", [None, ["layers.*", "head.*"], ["head.*"]], ids=["all", "linear", "head"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_attention_with_masks_from_the_data(adapted: list[str] | None, first_order: bool) -> None:
+    torch.manual_seed(0)
+    model = Attending().double()
+    tokens = [torch.randint(1, 11, (3, n, 5)) * (torch.arange(5) < torch.randint(2, 6, (3, n, 1))) for n in (4, 6)]
+    tasks = fm.TaskBatch(*((t, torch.randint(WAYS, t.shape[:2])) for t in tokens))
+    options: dict[str, Any] = {"lr": 0.1, "steps": 2, "parameters": adapted, "first_order": first_order}
+    (value, ours), (right, reference) = both(model, F.cross_entropy, tasks, **options)
+    assert float(value) == pytest.approx(float(right), rel=1e-12)
+    assert relative_error(ours, reference) <= EXACT
+    explained = fm.MAML(model, F.cross_entropy, executor="native", **options).explain(tasks)
+    assert {row.backend for row in explained.rows} == {"native", "callback", "reference"}
+    assert any("reads the tasks' data alone" in row.reason for row in explained.rows)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_values_with_several_readers(steps: int) -> None:
+    model, tasks = rows(Parts()).double(), batch_of(4, WAYS, ROWS)
+    found = fm.MAML(model, F.cross_entropy, lr=0.1, steps=steps, executor="native").value_and_grad(tasks)[1]
+    assert relative_error(found, truth(model, F.cross_entropy, tasks, 0.1, steps)[3]) <= EXACT
+
+
+def test_a_program_that_would_hold_too_much_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, tasks = case("softplus")
+    assert fm.MAML(model, loss, steps=3).explain(tasks).executor.startswith("native")
+    monkeypatch.setattr("fastmeta.engine.native.ROOM", 1000)
+    executor = fm.MAML(model, loss, steps=3).explain(tasks).executor
+    assert executor.startswith("reference, because cut at operations without native kernels it would hold 0 MiB")
 
 
 @pytest.mark.parametrize(
-    ("module", "reason"),
-    [(Dropped(), "random"), (Weighted(), "would be a weight"), (Parts(), "more than 2 values")],
-    ids=["dropout", "computed weight", "three values"],
+    ("model", "tasks", "reason"),
+    [
+        (rows(Dropped()), batch_of(4, WAYS, ROWS), "random"),
+        (rows(Weighted()), batch_of(4, WAYS, ROWS), "would be a weight"),
+    ],
+    ids=["dropout", "computed weight"],
 )
-def test_what_cannot_be_called_back_falls_to_the_reference_as_a_whole(module: nn.Module, reason: str) -> None:
-    model, tasks = rows(module).double(), batch_of(4, WAYS, ROWS)
+def test_what_cannot_be_called_back_falls_to_the_reference_as_a_whole(
+    model: nn.Module, tasks: fm.TaskBatch, reason: str
+) -> None:
+    model = model.double()
     executor = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2).explain(tasks).executor
     assert executor.startswith("reference, because")
     assert reason in executor

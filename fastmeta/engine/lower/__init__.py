@@ -2,15 +2,13 @@
 
 Neighbouring instructions become one operation: a linear layer and its activation; a convolution with the normalisation,
 activation and pooling that follow. Values that only change their shape are renamed. The program is cut at what has no
-kernel: the executor calls back to its own maps. What cannot be met that way raises :class:`NotLowered` with the reason,
-and the reference executor runs the program.
+kernel: the executor calls back to its own maps; what reads the task's data alone runs before. What cannot be met that
+way raises :class:`NotLowered` with the reason, and the reference executor runs the program.
 """
-
-from functools import partial
 
 from fastmeta.engine.callback import Failures
 from fastmeta.engine.lower import layers, losses, norms
-from fastmeta.engine.lower.callbacks import call_back
+from fastmeta.engine.lower.callbacks import Callbacks
 from fastmeta.engine.lower.gram import in_gram_form, with_gram
 from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
 from fastmeta.engine.program import Program
@@ -30,4 +28,4 @@ def lower(program: Program, outer: tuple[str, ...], failures: Failures) -> Lower
         NotLowered: an operation, a shape or a dtype without native kernels.
     """
     handlers = {**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS}
-    return Lowering(program, outer).run(handlers, partial(call_back, failures=failures))
+    return Lowering(program, outer).run(handlers, Callbacks(failures))

@@ -1,46 +1,148 @@
-"""Instructions without a kernel: calls back to their own maps, which cut the native program."""
+"""Instructions without a kernel: calls back to their own maps, which cut the native program, or a prelude to it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fastmeta.engine.callback import Callback, Failures, Operand, Place
-from fastmeta.engine.lower.lowering import ABSENT, Data, Lowering, NotLowered, Value
+from fastmeta.engine.composite import Composite
+from fastmeta.engine.lower.lowering import ABSENT, Data, Lowering, NotLowered, Value, is_rename
 from fastmeta.engine.program import Instruction
 
-MAX_INPUTS, MAX_WEIGHTS = 2, 6  # csrc/executor/operation.h
+MAX_INPUTS, MAX_WEIGHTS = 4, 6  # csrc/executor/operation.h
+# Small operations go with one before them that has no kernel: every call back costs more than they do.
+SMALL = frozenset({"sum", "product", "quotient", "activation", "reduction", "view", "softmax", "matmul"})
 
 
-def call_back(lowering: Lowering, instruction: Instruction, failures: Failures) -> None:
-    """Emit an operation that runs ``instruction``'s own maps.
+class Callbacks:
+    """Takes what has no kernel, and emits it when something else reads it, in pieces with one result each.
+
+    Args:
+        failures: where callbacks leave their exceptions.
+
+    Attributes:
+        cuts: what is called back, and why.
+        prelude: what reads the task's data and buffers alone, and why it is not native.
+        prelude_slots: of the results of that, which are data to the program.
+    """
+
+    def __init__(self, failures: Failures) -> None:
+        self.cuts: list[tuple[Instruction, str]] = []
+        self.prelude: list[tuple[Instruction, str]] = []
+        self.prelude_slots: list[int] = []
+        self._failures = failures
+        self._waiting: dict[int, Instruction] = {}  # by the slots they fill, in execution order
+
+    def joins(self, lowering: Lowering, instruction: Instruction) -> bool:
+        """Take a small instruction, or a change of shape, that reads what waits here."""
+        if not self._waiting.keys() & set(instruction.inputs):
+            return False
+        if instruction.op.name not in SMALL and not is_rename(instruction):
+            return False
+        self._wait(instruction, "it goes with what comes before")
+        return True
+
+    def take(self, lowering: Lowering, instruction: Instruction, reason: str) -> None:
+        """Take an instruction that no handler can lower.
+
+        Raises:
+            NotLowered: it draws random numbers, in an order that native tasks do not keep.
+        """
+        if instruction.op.random:
+            raise NotLowered(f"{instruction.op.call.target} draws random numbers")
+        graph = lowering.graph
+        same = {slot for name, slot in graph.buffers.items() if name not in graph.mutations}
+        same |= lowering.program.constants.keys()
+        if all(slot in same or isinstance(lowering.held.get(slot), Data) for slot in instruction.inputs):
+            self.prelude.append((instruction, reason))
+            for slot in instruction.outputs:
+                lowering.held[slot] = Data(len(lowering.data))
+                lowering.data.append(slot)
+                self.prelude_slots.append(slot)
+            return
+        self._wait(instruction, reason)
+
+    def provide(self, lowering: Lowering, slots: Sequence[int]) -> None:
+        """Emit what computes ``slots``."""
+        for slot in slots:
+            if slot in self._waiting:
+                self._emit(lowering, slot)
+
+    def _wait(self, instruction: Instruction, reason: str) -> None:
+        self.cuts.append((instruction, reason))
+        self._waiting.update(dict.fromkeys(instruction.outputs, instruction))
+
+    def _emit(self, lowering: Lowering, slot: int) -> None:
+        """Emit the part of what waits that ``slot`` depends on; results in between that others read come first."""
+        part = self._part(slot)
+        inside = {id(instruction) for instruction in part}
+        outputs = {lowering.graph.loss, *lowering.graph.outputs}
+        for made in [made for instruction in part for made in instruction.outputs if made != slot]:
+            readers = lowering.readers.get(made, [])
+            if made in outputs or any(id(reader) not in inside for reader in readers):
+                self._emit(lowering, made)
+                self.provide(lowering, [slot])
+                return
+        if not _fits(lowering, part):  # the largest piece that does comes first
+            pieces = [(len(self._part(made)), made) for each in part for made in each.outputs if made != slot]
+            fitting = [piece for piece in pieces if _fits(lowering, self._part(piece[1]))]
+            if fitting:
+                self._emit(lowering, max(fitting)[1])
+                self.provide(lowering, [slot])
+                return
+        emit_composite(lowering, Composite(part, _inputs(part), slot), self._failures)
+        for made in [made for instruction in part for made in instruction.outputs]:
+            del self._waiting[made]
+
+    def _part(self, slot: int) -> list[Instruction]:
+        """What waits and ``slot`` depends on, in execution order."""
+        wanted = {slot}
+        part = []
+        for instruction in reversed(list({id(i): i for i in self._waiting.values()}.values())):
+            if wanted & set(instruction.outputs):
+                wanted.update(instruction.inputs)
+                part.append(instruction)
+        return part[::-1]
+
+
+def _inputs(part: Sequence[Instruction]) -> tuple[int, ...]:
+    """Slots that come from elsewhere."""
+    made = {slot for instruction in part for slot in instruction.outputs}
+    return tuple(dict.fromkeys(s for instruction in part for s in instruction.inputs if s not in made))
+
+
+def _fits(lowering: Lowering, part: Sequence[Instruction]) -> bool:
+    """Whether one operation can read all that these do."""
+    read = [slot for slot in _inputs(part) if slot not in lowering.program.constants]
+    values = sum(slot in lowering.held for slot in read)
+    return values <= MAX_INPUTS and len(read) - values <= MAX_WEIGHTS
+
+
+def emit_composite(lowering: Lowering, composite: Composite, failures: Failures) -> None:
+    """Emit an operation that runs a composition's own maps.
 
     Raises:
-        NotLowered: it draws random numbers, reads nothing but parameters, or more than an operation can, or has a
-            result that no value of the executor can hold.
+        NotLowered: it reads nothing but parameters, or more than an operation can, or has a result that no value of
+            the executor can hold.
     """
-    op, values = instruction.op, lowering.graph.values
-    if op.random:
-        raise NotLowered(f"{op.call.target} draws random numbers, in an order that native tasks do not keep")
-    read = {*lowering.readers, lowering.graph.loss, *lowering.graph.outputs}
-    results = [i for i, slot in enumerate(instruction.outputs) if slot in read]
-    if len(results) != 1:
-        raise NotLowered(f"{op.call.target} has {len(results)} results that are read")
-    slot = instruction.outputs[results[0]]
+    last, slot = composite.instructions[-1], composite.output
+    values, name = lowering.graph.values, composite.instructions[-1].op.call.target
     if values[slot].dtype != lowering.dtype:
-        raise NotLowered(f"{op.call.target} gives {values[slot].dtype}")
+        raise NotLowered(f"{name} gives {values[slot].dtype}")
     sources: list[tuple[bool, int]] = []
     x_rows, x_features, x_bytes = ([0] * MAX_INPUTS for _ in range(3))
     weights: list[int] = []
     sizes: list[int] = []
     places: list[Place | Tensor] = []
-    for read_slot in instruction.inputs:
-        shape, dtype = values[read_slot].shape, values[read_slot].dtype
-        held = lowering.held.get(read_slot)
+    for read in composite.inputs:
+        shape, dtype = values[read].shape, values[read].dtype
+        held = lowering.held.get(read)
         if held is not None and len(sources) == MAX_INPUTS:
-            raise NotLowered(f"{op.call.target} reads more than {MAX_INPUTS} values")
+            raise NotLowered(f"{name} reads more than {MAX_INPUTS} values")
         if isinstance(held, Value):
             at = len(sources)
             places.append(Place(Operand(shape, dtype, held.shape), False, at))
@@ -50,23 +152,23 @@ def call_back(lowering: Lowering, instruction: Instruction, failures: Failures) 
             places.append(Place(Operand(shape, dtype), False, len(sources)))
             x_bytes[len(sources)] = math.prod(shape) * dtype.itemsize
             sources.append((True, held.index))
-        elif read_slot in lowering.program.constants:
-            places.append(lowering.program.constants[read_slot].unsqueeze(0))
+        elif read in lowering.program.constants:
+            places.append(lowering.program.constants[read].unsqueeze(0))
         elif dtype != lowering.dtype or len(weights) == MAX_WEIGHTS:
-            raise NotLowered(f"{op.call.target} reads a parameter or buffer of {dtype}, or more than {MAX_WEIGHTS}")
+            raise NotLowered(f"{name} reads a parameter or buffer of {dtype}, or more than {MAX_WEIGHTS}")
         else:
             places.append(Place(Operand(shape, dtype), True, len(weights)))
-            number = lowering.parameter if lowering.is_parameter(read_slot) else lowering.buffer
-            weights.append(number(read_slot))
+            number = lowering.parameter if lowering.is_parameter(read) else lowering.buffer
+            weights.append(number(read))
             sizes.append(math.prod(shape))
     if not sources:
-        raise NotLowered(f"{op.call.target} reads no value: what it gives would be a weight")
+        raise NotLowered(f"{name} reads no value: what it gives would be a weight")
     value = _value(values[slot].shape)
-    callback = Callback(op, places, results[0], Operand(values[slot].shape, values[slot].dtype, value.shape), failures)
+    callback = Callback(composite, places, Operand(values[slot].shape, values[slot].dtype, value.shape), failures)
     described: dict[str, Any] = {"rows": value.samples * value.pixels, "features": value.channels, "call": callback}
     described |= {"x_rows": x_rows, "x_features": x_features, "x_bytes": x_bytes}
     described["weights"] = sizes + [0] * (MAX_WEIGHTS - len(sizes))
-    index = lowering.emit("callback", described, sources, weights)
+    index = lowering.emit("callback", described, sources, weights, of=last)
     lowering.held[slot] = Value(index, *value.shape)
 
 

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,23 @@ class NotLowered(Exception):
 Handler = Callable[["Lowering", Instruction], None]
 
 
+class Rest(Protocol):
+    """What is done with instructions that have no kernel, lower/callbacks.py."""
+
+    cuts: list[tuple[Instruction, str]]
+    prelude: list[tuple[Instruction, str]]
+    prelude_slots: list[int]
+
+    def joins(self, lowering: Lowering, instruction: Instruction) -> bool:
+        """Whether the instruction has been taken, because it goes with some of those."""
+
+    def take(self, lowering: Lowering, instruction: Instruction, reason: str) -> None:
+        """Take an instruction that no handler can lower."""
+
+    def provide(self, lowering: Lowering, slots: Sequence[int]) -> None:
+        """Emit what has been taken and computes ``slots``."""
+
+
 @dataclass(frozen=True)
 class Lowered:
     """What the native executor is given.
@@ -42,6 +59,8 @@ class Lowered:
         output: rows and features of the query output that can be had, if there is exactly one.
         operands: one an operation.
         cuts: the instructions without kernels, whose own maps are called back, and why.
+        prelude: the instructions that read the task's data alone and run before, and why.
+        prelude_slots: of the results of those, which are further data.
     """
 
     program: dict[str, Any]
@@ -50,6 +69,8 @@ class Lowered:
     output: tuple[int, int] | None
     operands: tuple[Operands, ...]
     cuts: tuple[tuple[Instruction, str], ...]
+    prelude: tuple[tuple[Instruction, str], ...]
+    prelude_slots: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,7 @@ class Lowering:
 
     Attributes:
         dtype: of all parameters.
+        data: slots of the task's data, and of what is computed from them alone before.
         held: the value or data behind each slot that is computed so far.
     """
 
@@ -107,7 +129,8 @@ class Lowering:
         if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
             raise NotLowered(f"parameters must all be float32 or all float64, got {sorted(map(str, dtypes))}")
         self.dtype = dtypes.pop()
-        self.held: dict[int, Data | Value] = {slot: Data(i) for i, slot in enumerate(self.graph.data)}
+        self.data = list(self.graph.data)
+        self.held: dict[int, Data | Value] = {slot: Data(i) for i, slot in enumerate(self.data)}
         self._parameters = {slot: name for name, slot in self.graph.parameters.items()}
         self._read: set[str] = set()  # parameters and buffers that have their one reader
         self._buffers: list[str] = []
@@ -116,26 +139,26 @@ class Lowering:
         self._operations: list[dict[str, Any]] = []
         self._instructions: list[Instruction | None] = []  # one an operation
         self._at: Instruction | None = None  # whose handler is at work
-        self._cuts: list[tuple[Instruction, str]] = []
 
-    def run(self, handlers: Mapping[str, Handler], otherwise: Handler) -> Lowered:
-        """Lower all instructions, each by the handler of its operation's name, or ``otherwise`` where that cannot."""
+    def run(self, handlers: Mapping[str, Handler], rest: Rest) -> Lowered:
+        """Lower all instructions, each by the handler of its operation's name, or leave it to the ``rest``."""
         for instruction in self.needed:  # views of parameters stand anywhere before what reads them
             if is_rename(instruction) and instruction.inputs[0] in self._parameters:
                 self._parameters[instruction.outputs[0]] = self._parameters[instruction.inputs[0]]
                 self._taken.add(instruction.outputs[0])
         for instruction in self.needed:
-            if instruction.outputs[0] in self._taken or self._renames(instruction):
+            if instruction.outputs[0] in self._taken or rest.joins(self, instruction) or self._renames(instruction):
                 continue
+            rest.provide(self, instruction.inputs)
             self._at = instruction
             before = self._state()
             try:
                 handlers.get(instruction.op.name, _no_kernel)(self, instruction)
             except NotLowered as reason:
                 self._return_to(before)
-                otherwise(self, instruction)
-                self._cuts.append((instruction, str(reason)))
-        return self._result()
+                rest.take(self, instruction, str(reason))
+        rest.provide(self, [*self.graph.outputs, self.graph.loss])
+        return self._result(rest)
 
     def _state(self) -> tuple[Any, ...]:
         """What a handler changes."""
@@ -193,7 +216,7 @@ class Lowering:
             return held
         shape = self.graph.values[slot].shape
         if len(shape) != 4:  # views of a norm's groups say nothing about the layout
-            shape = self.graph.values[self.graph.data[held.index]].shape
+            shape = self.graph.values[self.data[held.index]].shape
         if like is not None:
             samples, channels, *size = like.shape
         elif len(shape) == 4:
@@ -240,9 +263,10 @@ class Lowering:
         x: list[tuple[bool, int]],
         w: list[int] | None = None,
         target: int = ABSENT,
+        of: Instruction | None = None,
     ) -> int:
-        """Append the native operation of the instruction at hand; return the number of its value."""
-        return self._append(operation, shape, x, self._at, w or [], target)
+        """Append the native operation of an instruction, the one at hand; return the number of its value."""
+        return self._append(operation, shape, x, of or self._at, w or [], target)
 
     def _append(
         self,
@@ -299,7 +323,7 @@ class Lowering:
             self.held[new] = self.held[old]
         return True
 
-    def _result(self) -> Lowered:
+    def _result(self, rest: Rest) -> Lowered:
         outputs = [self.held.get(slot) for slot in self.graph.outputs]
         output = outputs[0] if len(outputs) == 1 else None
         if isinstance(output, Value) and output.pixels > 1:
@@ -318,13 +342,14 @@ class Lowering:
         loss = self.held.get(self.graph.loss)
         if isinstance(loss, Value) and loss.index != len(self._operations) - 1:
             raise NotLowered("the loss is not what is computed last")
-        return Lowered(program, self.names, tuple(self._buffers), shape, self._operands(), tuple(self._cuts))
+        cuts, prelude, slots = tuple(rest.cuts), tuple(rest.prelude), tuple(rest.prelude_slots)
+        return Lowered(program, self.names, tuple(self._buffers), shape, self._operands(), cuts, prelude, slots)
 
     def _operands(self) -> tuple[Operands, ...]:
         size = self.dtype.itemsize
         sizes = Sizes(
             [size] * len(self._operations),  # the loss, which no slot holds
-            [_bytes(self.graph.values[slot]) for slot in self.graph.data],
+            [_bytes(self.graph.values[slot]) for slot in self.data],
             [_bytes(self.graph.values[self.graph.parameters[name]]) for name in self.names]
             + [_bytes(self.graph.values[self.graph.buffers[name]]) for name in self._buffers],
         )
