@@ -7,7 +7,8 @@ namespace fastmeta {
 namespace {
 
 // One product A B of a sum of products. A's rows lie a_row elements apart, or, of a turned A, its columns do, so that a
-// transposed A needs no copy; B has rows of whole vectors, b_row elements apart.
+// transposed A needs no copy; B has rows of whole vectors, b_row elements apart. A turned B, [columns, depth], is for
+// products that copy it (panels.h).
 template <class R>
 struct Term {
   const R* a;
@@ -15,6 +16,7 @@ struct Term {
   const R* b;
   std::int64_t b_row;
   std::int64_t depth;
+  bool b_turned = false;
 };
 
 // c = base (a row for all, or null for zero) + the sum of products; where there is `from`, c = from - rate * the sum.

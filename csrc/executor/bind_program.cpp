@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../attention/kernels.h"
 #include "../callback/kernels.h"
 #include "../conv_block/kernels.h"
 #include "../data/kernels.h"
@@ -195,6 +196,22 @@ void describe_conv(const py::dict& d, Operation& operation) {
   operation.f64 = [](Isa isa) { return conv_block::table_of(isa).f64; };
 }
 
+void describe_attention(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<attention::Shape>();
+  shape->n = get<std::int64_t>(d, "n");
+  shape->rows = get<std::int64_t>(d, "rows");
+  shape->columns = get<std::int64_t>(d, "columns");
+  shape->heads = get<std::int64_t>(d, "heads");
+  shape->dim = get<std::int64_t>(d, "dim");
+  shape->scale = get<double>(d, "scale");
+  const auto mask = get<std::vector<std::int64_t>>(d, "mask");
+  shape->masked = !mask.empty();
+  std::copy(mask.begin(), mask.end(), shape->mask);
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return attention::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return attention::table_of(isa).f64; };
+}
+
 py::object view_of(const callback::Buffer& buffer) {
   if (buffer.address == nullptr) return py::none();
   return py::memoryview::from_memory(const_cast<void*>(buffer.address), buffer.bytes);
@@ -256,6 +273,7 @@ Operation operation_of(const py::dict& d) {
   else if (name == "pool") describe_pool(d, operation);
   else if (name == "pointwise") describe_pointwise(d, operation);
   else if (name == "loss") describe_loss(d, operation);
+  else if (name == "attention") describe_attention(d, operation);
   else if (name == "callback") describe_callback(d, operation);
   else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);
   return operation;

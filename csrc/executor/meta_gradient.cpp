@@ -210,9 +210,9 @@ std::int64_t MetaGradient<R>::workspace_bytes(const Kind& kind, int within) cons
 
 template <class R>
 Sharing MetaGradient<R>::sharing(std::int64_t tasks, const Kind& kind, int threads) const {
-  const bool large = workspace_bytes(kind, 1) > large_bytes;
-  if ((tasks < threads || large) && query_.shared() > mostly) return {1, threads};
-  return {static_cast<int>(std::min<std::int64_t>(tasks, threads)), 1};
+  const bool sharable = query_.shared() > mostly, in_turn = sharable && workspace_bytes(kind, 1) > large_bytes;
+  if (in_turn || (sharable && tasks < threads)) return {1, threads, in_turn};
+  return {static_cast<int>(std::min<std::int64_t>(tasks, threads)), 1, false};
 }
 
 template <class R>
@@ -245,7 +245,7 @@ void MetaGradient<R>::run(const Request<R>& request) {
   const Kind kind{request.steps, gradient && !request.first_order, learned, request.rate_per_parameter};
   const Sharing share = sharing(request.tasks, kind, request.threads);
   const std::int64_t elements = layout(kind, share.within).total;
-  const std::int64_t blocks = blocks_of<R>(request.tasks, packing.gradient);
+  const std::int64_t blocks = share.in_turn ? 1 : blocks_of<R>(request.tasks, packing.gradient);
   const std::int64_t rates = request.steps * (request.rate_per_parameter ? support_program_.adapted : 1);
 
   const std::int64_t row = support_program_.adapted + support_program_.differentiated;

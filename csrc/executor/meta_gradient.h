@@ -50,6 +50,7 @@ struct Kind {
 // How the threads are shared out.
 struct Sharing {
   int at_once, within;  // tasks, and threads that work on each
+  bool in_turn;         // whether tasks run one after another on however many threads
 };
 
 template <class R>

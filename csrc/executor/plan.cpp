@@ -158,7 +158,8 @@ template <class R>
 double Plan<R>::shared() const {
   double shared = 0, all = 0;
   for (const Item& item : items_) {
-    const auto size = static_cast<double>(item.sizes.y + item.sizes.saved);
+    // What it makes, and the weights that its products read: of what takes time.
+    const auto size = static_cast<double>(item.sizes.y + item.sizes.saved + item.sizes.weights[0]);
     all += size;
     if (item.sizes.thread_scratch > 0) shared += size;
   }

@@ -8,7 +8,7 @@
 // The weight is packed as its transposed, [in, padded(out)]: forward and the weight's gradient then run along rows of
 // whole vectors. Only the input's cotangent wants it the other way round, and has it transposed when it comes to that.
 // A narrow layer, whose rows would be padding for the most part, has it as [out, padded(in)]: its forward takes dot
-// products, and nothing is transposed.
+// products, and nothing is transposed. A large weight is copied in panels, one way or the other (common/panels.h).
 
 namespace fastmeta::linear_block::FASTMETA_ISA {
 namespace {
@@ -23,6 +23,7 @@ Sizes sizes(const void* shape) {
   sizes.saved = l.behind_dz() + (l.turns() ? l.s.out * l.in : 0);
   sizes.saved_dot = l.behind_z_dots() + (l.turns() ? l.s.out * l.in : 0);
   sizes.scratch = l.identity() ? 0 : rows;  // dz_dot
+  sizes.thread_scratch = l.large() ? panel_size<R>() : 0;
   sizes.weights[0] = l.narrow() ? l.s.out * l.in : l.s.in * l.out;
   sizes.weights[1] = l.s.bias ? l.out : 0;
   sizes.turned = l.turns() ? l.s.out * l.in : 0;
@@ -35,11 +36,29 @@ void turn(const void* shape, const R* packed, R* turned) {
   transpose(packed, l.out, l.s.in, l.s.out, turned);
 }
 
+// Memory of a map, and the threads that share it.
+template <class R>
+struct Room {
+  int threads;
+  R* panels;
+
+  Room(const Layout<R>& l, const Primal<R>& p, R* scratch)
+      : threads(p.threads), panels(scratch + (l.identity() ? 0 : l.s.n * l.out)) {}
+};
+
+// A sum of products, of two terms at the most.
+template <class R, bool turned>
+void multiply(const Layout<R>& l, const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
+              const Result<R>& result, const Room<R>& room) {
+  if (l.large()) return panel_product<R, turned>(terms, count, rows, columns, result, room.threads, room.panels);
+  product_of<R, turned>(terms, count, rows, columns, result);
+}
+
 // out [n, padded(out)] = base + sum of a W^T.
 template <class R>
-void to_outputs(const Layout<R>& l, Term<R>* terms, int count, const R* base, R* out) {
+void to_outputs(const Layout<R>& l, const Term<R>* terms, int count, const R* base, R* out, const Room<R>& room) {
   if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out);
-  product(terms, count, l.s.n, l.s.out, Result<R>{out, l.out, base});
+  multiply<R, false>(l, terms, count, l.s.n, l.s.out, Result<R>{out, l.out, base}, room);
 }
 
 // A term of the weight's gradient: the outer products of the rows of dz and x.
@@ -50,59 +69,65 @@ Term<R> outer_products(const Layout<R>& l, const R* x, std::int64_t x_row, const
 }
 
 template <class R>
-void to_weight(const Layout<R>& l, const Term<R>* terms, int count, const Step<R>& step, R* dw) {
+void to_weight(const Layout<R>& l, const Term<R>* terms, int count, const Step<R>& step, R* dw,
+               const Room<R>& room) {
   const std::int64_t rows = l.narrow() ? l.s.out : l.s.in, columns = l.narrow() ? l.s.in : l.s.out;
   const R rate = step.from[0] != nullptr ? *step.rate[0] : R(0);
-  turned_product(terms, count, rows, columns, Result<R>{dw, l.weight_row(), nullptr, step.from[0], rate});
+  multiply<R, true>(l, terms, count, rows, columns, Result<R>{dw, l.weight_row(), nullptr, step.from[0], rate}, room);
 }
 
-// The weight as [out, padded(in)]; where it has to be transposed, it is put at `place`.
+// A term of the input's cotangent: dz W. Where W has to be transposed for that as a whole, it is put at `place`.
 template <class R>
-const R* turned(const Layout<R>& l, const R* weight, R* place) {
-  if (l.narrow()) return weight;
-  transpose(weight, l.out, l.s.in, l.s.out, place);
-  return place;
+Term<R> to_input(const Layout<R>& l, const R* dz, const R* weight, R* place) {
+  if (l.large()) return {dz, l.out, weight, l.out, l.s.out, true};
+  if (l.turns()) {
+    transpose(weight, l.out, l.s.in, l.s.out, place);
+    weight = place;
+  }
+  return {dz, l.out, weight, l.in, l.s.out};
 }
 
 template <class R>
-void forward(const void* shape, const Primal<R>& p, R*) {
+void forward(const void* shape, const Primal<R>& p, R* scratch) {
   const Layout<R> l(shape);
-  Term<R> term{p.x[0], l.x_row, p.w[0], l.weight_row(), l.s.in};
-  to_outputs(l, &term, 1, l.s.bias ? p.w[1] : nullptr, p.y);
+  const Term<R> term{p.x[0], l.x_row, p.w[0], l.weight_row(), l.s.in};
+  to_outputs(l, &term, 1, l.s.bias ? p.w[1] : nullptr, p.y, Room<R>(l, p, scratch));
   activate(l, p);
 }
 
 template <class R>
-void backward(const void* shape, const Primal<R>& p, R*) {
+void backward(const void* shape, const Primal<R>& p, R* scratch) {
   const Layout<R> l(shape);
+  const Room<R> room(l, p, scratch);
   descend(l, p);
   const R* dz = l.dz_of(p);
   if (p.dw[0] != nullptr) {
     const Term<R> term = outer_products(l, p.x[0], l.x_row, dz);
-    to_weight(l, &term, 1, p.step, p.dw[0]);
+    to_weight(l, &term, 1, p.step, p.dw[0], room);
   }
   if (p.dw[1] != nullptr) to_bias(l, dz, p.step, p.dw[1]);
   if (p.dx[0] != nullptr) {
-    const R* weight = p.turned != nullptr ? p.turned : turned(l, p.w[0], p.saved + l.behind_dz());
-    const Term<R> term{dz, l.out, weight, l.in, l.s.out};
-    product(&term, 1, l.s.n, l.s.in, Result<R>{p.dx[0], l.in});
+    Term<R> term{dz, l.out, p.turned, l.in, l.s.out};
+    if (p.turned == nullptr) term = to_input(l, dz, p.w[0], p.saved + l.behind_dz());
+    multiply<R, false>(l, &term, 1, l.s.n, l.s.in, Result<R>{p.dx[0], l.in}, room);
   }
 }
 
 template <class R>
-void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
+void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
   const Layout<R> l(shape);
   Term<R> terms[2];
   int count = 0;
   if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, p.w[0], l.weight_row(), l.s.in};
   if (t.w_dot[0] != nullptr) terms[count++] = {p.x[0], l.x_row, t.w_dot[0], l.weight_row(), l.s.in};
-  to_outputs(l, terms, count, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot);
+  to_outputs(l, terms, count, l.s.bias ? t.w_dot[1] : nullptr, t.y_dot, Room<R>(l, p, scratch));
   activate_tangent(l, p, t);
 }
 
 template <class R>
 void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
   const Layout<R> l(shape);
+  const Room<R> room(l, p, scratch);
   const R* dz = l.dz_of(p);
   const R* dz_dot = descend_tangent(l, p, t, scratch);
   if (t.dw_dot[0] != nullptr) {
@@ -110,19 +135,18 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     int count = 0;
     terms[count++] = outer_products(l, p.x[0], l.x_row, dz_dot);
     if (t.x_dot[0] != nullptr) terms[count++] = outer_products(l, t.x_dot[0], l.in, dz);
-    to_weight(l, terms, count, t.step, t.dw_dot[0]);
+    to_weight(l, terms, count, t.step, t.dw_dot[0], room);
   }
   if (t.dw_dot[1] != nullptr) to_bias(l, dz_dot, t.step, t.dw_dot[1]);
   if (t.dx_dot[0] != nullptr) {
     Term<R> terms[2];
     int count = 0;
-    const R* weight = l.narrow() ? p.w[0] : p.turned != nullptr ? p.turned : p.saved + l.behind_dz();
-    terms[count++] = {dz_dot, l.out, weight, l.in, l.s.out};
-    if (t.w_dot[0] != nullptr) {
-      const R* weight_dot = turned(l, t.w_dot[0], t.saved_dot + l.behind_z_dots());
-      terms[count++] = {dz, l.out, weight_dot, l.in, l.s.out};
-    }
-    product(terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in});
+    if (l.turns())  // backward has left it
+      terms[count++] = {dz_dot, l.out, p.turned != nullptr ? p.turned : p.saved + l.behind_dz(), l.in, l.s.out};
+    else
+      terms[count++] = to_input<R>(l, dz_dot, p.w[0], nullptr);
+    if (t.w_dot[0] != nullptr) terms[count++] = to_input(l, dz, t.w_dot[0], t.saved_dot + l.behind_z_dots());
+    multiply<R, false>(l, terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in}, room);
   }
 }
 

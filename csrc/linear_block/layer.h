@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/curves.h"
-#include "../common/product.h"
+#include "../common/panels.h"
 #include "../common/transpose.h"
 #include "kernels.h"
 
@@ -22,8 +22,11 @@ struct Layout {
   explicit Layout(const void* shape)
       : s(*static_cast<const Shape*>(shape)), in(padded<R>(s.in)), out(padded<R>(s.out)), x_row(s.data ? s.in : in) {}
 
+  // A weight from which on products copy it in panels, and threads share them.
+  static constexpr std::int64_t large_bytes = std::int64_t{1} << 19;
+  bool large() const { return s.in * s.out * static_cast<std::int64_t>(sizeof(R)) >= large_bytes && !narrow(); }
   bool narrow() const { return !s.data && 2 * s.out <= width<R> && s.in >= s.out; }
-  bool turns() const { return !s.data && !narrow(); }
+  bool turns() const { return !s.data && !narrow() && !large(); }  // whether it keeps the weight transposed
   std::int64_t weight_row() const { return narrow() ? in : out; }
   bool identity() const { return s.activation == Activation::identity; }
   bool keeps_input() const {  // z where the slope cannot be had from y
@@ -77,18 +80,31 @@ FASTMETA_INLINE void with_curve(Activation activation, F f) {
   if (activation != Activation::identity) for_curve<R>(activation, f);
 }
 
+// Runs `f` for elements from one to another, all of them, on so many threads.
+template <class F>
+FASTMETA_INLINE void in_parts(std::int64_t count, int threads, F f) {
+  constexpr std::int64_t part = 8192;
+  if (threads == 1 || count <= part) return f(std::int64_t{0}, count);
+  parallel_for((count + part - 1) / part, threads, [&](std::int64_t first, std::int64_t last, int) {
+    f(first * part, last * part < count ? last * part : count);
+  });
+}
+
 // y = f(z), where z lies; z itself is kept where the slope needs it.
 template <class R>
 void activate(const Layout<R>& l, const Primal<R>& p) {
   const std::int64_t count = l.s.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
+  const int threads = l.large() ? p.threads : 1;
   R *y = p.y, *kept = p.saved + l.z();
   with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < count; i += width<R>) {
-      const Vector<R> z = load(y + i);
-      if constexpr (curve.keeps_input) store(kept + i, z);
-      store(y + i, curve.value(z, slope));
-    }
+    in_parts(count, threads, [=](std::int64_t first, std::int64_t last) __attribute__((always_inline)) {
+      for (std::int64_t i = first; i < last; i += width<R>) {
+        const Vector<R> z = load(y + i);
+        if constexpr (curve.keeps_input) store(kept + i, z);
+        store(y + i, curve.value(z, slope));
+      }
+    });
   });
   clear_padding(l.s.activation, p.y, l.s.n, l.s.out, l.out);
 }
@@ -98,14 +114,17 @@ template <class R>
 void descend(const Layout<R>& l, const Primal<R>& p) {
   const std::int64_t count = l.s.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
+  const int threads = l.large() ? p.threads : 1;
   const R *y = p.y, *dy = p.dy, *kept = p.saved + l.z();
   R* left = p.saved + l.dz();
   with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < count; i += width<R>) {
-      Vector<R> z{};
-      if constexpr (curve.keeps_input) z = load(kept + i);
-      store(left + i, curve.slope(load(y + i), z, slope) * load(dy + i));
-    }
+    in_parts(count, threads, [=](std::int64_t first, std::int64_t last) __attribute__((always_inline)) {
+      for (std::int64_t i = first; i < last; i += width<R>) {
+        Vector<R> z{};
+        if constexpr (curve.keeps_input) z = load(kept + i);
+        store(left + i, curve.slope(load(y + i), z, slope) * load(dy + i));
+      }
+    });
   });
 }
 
@@ -114,16 +133,19 @@ template <class R>
 void activate_tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t) {
   const std::int64_t elements = l.s.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
+  const int threads = l.large() ? p.threads : 1;
   const R *y = p.y, *kept = p.saved + l.z();
   R *y_dot = t.y_dot, *z_dots = t.saved_dot;
   with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < elements; i += width<R>) {
-      Vector<R> z{};
-      if constexpr (curve.keeps_input) z = load(kept + i);
-      const Vector<R> z_dot = load(y_dot + i);
-      if constexpr (curve.bends) store(z_dots + i, z_dot);
-      store(y_dot + i, curve.slope(load(y + i), z, slope) * z_dot);
-    }
+    in_parts(elements, threads, [=](std::int64_t first, std::int64_t last) __attribute__((always_inline)) {
+      for (std::int64_t i = first; i < last; i += width<R>) {
+        Vector<R> z{};
+        if constexpr (curve.keeps_input) z = load(kept + i);
+        const Vector<R> z_dot = load(y_dot + i);
+        if constexpr (curve.bends) store(z_dots + i, z_dot);
+        store(y_dot + i, curve.slope(load(y + i), z, slope) * z_dot);
+      }
+    });
   });
 }
 
@@ -133,16 +155,19 @@ const R* descend_tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R
   if (l.identity()) return t.dy_dot;
   const std::int64_t elements = l.s.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
+  const int threads = l.large() ? p.threads : 1;
   const R *ys = p.y, *dy = p.dy, *dy_dot = t.dy_dot, *z_dots = t.saved_dot, *kept = p.saved + l.z();
   with_curve<R>(l.s.activation, [=](auto curve) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < elements; i += width<R>) {
-      const Vector<R> y = load(ys + i);
-      Vector<R> z{};
-      if constexpr (curve.keeps_input) z = load(kept + i);
-      Vector<R> value = curve.slope(y, z, slope) * load(dy_dot + i);
-      if constexpr (curve.bends) value += curve.bend(y, z) * load(dy + i) * load(z_dots + i);
-      store(dz_dot + i, value);
-    }
+    in_parts(elements, threads, [=](std::int64_t first, std::int64_t last) __attribute__((always_inline)) {
+      for (std::int64_t i = first; i < last; i += width<R>) {
+        const Vector<R> y = load(ys + i);
+        Vector<R> z{};
+        if constexpr (curve.keeps_input) z = load(kept + i);
+        Vector<R> value = curve.slope(y, z, slope) * load(dy_dot + i);
+        if constexpr (curve.bends) value += curve.bend(y, z) * load(dy + i) * load(z_dots + i);
+        store(dz_dot + i, value);
+      }
+    });
   });
   return dz_dot;
 }

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../../csrc/attention/kernels.h"
 #include "../../csrc/callback/kernels.h"
 #include "../../csrc/conv_block/kernels.h"
 #include "../../csrc/data/kernels.h"
@@ -324,6 +325,44 @@ Program called_back(std::int64_t n) {
   return p;
 }
 
+// A weight so large that products copy it in panels, and threads share them.
+constexpr std::int64_t large = 364;
+
+Program large_rows(std::int64_t n) {
+  Program p;
+  p.operations = {linear(n, features, large, Activation::gelu, {true, 0}, 0, 0),
+                  linear(n, large, large, Activation::tanh, {false, 0}, 2, 1),
+                  linear(n, large, classes, Activation::identity, {false, 1}, 4, 2),
+                  loss_of(loss::Kind::cross_entropy, n, 2, 3)};
+  p.values = 4;
+  p.output = 2;
+  p.adapted = p.differentiated = p.parameters = 6;
+  return p;
+}
+
+// Two samples of n / 2 tokens, two heads of three features; what is added to the scores are some of the task's data.
+Program attending(std::int64_t n) {
+  Operation attention;
+  auto shape = std::make_shared<attention::Shape>();
+  *shape = {2, n / 2, n / 2, 2, 3, 0.6, true, {1, 2, 0, 3}};
+  attention.shape = shape;
+  FASTMETA_MAPS(attention, attention)
+  for (int i = 0; i < 3; ++i) attention.x[i] = {false, i};
+  attention.x[3] = {true, 0};
+  attention.y = 3;
+  Program p;
+  p.operations = {linear(n, features, 6, Activation::tanh, {true, 0}, 0, 0),
+                  linear(n, features, 6, Activation::tanh, {true, 0}, 2, 1),
+                  linear(n, features, 6, Activation::identity, {true, 0}, 4, 2),
+                  attention,
+                  linear(n, 6, classes, Activation::identity, {false, 3}, 6, 4),
+                  loss_of(loss::Kind::cross_entropy, n, 4, 5)};
+  p.values = 6;
+  p.output = 4;
+  p.adapted = p.differentiated = p.parameters = 8;
+  return p;
+}
+
 // Batch norm in evaluation mode, in a convolution and elsewhere.
 Program evaluation(std::int64_t n) {
   Program p;
@@ -361,6 +400,9 @@ const Case cases[] = {
      {hidden * hidden, hidden, hidden * hidden, hidden, hidden * classes, classes, features * hidden, hidden}, features,
      true},
     {"called back", called_back, {features * hidden, hidden, hidden, hidden * classes, classes}, features, true},
+    {"large weights", large_rows, {features * large, large, large * large, large, large * classes, classes}, features,
+     true},
+    {"attention", attending, {features * 6, 6, features * 6, 6, features * 6, 6, 6 * classes, classes}, features, true},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
     {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
      true, 6},

@@ -110,7 +110,9 @@ def test_small_networks_in_both_precisions(activation: str, loss: str, steps: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("widths", [(1, 1), (2, 1, 3), (5, 16, 16, 1), (7, 33, 15, 256, 2), (3, 8, 8, 8, 8, 8, 4)])
+@pytest.mark.parametrize(
+    "widths", [(1, 1), (2, 1, 3), (5, 16, 16, 1), (7, 33, 15, 256, 2), (3, 8, 8, 8, 8, 8, 4), (3, 400, 370, 2)]
+)
 def test_every_instruction_set(instruction_set: str, widths: tuple[int, ...], dtype: torch.dtype) -> None:
     model, tasks = network(*widths, activation="tanh", dtype=dtype), batch_of(widths[0], widths[-1], "mse", dtype=dtype)
     maml = fm.MAML(model, F.mse_loss, lr=0.05, steps=2, executor="native")
@@ -242,8 +244,9 @@ def test_tied_weights_fall_to_the_reference() -> None:
     assert "parameter layer.weight has several readers" in maml.explain(tasks).executor
 
 
-def test_the_number_of_threads_and_of_callers_changes_no_bit() -> None:
-    model, tasks = network(3, 40, 4, dtype=torch.float32), batch_of(3, 4, "mse", tasks=37, dtype=torch.float32)
+@pytest.mark.parametrize("widths", [(3, 40, 4), (3, 400, 370, 4)])
+def test_the_number_of_threads_and_of_callers_changes_no_bit(widths: tuple[int, ...]) -> None:
+    model, tasks = network(*widths, dtype=torch.float32), batch_of(3, 4, "mse", tasks=37, dtype=torch.float32)
     maml = fm.MAML(model, F.mse_loss, lr=0.1, steps=3, executor="native")
     before = torch.get_num_threads()
     results = []
@@ -259,6 +262,20 @@ def test_the_number_of_threads_and_of_callers_changes_no_bit() -> None:
     assert len(results) == 10
     for other in results[1:]:
         assert all(torch.equal(results[0][n], other[n]) for n in other)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "relu"])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_that_are_copied_in_panels(activation: str, learned: bool, dtype: torch.dtype) -> None:
+    """Above half a megabyte; 400 rows are more than a panel is deep, 370 columns no whole number of panels."""
+    model = network(5, 400, 370, 3, activation=activation, dtype=dtype)
+    tasks = batch_of(5, 3, "mse", sizes=(9, 14), tasks=3, dtype=dtype)
+    rate = torch.tensor(0.05, dtype=dtype)
+    maml = fm.MAML(model, F.mse_loss, lr=nn.Parameter(rate) if learned else rate, steps=2, executor="native")
+    error = total_error(maml.value_and_grad(tasks)[1], truth(model, F.mse_loss, tasks, 0.05, 2)[3])
+    # float32: eps times the square root of 400 terms, through three layers and two steps
+    assert error <= (EXACT if dtype == torch.float64 else 1e-5)
 
 
 @settings(deadline=None, max_examples=40)

@@ -339,3 +339,39 @@ def test_what_cannot_be_called_back_falls_to_the_reference_as_a_whole(
     assert reason in executor
     with pytest.raises(RuntimeError, match="executor 'native' is not available here"):
         fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native").value_and_grad(tasks)
+
+
+class Crossed(nn.Module):
+    """Attention of few queries to many keys, scaled before and after, without a mask; its input is read again."""
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.heads, width = heads, heads * dim
+        self.query, self.key, self.value = nn.Linear(4, width), nn.Linear(5, width), nn.Linear(5, width)
+        self.head = nn.Linear(width, WAYS)
+
+    def forward(self, few: Tensor, many: Tensor) -> Tensor:
+        queries = self.query(few)
+        split = [y.unflatten(-1, (self.heads, -1)).permute(0, 2, 1, 3) for y in (self.key(many), self.value(many))]
+        scores = (queries.unflatten(-1, (self.heads, -1)).permute(0, 2, 1, 3) / 1.3) @ split[0].mT * 0.7
+        mixed = (scores.softmax(-1) @ split[1]).permute(0, 2, 1, 3).reshape(queries.shape)
+        return self.head(torch.tanh(mixed + queries)).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 3), (2, 5), (3, 16)])
+def test_attention_is_native(instruction_set: str, heads: int, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Crossed(heads, dim).to(dtype)
+    sets = []
+    for n in (4, 6):
+        x = torch.randn(3, n, 3, 4, dtype=dtype), torch.randn(3, n, 18, 5, dtype=dtype)
+        sets.append((x, torch.randint(WAYS, (3, n))))
+    tasks = fm.TaskBatch(*sets)
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native")
+    error = total_error(maml.value_and_grad(tasks)[1], truth(model, F.cross_entropy, tasks, 0.1, 2)[3])
+    # float32: eps times the square root of 48 terms, through products, exponentials and two steps
+    assert error <= (EXACT if dtype == torch.float64 else 1e-5)
+    explained = maml.explain(tasks)
+    assert f"instruction set {instruction_set}" in explained.executor
+    assert {row.backend for row in explained.rows if row.op in ("matmul", "softmax")} == {"native"}

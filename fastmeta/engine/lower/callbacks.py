@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fastmeta.engine.callback import Callback, Failures, Operand, Place
 from fastmeta.engine.composite import Composite
+from fastmeta.engine.lower.attention import lower_attention
 from fastmeta.engine.lower.lowering import ABSENT, Data, Lowering, NotLowered, Value, is_rename
 from fastmeta.engine.program import Instruction
 
 MAX_INPUTS, MAX_WEIGHTS = 4, 6  # csrc/executor/operation.h
 # Small operations go with one before them that has no kernel: every call back costs more than they do.
-SMALL = frozenset({"sum", "product", "quotient", "activation", "reduction", "view", "softmax", "matmul"})
+SMALL = frozenset({"sum", "product", "quotient", "activation", "reduction", "view", "softmax", "matmul", "dropout"})
 
 
 class Callbacks:
@@ -41,7 +42,7 @@ class Callbacks:
         """Take a small instruction, or a change of shape, that reads what waits here."""
         if not self._waiting.keys() & set(instruction.inputs):
             return False
-        if instruction.op.name not in SMALL and not is_rename(instruction):
+        if instruction.op.random or not (instruction.op.name in SMALL or is_rename(instruction)):
             return False
         self._wait(instruction, "it goes with what comes before")
         return True
@@ -79,22 +80,41 @@ class Callbacks:
     def _emit(self, lowering: Lowering, slot: int) -> None:
         """Emit the part of what waits that ``slot`` depends on; results in between that others read come first."""
         part = self._part(slot)
-        inside = {id(instruction) for instruction in part}
-        outputs = {lowering.graph.loss, *lowering.graph.outputs}
-        for made in [made for instruction in part for made in instruction.outputs if made != slot]:
-            readers = lowering.readers.get(made, [])
-            if made in outputs or any(id(reader) not in inside for reader in readers):
+        every = [made for instruction in part for made in instruction.outputs]
+        for made in every:
+            if made != slot and self._is_read_outside(lowering, part, made):
                 self._emit(lowering, made)
                 self.provide(lowering, [slot])
                 return
+        for made in every:
+            piece = self._part(made)
+            inner = [each for instruction in piece for each in instruction.outputs if each != made]
+            if any(self._is_read_outside(lowering, piece, each) for each in inner):
+                continue
+            if lower_attention(lowering, piece, made):
+                inside = {id(instruction) for instruction in piece}
+                self.cuts = [cut for cut in self.cuts if id(cut[0]) not in inside]
+                self._forget(piece)
+                self.provide(lowering, [slot])
+                return
         if not _fits(lowering, part):  # the largest piece that does comes first
-            pieces = [(len(self._part(made)), made) for each in part for made in each.outputs if made != slot]
+            pieces = [(len(self._part(made)), made) for made in every if made != slot]
             fitting = [piece for piece in pieces if _fits(lowering, self._part(piece[1]))]
             if fitting:
                 self._emit(lowering, max(fitting)[1])
                 self.provide(lowering, [slot])
                 return
         emit_composite(lowering, Composite(part, _inputs(part), slot), self._failures)
+        self._forget(part)
+
+    @staticmethod
+    def _is_read_outside(lowering: Lowering, part: Sequence[Instruction], slot: int) -> bool:
+        inside = {id(instruction) for instruction in part}
+        if slot == lowering.graph.loss or slot in lowering.graph.outputs:
+            return True
+        return any(id(reader) not in inside for reader in lowering.readers.get(slot, []))
+
+    def _forget(self, part: Sequence[Instruction]) -> None:
         for made in [made for instruction in part for made in instruction.outputs]:
             del self._waiting[made]
 

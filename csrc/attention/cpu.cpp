@@ -1,0 +1,264 @@
+#include "../common/product.h"
+#include "../common/threads.h"
+#include "../common/transpose.h"
+#include "../common/vectors.h"
+#include "kernels.h"
+
+#ifndef FASTMETA_ISA
+#define FASTMETA_ISA plain
+#endif
+
+// With P = softmax(S), S = scale Q K^T + M, O = P V of one head, and <., .> a sum over columns of a row:
+//
+//   backward           dV = P^T dO,  dP = dO V^T,  E = dP - <P, dP>,  dS = scale P E,  dQ = dS K,  dK = dS^T Q
+//   tangent            S' = scale (Q' K^T + Q K'^T),  P' = P (S' - <P, S'>),  O' = P' V + P V'
+//   tangent_backward   dV' = P'^T dO + P^T dO',  dP' = dO' V^T + dO V'^T,
+//                      dS' = scale (P' E + P (dP' - <P', dP> - <P, dP'>)),
+//                      dQ' = dS' K + dS K',  dK' = dS'^T Q + dS^T Q'
+//
+// P and P' are kept; the products with V^T are made again. A head's rows are copied to where they lie one behind the
+// other; heads are spread over threads, and each writes its own columns.
+
+namespace fastmeta::attention::FASTMETA_ISA {
+namespace {
+
+using executor::Primal;
+using executor::Sizes;
+using executor::Tangent;
+
+template <class R>
+struct Layout {
+  const Shape& s;
+  std::int64_t row, dim, columns;  // padded: of values; of a head; of scores
+
+  explicit Layout(const void* shape)
+      : s(*static_cast<const Shape*>(shape)),
+        row(padded<R>(s.heads * s.dim)),
+        dim(padded<R>(s.dim)),
+        columns(padded<R>(s.columns)) {}
+
+  std::int64_t queries() const { return s.rows * dim; }  // elements of a head
+  std::int64_t keys() const { return s.columns * dim; }
+  std::int64_t scores() const { return s.rows * columns; }
+  std::int64_t turned() const { return s.dim * columns; }  // of keys or values, [dim, columns]
+  std::int64_t scratch() const { return 5 * queries() + 5 * keys() + 4 * turned() + 4 * scores(); }
+};
+
+template <class R>
+Sizes sizes(const void* shape) {
+  const Layout<R> l(shape);
+  Sizes sizes{};
+  sizes.y = l.s.n * l.s.rows * l.row;
+  sizes.saved = sizes.saved_dot = l.s.n * l.s.heads * l.scores();
+  sizes.thread_scratch = l.scratch();
+  sizes.rereads_y = false;
+  return sizes;
+}
+
+// One head of one sample, and a thread's memory, from which it takes what it needs.
+template <class R>
+class Head {
+ public:
+  Head(const Layout<R>& l, std::int64_t number, R* scratch)
+      : l_(l), number_(number), sample_(number / l.s.heads), head_(number % l.s.heads), free_(scratch) {}
+
+  R* take(std::int64_t elements) {
+    R* const place = free_;
+    free_ += elements;
+    return place;
+  }
+
+  // The head's part of values that have `rows` a sample; null where there are none.
+  const R* rows_of(const R* values, std::int64_t rows) {
+    if (values == nullptr) return nullptr;
+    R* const out = take(rows * l_.dim);
+    const R* in = values + sample_ * rows * l_.row + head_ * l_.s.dim;
+    for (std::int64_t i = 0; i < rows; ++i, in += l_.row)
+      for (std::int64_t j = 0; j < l_.dim; ++j) out[i * l_.dim + j] = j < l_.s.dim ? in[j] : R(0);
+    return out;
+  }
+  const R* queries_of(const R* values) { return rows_of(values, l_.s.rows); }
+  const R* keys_of(const R* values) { return rows_of(values, l_.s.columns); }
+
+  // Keys or values as [dim, columns].
+  const R* turned(const R* keys) {
+    if (keys == nullptr) return nullptr;
+    R* const out = take(l_.turned());
+    transpose(keys, l_.dim, l_.s.columns, l_.s.dim, out);
+    return out;
+  }
+
+  // The head's part of kept scores.
+  R* scores_in(R* kept) const { return kept + number_ * l_.scores(); }
+  const R* scores_in(const R* kept) const { return kept + number_ * l_.scores(); }
+
+  // c [rows, columns] = the sum of a b, with a [rows, dim] and b [dim, columns]; terms without a factor are left out.
+  void to_scores(const R* a0, const R* b0, const R* a1, const R* b1, R* c) const {
+    Term<R> terms[2];
+    int count = 0;
+    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, l_.dim, b0, l_.columns, l_.s.dim};
+    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, l_.dim, b1, l_.columns, l_.s.dim};
+    product(terms, count, l_.s.rows, l_.s.columns, Result<R>{c, l_.columns});
+  }
+
+  // The sum of a b, with a [rows, columns] and b [columns, dim], to the head's columns of y.
+  void to_queries(const R* a0, const R* b0, const R* a1, const R* b1, R* y) {
+    put<false>(a0, b0, a1, b1, l_.s.rows, l_.s.columns, y);
+  }
+  // The sum of a^T b, with a [rows, columns] and b [rows, dim].
+  void to_keys(const R* a0, const R* b0, const R* a1, const R* b1, R* y) {
+    put<true>(a0, b0, a1, b1, l_.s.columns, l_.s.rows, y);
+  }
+
+  // P of S, in its place.
+  void softmax(const R* mask, R* scores) const {
+    const R scale = static_cast<R>(l_.s.scale);
+    const std::int64_t* step = l_.s.mask;
+    for (std::int64_t i = 0; i < l_.s.rows; ++i) {
+      R* row = scores + i * l_.columns;
+      for (std::int64_t j = 0; j < l_.columns; j += width<R>) store(row + j, scale * load(row + j));
+      if (l_.s.masked) {
+        const R* m = mask + sample_ * step[0] + head_ * step[1] + i * step[2];
+        for (std::int64_t j = 0; j < l_.s.columns; ++j) row[j] += m[j * step[3]];
+      }
+      R most = row[0];
+      for (std::int64_t j = 1; j < l_.s.columns; ++j) most = row[j] > most ? row[j] : most;
+      Vector<R> sums{};
+      for (std::int64_t j = 0; j < l_.columns; j += width<R>) {
+        const Vector<R> all = exponential(load(row + j) - splat<R>(most));
+        const Vector<R> e = select<R>(lanes_from<R>(j) < splat_mask<R>(static_cast<int>(l_.s.columns)), all, Vector<R>{});
+        store(row + j, e);
+        sums += e;
+      }
+      const Vector<R> total = sum_everywhere<R>(sums);
+      for (std::int64_t j = 0; j < l_.columns; j += width<R>) store(row + j, load(row + j) / total);
+    }
+  }
+
+  // <a, b> of a row, in every lane.
+  Vector<R> dot(const R* a, const R* b, std::int64_t row) const {
+    Vector<R> sums{};
+    for (std::int64_t j = row * l_.columns; j < (row + 1) * l_.columns; j += width<R>) sums += load(a + j) * load(b + j);
+    return sum_everywhere<R>(sums);
+  }
+
+  // out = factor p (v - <p, v>): the derivative of softmax applied to v, its own transpose.
+  void derivative(const R* p, const R* v, R factor, R* out) const {
+    for (std::int64_t i = 0; i < l_.s.rows; ++i) {
+      const Vector<R> mean = dot(p, v, i);
+      for (std::int64_t j = i * l_.columns; j < (i + 1) * l_.columns; j += width<R>)
+        store(out + j, factor * load(p + j) * (load(v + j) - mean));
+    }
+  }
+
+ private:
+  template <bool transposed>
+  void put(const R* a0, const R* b0, const R* a1, const R* b1, std::int64_t rows, std::int64_t depth, R* y) {
+    if (y == nullptr) return;
+    Term<R> terms[2];
+    int count = 0;
+    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, l_.columns, b0, l_.dim, depth};
+    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, l_.columns, b1, l_.dim, depth};
+    R* const block = free_;  // behind all that is taken
+    product_of<R, transposed>(terms, count, rows, l_.s.dim, Result<R>{block, l_.dim});
+    R* out = y + sample_ * rows * l_.row + head_ * l_.s.dim;
+    const std::int64_t behind = head_ == l_.s.heads - 1 ? l_.row - l_.s.heads * l_.s.dim : 0;  // padding
+    for (std::int64_t i = 0; i < rows; ++i, out += l_.row) {
+      for (std::int64_t j = 0; j < l_.s.dim; ++j) out[j] = block[i * l_.dim + j];
+      for (std::int64_t j = 0; j < behind; ++j) out[l_.s.dim + j] = 0;
+    }
+  }
+
+  const Layout<R>& l_;
+  const std::int64_t number_, sample_, head_;
+  R* free_;
+};
+
+template <class R, class F>
+void for_heads(const Layout<R>& l, int threads, R* scratch, F f) {
+  parallel_for(l.s.n * l.s.heads, threads, [&](std::int64_t first, std::int64_t last, int seat) {
+    for (std::int64_t i = first; i < last; ++i) {
+      Head<R> head(l, i, scratch + seat * l.scratch());
+      f(head);
+    }
+  });
+}
+
+template <class R>
+void forward(const void* shape, const Primal<R>& p, R* scratch) {
+  const Layout<R> l(shape);
+  for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
+    const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
+    R* scores = head.scores_in(p.saved);
+    head.to_scores(q, head.turned(k), nullptr, nullptr, scores);
+    head.softmax(p.x[3], scores);
+    head.to_queries(scores, v, nullptr, nullptr, p.y);
+  });
+}
+
+template <class R>
+void backward(const void* shape, const Primal<R>& p, R* scratch) {
+  const Layout<R> l(shape);
+  for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
+    const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
+    const R *d = head.queries_of(p.dy), *probabilities = head.scores_in(p.saved);
+    R* ds = head.take(l.scores());
+    head.to_scores(d, head.turned(v), nullptr, nullptr, ds);
+    head.derivative(probabilities, ds, static_cast<R>(l.s.scale), ds);
+    head.to_queries(ds, k, nullptr, nullptr, p.dx[0]);
+    head.to_keys(ds, q, nullptr, nullptr, p.dx[1]);
+    head.to_keys(probabilities, d, nullptr, nullptr, p.dx[2]);
+  });
+}
+
+template <class R>
+void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+  const Layout<R> l(shape);
+  for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
+    const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
+    const R *q_dot = head.queries_of(t.x_dot[0]), *k_dot = head.keys_of(t.x_dot[1]), *v_dot = head.keys_of(t.x_dot[2]);
+    const R* probabilities = head.scores_in(p.saved);
+    R* dots = head.scores_in(t.saved_dot);
+    head.to_scores(q_dot, head.turned(k), q, head.turned(k_dot), dots);
+    head.derivative(probabilities, dots, static_cast<R>(l.s.scale), dots);
+    head.to_queries(dots, v, probabilities, v_dot, t.y_dot);
+  });
+}
+
+template <class R>
+void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
+  const Layout<R> l(shape);
+  const R scale = static_cast<R>(l.s.scale);
+  for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
+    const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
+    const R *q_dot = head.queries_of(t.x_dot[0]), *k_dot = head.keys_of(t.x_dot[1]), *v_dot = head.keys_of(t.x_dot[2]);
+    const R *d = head.queries_of(p.dy), *d_dot = head.queries_of(t.dy_dot);
+    const R *probabilities = head.scores_in(p.saved), *dots = head.scores_in(t.saved_dot);
+    const R* turned = head.turned(v);
+    R *dp = head.take(l.scores()), *ds = head.take(l.scores()), *ds_dot = head.take(l.scores());
+    head.to_scores(d, turned, nullptr, nullptr, dp);
+    head.derivative(probabilities, dp, scale, ds);
+    head.to_scores(d_dot, turned, d, head.turned(v_dot), ds_dot);
+    for (std::int64_t i = 0; i < l.s.rows; ++i) {
+      const Vector<R> mean = head.dot(probabilities, dp, i);
+      const Vector<R> mean_dot = head.dot(dots, dp, i) + head.dot(probabilities, ds_dot, i);
+      for (std::int64_t j = i * l.columns; j < (i + 1) * l.columns; j += width<R>) {
+        const Vector<R> bent = load(dots + j) * (load(dp + j) - mean);
+        store(ds_dot + j, scale * (bent + load(probabilities + j) * (load(ds_dot + j) - mean_dot)));
+      }
+    }
+    head.to_queries(ds_dot, k, ds, k_dot, t.dx_dot[0]);
+    head.to_keys(ds_dot, q, ds, q_dot, t.dx_dot[1]);
+    head.to_keys(probabilities, d_dot, dots, d, t.dx_dot[2]);
+  });
+}
+
+template <class R>
+constexpr executor::Maps<R> maps{width<R>,   sizes<R>,    nullptr,    nullptr,
+                                 forward<R>, backward<R>, tangent<R>, tangent_backward<R>};
+
+}  // namespace
+
+extern const Table table{maps<float>, maps<double>};
+
+}  // namespace fastmeta::attention::FASTMETA_ISA

@@ -1,0 +1,28 @@
+// Scaled dot-product attention of several heads: y = softmax(scale q k^T + mask) v, head by head.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/isa.h"
+#include "../executor/operation.h"
+
+namespace fastmeta::attention {
+
+// Inputs: queries [n * rows, heads * dim], keys and values [n * columns, heads * dim], in that order, and perhaps a mask
+// of a task's data that is added to the scores: elements of [n, heads, rows, columns], so many apart; 0 where an axis
+// repeats.
+struct Shape {
+  std::int64_t n, rows, columns, heads, dim;
+  double scale;
+  bool masked;
+  std::int64_t mask[4];
+};
+
+struct Table {
+  executor::Maps<float> f32;
+  executor::Maps<double> f64;
+};
+
+FASTMETA_TABLES
+
+}  // namespace fastmeta::attention
