@@ -15,6 +15,7 @@
 #include "../callback/kernels.h"
 #include "../conv_block/kernels.h"
 #include "../data/kernels.h"
+#include "../embedding/kernels.h"
 #include "../flatten/kernels.h"
 #include "../linear_block/kernels.h"
 #include "../loss/kernels.h"
@@ -196,6 +197,19 @@ void describe_conv(const py::dict& d, Operation& operation) {
   operation.f64 = [](Isa isa) { return conv_block::table_of(isa).f64; };
 }
 
+void describe_embedding(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<embedding::Shape>();
+  shape->count = get<std::int64_t>(d, "count");
+  shape->rows = get<std::int64_t>(d, "rows");
+  shape->features = get<std::int64_t>(d, "features");
+  shape->padding = get<std::int64_t>(d, "padding");
+  operation.table_rows = shape->rows;
+  operation.numbers = shape->count;
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return embedding::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return embedding::table_of(isa).f64; };
+}
+
 void describe_attention(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<attention::Shape>();
   shape->n = get<std::int64_t>(d, "n");
@@ -273,6 +287,7 @@ Operation operation_of(const py::dict& d) {
   else if (name == "pool") describe_pool(d, operation);
   else if (name == "pointwise") describe_pointwise(d, operation);
   else if (name == "loss") describe_loss(d, operation);
+  else if (name == "embedding") describe_embedding(d, operation);
   else if (name == "attention") describe_attention(d, operation);
   else if (name == "callback") describe_callback(d, operation);
   else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);

@@ -10,6 +10,7 @@
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <utility>
 
 #include "../common/threads.h"
 #include "block_sums.h"
@@ -217,20 +218,32 @@ Sharing MetaGradient<R>::sharing(std::int64_t tasks, const Kind& kind, int threa
 
 template <class R>
 void MetaGradient<R>::check(const Request<R>& request) const {
+  // Whether some whole number of a leaf's tasks is outside of [0, below) and not `other`, and the first such number.
+  const auto outside = [&](const Leaf& leaf, std::int64_t count, std::int64_t below, std::int64_t other) {
+    for (std::int64_t t = 0; t < request.tasks; ++t) {
+      const auto* numbers = reinterpret_cast<const std::int64_t*>(leaf.address + t * leaf.stride);
+      for (std::int64_t i = 0; i < count; ++i)
+        if ((numbers[i] < 0 || numbers[i] >= below) && numbers[i] != other) return std::make_pair(true, numbers[i]);
+    }
+    return std::make_pair(false, std::int64_t{0});
+  };
   for (const auto* program : {&support_program_, &query_program_}) {
+    const std::vector<Leaf>& leaves = program == &support_program_ ? request.support : request.query;
+    for (const Operation& operation : program->operations) {
+      if (operation.table_rows == 0) continue;
+      const auto [wrong, number] = outside(leaves[operation.x[0].index], operation.numbers, operation.table_rows, 0);
+      if (wrong)
+        throw std::out_of_range("embedding: indices must be in [0, " + std::to_string(operation.table_rows) +
+                                "), got " + std::to_string(number) + "; check the tokenizer or the table's size");
+    }
     const Operation& loss = program->operations.back();
     if (loss.classes == 0) continue;
-    const Leaf leaf = (program == &support_program_ ? request.support : request.query)[loss.target];
-    const std::int64_t rows = loss.label_rows;
-    for (std::int64_t t = 0; t < request.tasks; ++t) {
-      const auto* labels = reinterpret_cast<const std::int64_t*>(leaf.address + t * leaf.stride);
-      for (std::int64_t i = 0; i < rows; ++i)
-        if ((labels[i] < 0 || labels[i] >= loss.classes) && labels[i] != loss.ignored)
-          throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(loss.classes) +
-                                      "), got " + std::to_string(labels[i]) +
-                                      "; relabel each task's classes from 0, or mark rows to leave out with " +
-                                      "ignore_index=" + std::to_string(loss.ignored));
-    }
+    const auto [wrong, label] = outside(leaves[loss.target], loss.label_rows, loss.classes, loss.ignored);
+    if (wrong)
+      throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(loss.classes) + "), got " +
+                                  std::to_string(label) +
+                                  "; relabel each task's classes from 0, or mark rows to leave out with " +
+                                  "ignore_index=" + std::to_string(loss.ignored));
   }
 }
 

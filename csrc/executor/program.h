@@ -28,6 +28,8 @@ struct Operation {
   int y = absent;  // value
   // Of a loss of labels: `label_rows` of them, each in [0, classes) or `ignored`.
   std::int64_t classes = 0, label_rows = 0, ignored = 0;
+  // Of a table: x[0] is data of so many whole numbers of 64 bits, each in [0, table_rows).
+  std::int64_t table_rows = 0, numbers = 0;
 };
 
 // In execution order; the last operation is the loss. Parameters are numbered: first those that adapt, then those that

@@ -12,6 +12,7 @@
 #include "../../csrc/callback/kernels.h"
 #include "../../csrc/conv_block/kernels.h"
 #include "../../csrc/data/kernels.h"
+#include "../../csrc/embedding/kernels.h"
 #include "../../csrc/executor/program.h"
 #include "../../csrc/flatten/kernels.h"
 #include "../../csrc/linear_block/kernels.h"
@@ -223,6 +224,7 @@ struct Case {
   bool labels;
   std::size_t constants = 0;  // the last parameters: running statistics
   bool learns = true;         // whether rates can be learned
+  bool ignores = true;        // whether a label is one to be left out
 };
 
 Program rows(std::int64_t n, loss::Kind kind) {
@@ -363,6 +365,25 @@ Program attending(std::int64_t n) {
   return p;
 }
 
+// The task's labels are the numbers, too; one of them is a row without gradient.
+Program embedded(std::int64_t n) {
+  Operation table;
+  auto shape = std::make_shared<embedding::Shape>();
+  *shape = {n, classes, hidden, 1};
+  table.shape = shape;
+  FASTMETA_MAPS(table, embedding)
+  table.x[0] = {true, 1};
+  table.w[0] = 0;
+  table.y = 0;
+  Program p;
+  p.operations = {table, linear(n, hidden, classes, Activation::identity, {false, 0}, 1, 1),
+                  loss_of(loss::Kind::cross_entropy, n, 1, 2)};
+  p.values = 3;
+  p.output = 1;
+  p.adapted = p.differentiated = p.parameters = 3;
+  return p;
+}
+
 // Batch norm in evaluation mode, in a convolution and elsewhere.
 Program evaluation(std::int64_t n) {
   Program p;
@@ -403,6 +424,7 @@ const Case cases[] = {
     {"large weights", large_rows, {features * large, large, large * large, large, large * classes, classes}, features,
      true},
     {"attention", attending, {features * 6, 6, features * 6, 6, features * 6, 6, 6 * classes, classes}, features, true},
+    {"embedding", embedded, {classes * hidden, hidden * classes, classes}, features, true, 0, true, false},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
     {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
      true, 6},

@@ -47,7 +47,7 @@ struct Problem {
       for (std::int64_t i = 0; i < tasks * n[s]; ++i)
         labels[s].push_back(static_cast<std::int64_t>(random() % classes));
     }
-    labels[0][1] = -100;
+    if (c.ignores) labels[0][1] = -100;
     losses.resize(tasks);
     support_losses.resize(tasks * steps);
     outputs.resize(tasks * n[1] * classes);

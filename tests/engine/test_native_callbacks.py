@@ -341,6 +341,19 @@ def test_what_cannot_be_called_back_falls_to_the_reference_as_a_whole(
         fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native").value_and_grad(tasks)
 
 
+@pytest.mark.parametrize("number", [-1, 11])
+def test_an_index_outside_of_the_table_raises(number: int) -> None:
+    model, loss, tasks = case("tokens")
+    maml = fm.MAML(model, loss, lr=0.1, executor="native")
+    before = maml.value_and_grad(tasks)
+    wrong = tasks.query[0].clone()
+    wrong[2, 1, 3] = number
+    with pytest.raises(IndexError, match=rf"indices must be in \[0, 11\), got {number}; check the tokenizer"):
+        maml.value_and_grad(fm.TaskBatch(tasks.support, (wrong, tasks.query[1])))
+    after = maml.value_and_grad(tasks)
+    assert all(torch.equal(before[1][n], after[1][n]) for n in before[1])
+
+
 class Crossed(nn.Module):
     """Attention of few queries to many keys, scaled before and after, without a mask; its input is read again."""
 

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fastmeta.engine.lower.lowering import ABSENT, Lowering, NotLowered, Value
+import torch
+
+from fastmeta.engine.lower.lowering import ABSENT, Data, Lowering, NotLowered, Value
 from fastmeta.engine.program import Instruction
 
 ACTIVATIONS = {
@@ -27,6 +29,17 @@ def _linear(lowering: Lowering, instruction: Instruction) -> None:
     slot, activation = activated(lowering, instruction.outputs[0])
     shape = {"n": op.rows, "in": op.fan_in, "out": op.fan_out, "gram": False, **activation}
     lowering.held[slot] = Value(lowering.emit("linear_block", shape, [source], weights), op.rows, op.fan_out)
+
+
+def _embedding(lowering: Lowering, instruction: Instruction) -> None:
+    op: Any = instruction.op
+    table, numbers = instruction.inputs
+    held, given = lowering.held.get(numbers), lowering.graph.values[numbers]
+    if not isinstance(held, Data) or given.dtype != torch.int64 or op.count == 0:
+        raise NotLowered("an embedding of indices that are computed, or not of int64")
+    described = {"count": op.count, "rows": op.size, "features": op.width, "padding": op.padding}
+    index = lowering.emit("embedding", described, [(True, held.index)], [lowering.parameter(table)])
+    lowering.held[instruction.outputs[0]] = Value(index, op.count, op.width)
 
 
 def _convolution(lowering: Lowering, instruction: Instruction) -> None:
@@ -207,6 +220,7 @@ def parameters_at(lowering: Lowering, instruction: Instruction, *positions: int 
 
 HANDLERS = {
     "linear": _linear,
+    "embedding": _embedding,
     "conv2d": _convolution,
     "sum": _sum,
     "product": _product,
