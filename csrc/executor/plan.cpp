@@ -158,10 +158,11 @@ template <class R>
 double Plan<R>::shared() const {
   double shared = 0, all = 0;
   for (const Item& item : items_) {
-    // What it makes, and the weights that its products read: of what takes time.
-    const auto size = static_cast<double>(item.sizes.y + item.sizes.saved + item.sizes.weights[0]);
+    // What it makes, and the weights that shared products read, stand for the time it takes.
+    const bool shares = item.sizes.thread_scratch > 0;
+    const auto size = static_cast<double>(item.sizes.y + item.sizes.saved + (shares ? item.sizes.weights[0] : 0));
     all += size;
-    if (item.sizes.thread_scratch > 0) shared += size;
+    if (shares) shared += size;
   }
   return shared / all;
 }

@@ -24,7 +24,7 @@ from fastmeta.engine.trace import Output
 from fastmeta.engine.work import Plan, Work, leaves, require_finite
 
 _NONE = torch.empty(0)
-ROOM = 512 << 20  # bytes that the tasks at work may hold where the reference executor is a choice
+ROOM = 1 << 30  # bytes that the tasks at work may hold where the reference executor is a choice
 
 
 class NativeStep:
