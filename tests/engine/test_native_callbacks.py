@@ -99,6 +99,7 @@ CASES: dict[str, tuple[nn.Module, Callable[..., Tensor], str]] = {
     "smoothed labels": (rows(nn.Tanh()), smoothed, ROWS),
     "another loss": (rows(nn.Tanh()), F.huber_loss, "mse"),
     "two terms": (rows(nn.Tanh()), two_terms, "mse"),
+    "last": (rows(nn.Tanh()).append(nn.Softplus()), F.mse_loss, "mse"),
     "images, mish": (images(lambda c: nn.Mish(), lambda c: nn.ReLU()), F.cross_entropy, "images"),
     "images, excitation": (images(Excitation, lambda c: nn.ReLU()), F.cross_entropy, "images"),
     "tokens": (Tokens(), F.cross_entropy, "tokens"),

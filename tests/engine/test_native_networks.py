@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -339,12 +340,13 @@ def test_renamed_values(way: Callable[[Tensor], Tensor]) -> None:
         *("a weight a pixel", "rows of images"),
     ],
 )
-def test_what_has_no_kernel_runs_on_the_reference(
-    model: nn.Module, data: Callable[[], fm.TaskBatch], reason: str
+@pytest.mark.parametrize("executor", ["auto", "native"])
+def test_what_has_no_kernel_is_called_back_or_runs_on_the_reference(
+    model: nn.Module, data: Callable[[], fm.TaskBatch], reason: str, executor: Literal["auto", "native"]
 ) -> None:
     model, tasks = model.double(), data()
-    maml = fm.MAML(model, F.cross_entropy, lr=0.1)
-    assert reason in maml.explain(tasks).executor
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, executor=executor)
+    assert reason in str(maml.explain(tasks))
     assert total_error(maml.value_and_grad(tasks)[1], truth(model, F.cross_entropy, tasks, 0.1, 1)[3]) <= EXACT
 
 

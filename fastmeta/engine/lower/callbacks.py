@@ -42,9 +42,10 @@ class Callbacks:
         """Take a small instruction, or a change of shape, that reads what waits here."""
         if not self._waiting.keys() & set(instruction.inputs):
             return False
-        if instruction.op.random or not (instruction.op.name in SMALL or is_rename(instruction)):
+        small = instruction.op.name in SMALL or is_rename(instruction)
+        if instruction.op.random or not small or len(instruction.outputs) > 1:
             return False
-        self._wait(instruction, "it goes with what comes before")
+        self._wait(lowering, instruction, "it goes with what comes before")
         return True
 
     def take(self, lowering: Lowering, instruction: Instruction, reason: str) -> None:
@@ -65,47 +66,49 @@ class Callbacks:
                 lowering.data.append(slot)
                 self.prelude_slots.append(slot)
             return
-        self._wait(instruction, reason)
+        self._wait(lowering, instruction, reason)
 
     def provide(self, lowering: Lowering, slots: Sequence[int]) -> None:
-        """Emit what computes ``slots``."""
+        """Emit what computes ``slots``; results in between that others read come first."""
         for slot in slots:
-            if slot in self._waiting:
-                self._emit(lowering, slot)
+            while slot in self._waiting:
+                piece: int | None = slot
+                while piece is not None:
+                    result, piece = piece, self._first_read_outside(lowering, piece)
+                self._emit(lowering, result)
 
-    def _wait(self, instruction: Instruction, reason: str) -> None:
+    def _wait(self, lowering: Lowering, instruction: Instruction, reason: str) -> None:
+        read = {*lowering.readers, lowering.graph.loss, *lowering.graph.outputs}
+        if len(read.intersection(instruction.outputs)) > 1:
+            raise NotLowered(f"{instruction.op.call.target} has several results that are read")
         self.cuts.append((instruction, reason))
         self._waiting.update(dict.fromkeys(instruction.outputs, instruction))
 
     def _emit(self, lowering: Lowering, slot: int) -> None:
-        """Emit the part of what waits that ``slot`` depends on; results in between that others read come first."""
+        """Emit the part of what waits that ``slot`` depends on, or a piece of it that has to be an operation."""
         part = self._part(slot)
         every = [made for instruction in part for made in instruction.outputs]
-        for made in every:
-            if made != slot and self._is_read_outside(lowering, part, made):
-                self._emit(lowering, made)
-                self.provide(lowering, [slot])
-                return
-        for made in every:
+        closed = [made for made in every if self._first_read_outside(lowering, made) is None]
+        for made in closed:
             piece = self._part(made)
-            inner = [each for instruction in piece for each in instruction.outputs if each != made]
-            if any(self._is_read_outside(lowering, piece, each) for each in inner):
-                continue
             if lower_attention(lowering, piece, made):
                 inside = {id(instruction) for instruction in piece}
                 self.cuts = [cut for cut in self.cuts if id(cut[0]) not in inside]
                 self._forget(piece)
-                self.provide(lowering, [slot])
                 return
         if not _fits(lowering, part):  # the largest piece that does comes first
-            pieces = [(len(self._part(made)), made) for made in every if made != slot]
-            fitting = [piece for piece in pieces if _fits(lowering, self._part(piece[1]))]
-            if fitting:
-                self._emit(lowering, max(fitting)[1])
-                self.provide(lowering, [slot])
-                return
+            sizes = [(len(self._part(made)), made) for made in closed if _fits(lowering, self._part(made))]
+            if sizes:
+                slot = max(sizes)[1]
+                part = self._part(slot)
         emit_composite(lowering, Composite(part, _inputs(part), slot), self._failures)
         self._forget(part)
+
+    def _first_read_outside(self, lowering: Lowering, slot: int) -> int | None:
+        """Of what ``slot`` is computed from here, the first result that something else reads, too."""
+        part = self._part(slot)
+        every = [made for instruction in part for made in instruction.outputs if made != slot]
+        return next((made for made in every if self._is_read_outside(lowering, part, made)), None)
 
     @staticmethod
     def _is_read_outside(lowering: Lowering, part: Sequence[Instruction], slot: int) -> bool:

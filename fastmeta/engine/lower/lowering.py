@@ -147,9 +147,11 @@ class Lowering:
                 self._parameters[instruction.outputs[0]] = self._parameters[instruction.inputs[0]]
                 self._taken.add(instruction.outputs[0])
         for instruction in self.needed:
-            if instruction.outputs[0] in self._taken or rest.joins(self, instruction) or self._renames(instruction):
+            if instruction.outputs[0] in self._taken or rest.joins(self, instruction):
                 continue
             rest.provide(self, instruction.inputs)
+            if self._renames(instruction):
+                continue
             self._at = instruction
             before = self._state()
             try:
