@@ -365,11 +365,11 @@ Program attending(std::int64_t n) {
   return p;
 }
 
-// The task's labels are the numbers, too; one of them is a row without gradient.
+// The task's labels are the numbers, too.
 Program embedded(std::int64_t n) {
   Operation table;
   auto shape = std::make_shared<embedding::Shape>();
-  *shape = {n, classes, hidden, 1};
+  *shape = {n, classes, hidden, -1};
   table.shape = shape;
   FASTMETA_MAPS(table, embedding)
   table.x[0] = {true, 1};
