@@ -13,6 +13,10 @@ import numpy
 import pytest
 import torch
 
+# Where there is no GPU, Triton's kernels run in its interpreter, which must be known before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fastmeta.core import environment, native
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -46,7 +46,7 @@ struct Room {
       : threads(p.threads), panels(scratch + (l.identity() ? 0 : l.s.n * l.out)) {}
 };
 
-// A sum of products, of two terms at the most.
+// A sum of products; of large factors by panels.
 template <class R, bool turned>
 void multiply(const Layout<R>& l, const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
               const Result<R>& result, const Room<R>& room) {

@@ -128,9 +128,9 @@ class Callback:
             dot, self._saved_dot[key] = self.op.tangent(self._saved[key], tuple(self._tensors(x, w)))
             self.y.write(y, dot)
         else:
-            self._back(which, key, self.y.read(y), None if y_dot is None else self.y.read(y_dot), x, w)
+            self._back(key, self.y.read(y), None if y_dot is None else self.y.read(y_dot), x, w)
 
-    def _back(self, which: int, key: int, d: Tensor, d_dot: Tensor | None, x: Views, w: Views) -> None:
+    def _back(self, key: int, d: Tensor, d_dot: Tensor | None, x: Views, w: Views) -> None:
         views = [None if isinstance(place, Tensor) else place.of(x, w) for place in self.places]
         need = tuple(view is not None for view in views)
         saved, saved_dot = self._saved[key], self._saved_dot.get(key)
@@ -187,7 +187,7 @@ class Callbacks:
     """All of a program, support and query.
 
     Attributes:
-        calls: one an instruction.
+        calls: one a composition.
         failures: of them all.
     """
 

@@ -8,7 +8,7 @@ way raises :class:`NotLowered` with the reason, and the reference executor runs 
 
 from fastmeta.engine.callback import Failures
 from fastmeta.engine.lower import layers, losses, norms
-from fastmeta.engine.lower.callbacks import Callbacks
+from fastmeta.engine.lower.callbacks import Cutter
 from fastmeta.engine.lower.gram import in_gram_form, with_gram
 from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
 from fastmeta.engine.program import Program
@@ -28,4 +28,4 @@ def lower(program: Program, outer: tuple[str, ...], failures: Failures) -> Lower
         NotLowered: an operation, a shape or a dtype without native kernels.
     """
     handlers = {**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS}
-    return Lowering(program, outer).run(handlers, Callbacks(failures))
+    return Lowering(program, outer).run(handlers, Cutter(failures))

@@ -19,7 +19,7 @@ MAX_INPUTS, MAX_WEIGHTS = 4, 6  # csrc/executor/operation.h
 SMALL = frozenset({"sum", "product", "quotient", "activation", "reduction", "view", "softmax", "matmul", "dropout"})
 
 
-class Callbacks:
+class Cutter:
     """Takes what has no kernel, and emits it when something else reads it, in pieces with one result each.
 
     Args:
