@@ -77,6 +77,11 @@ class Problem:
         model = copy.deepcopy(self.model).double()
         return dataclasses.replace(self, model=model, support=wide(self.support), query=wide(self.query))
 
+    def on(self, device: str) -> Problem:
+        """The same problem on a device."""
+        support, query = ((x.to(device), y.to(device)) for x, y in (self.support, self.query))
+        return dataclasses.replace(self, model=copy.deepcopy(self.model).to(device), support=support, query=query)
+
     def nudged(self, seed: int) -> Problem:
         """The same problem with every weight moved by up to ``ULPS`` units in its last place, at random."""
         return dataclasses.replace(self, model=nudged(self.model, seed, ulps=ULPS))

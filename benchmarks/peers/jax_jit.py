@@ -1,7 +1,8 @@
 """JAX, jitted: tasks by vmap or by lax.map.
 
 Convolutions are written as products with patches. XLA's own convolution of one task's few images was measured 4 to 25
-times slower on a CPU, and vmap over per-task weights makes grouped convolutions of it, slower still.
+times slower on a CPU, and vmap over per-task weights makes grouped convolutions of it, slower still. On a GPU, form
+``gpu``, vmap it is in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.workloads import Problem
 Layer = Callable[[dict[str, Any], Any], Any]
 
 
-def prepare(problem: Problem, form: str) -> Step:
+def prepare(problem: Problem, form: str, *, wait: bool = True) -> Step:
+    """One of the forms; without ``wait`` a step returns before its arrays are there."""
     try:
         import jax
     except ImportError as error:
@@ -49,15 +51,15 @@ def prepare(problem: Problem, form: str) -> Step:
             return jax.tree.map(lambda g: g.mean(0), jax.lax.map(lambda t: jax.grad(task)(p, *t), tensors))
         return jax.grad(lambda q: jax.vmap(task, (None, 0, 0, 0, 0))(q, *tensors).mean())(p)
 
-    return _bind(jax.jit(over_tasks), problem)
+    return _bind(jax.jit(over_tasks), jax.block_until_ready if wait else lambda arrays: arrays, problem)
 
 
-def _bind(gradient: Callable[..., Any], problem: Problem) -> Step:
-    import jax
+def _bind(gradient: Callable[..., Any], awaited: Callable[[Any], Any], problem: Problem) -> Step:
 
     theta = {n: _array(p.detach()) for n, p in problem.model.named_parameters()}
     tensors = [_array(t) for t in (*problem.support, *problem.query)]
-    return Step(lambda: jax.block_until_ready(gradient(theta, *tensors)), _to_torch, functools.partial(_bind, gradient))
+    again = functools.partial(_bind, gradient, awaited)
+    return Step(lambda: awaited(gradient(theta, *tensors)), _to_torch, again)
 
 
 def _array(t: Tensor) -> Any:

@@ -97,6 +97,8 @@ class MAML(nn.Module):
             the shared one and products of few rows, on the reference executor; ``"auto"`` takes what costs less. Or a
             mapping from names or ``fnmatch`` patterns of parameters to one of these, of which the first that fits
             holds; what fits none is ``"auto"``.
+        cuda_graph: on a GPU, capture the meta-step in a CUDA graph when it comes for the second time with the same
+            shapes, and replay it from then on. :meth:`explain` says why where that is not done.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -119,6 +121,7 @@ class MAML(nn.Module):
         engine: Engine = "auto",
         executor: Executor = "auto",
         plan: Form | Mapping[str, Form] = "auto",
+        cuda_graph: bool = True,
     ) -> None:
         super().__init__()
         if engine not in ("auto", "program", "autodiff"):
@@ -144,6 +147,7 @@ class MAML(nn.Module):
         self.engine = engine
         self.executor = executor
         self.plan = checked_plan(plan, self._objective.parameters())
+        self.cuda_graph = bool(cuda_graph)
         self._rates_of(self._packing(self._objective.parameters()))
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
@@ -288,8 +292,9 @@ class MAML(nn.Module):
             if isinstance(self.lr, (float, int)):
                 return again, known
             rates = self._rates_of(again.packing)
-            again.alpha, again.segments = rates.alpha(again.theta[0], again.steps), rates.segments
-            if again.alpha.shape == earlier.alpha.shape and (rates.segments is None) == (earlier.segments is None):
+            again.alpha = rates.alpha(again.theta[0], again.steps)
+            again.segments = rates.segments(again.alpha.device)
+            if again.alpha.shape == earlier.alpha.shape and (again.segments is None) == (earlier.segments is None):
                 return again, known
         parameters = self._objective.parameters()
         packing = self._packing(parameters)
@@ -307,7 +312,7 @@ class MAML(nn.Module):
             tasks.query,
             count,
             rates.alpha(theta[0], count),
-            rates.segments,
+            rates.segments(theta[0].device),
             self.first_order,
             self.check_finite,
             differentiate,
@@ -315,6 +320,7 @@ class MAML(nn.Module):
             self.executor,
             self.plan,
             self.update_running_stats,
+            self.cuda_graph,
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)
@@ -340,6 +346,7 @@ class MAML(nn.Module):
             self.engine,
             self.executor,
             self.plan,
+            self.cuda_graph,
             self.lr if isinstance(self.lr, (float, int)) else None,
             flags,
         )

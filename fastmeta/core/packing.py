@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -42,9 +43,9 @@ class Packing:
         """P, the number of adapting elements."""
         return sum(self.sizes)
 
-    def segments(self) -> Tensor:
-        """The offsets as an int64 tensor ``[S + 1]``, for rates given per parameter."""
-        return torch.tensor(self.offsets, dtype=torch.int64)
+    def segments(self, device: torch.device) -> Tensor:
+        """The offsets as an int64 tensor ``[S + 1]``, for rates given per parameter; not to be written."""
+        return _segments(self.offsets, device)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate tensors ``[T, *shape]`` to ``[T, P]``."""
@@ -63,3 +64,8 @@ class Packing:
     def unpack_shared(self, packed: Tensor) -> list[Tensor]:
         """Views ``[*shape]`` of a packed ``[P]``."""
         return [piece.view(shape) for piece, shape in zip(packed.split(self.sizes), self.shapes, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)  # a copy to a GPU waits for it, and cannot be captured in a graph
+def _segments(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(offsets, dtype=torch.int64, device=device)

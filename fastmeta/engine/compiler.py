@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.core import rates
+from fastmeta.engine.capture import Captures
 from fastmeta.engine.factor import choose, factored, plan_of, quicker
 from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
@@ -28,7 +30,12 @@ class Programs:
     support: Program
     query: Program | None
     chunk_size: int
+    captures: Captures
     native: NativeStep | str = "there is no query set"  # or why there is none
+
+    def kind(self, *, learned: bool, outputs: bool) -> Hashable:
+        """What a graph of the meta-step depends on beside its tensors; the programs live as long as the graphs."""
+        return id(self.support), id(self.query), self.chunk_size, learned, outputs
 
     def chunks(self, tasks: int) -> list[slice]:
         """The task axis cut into runs of at most ``chunk_size``, as even as they can be."""
@@ -67,6 +74,7 @@ class Compiler:
         self._programs: dict[Any, Program] = {}
         self._steps: dict[tuple[int, int], NativeStep | str] = {}  # by the programs, which are never dropped alone
         self._factors: dict[tuple[int, frozenset[str]], Program] = {}  # likewise
+        self._captures = Captures()
 
     def clear(self) -> None:
         """Forget every trace."""
@@ -74,6 +82,7 @@ class Compiler:
         self._programs.clear()
         self._steps.clear()
         self._factors.clear()
+        self._captures.clear()
 
     def compile(self, work: Work) -> Programs:
         """The programs of ``work``.
@@ -99,8 +108,10 @@ class Compiler:
             if not runs_natively:
                 support, query = self._factored(support, names), self._factored(query, names)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in support.factored)
-        size = work.chunk_size or min(chunk_size(p, formed) for p in (support, query) if p is not None)
-        return Programs(support, query, size, native)
+        size = work.chunk_size or min(
+            chunk_size(p, formed, work.alpha.device) for p in (support, query) if p is not None
+        )
+        return Programs(support, query, size, self._captures, native)
 
     def _factored(self, program: Program, names: frozenset[str]) -> Program:
         if not names:

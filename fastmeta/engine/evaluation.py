@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
 from fastmeta.engine.work import Work
@@ -78,6 +79,18 @@ class Evaluation:
     outputs: list[Tensor]
     gradient: MetaGradient | None
     mutations: list[dict[str, Tensor]]
+
+    def mapped(self, change: Callable[[list[Tensor]], list[Tensor]]) -> Evaluation:
+        """The same with what ``change`` returns for all of its tensors."""
+        gradient = self.gradient
+        parts = None if gradient is None else (gradient.adapted, gradient.outer, gradient.alpha)
+        tree = self.loss, self.losses, self.support_losses, self.outputs, parts, self.mutations
+        leaves, structure = pytree.tree_flatten(tree)
+        changed = iter(change([leaf for leaf in leaves if leaf is not None]))
+        *values, parts, mutations = pytree.tree_unflatten(
+            [leaf if leaf is None else next(changed) for leaf in leaves], structure
+        )
+        return Evaluation(*values, None if parts is None else MetaGradient(*parts), mutations)
 
     @property
     def meta_gradient(self) -> MetaGradient:

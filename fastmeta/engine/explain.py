@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastmeta.core.task_op import Need, Tensors
 from fastmeta.engine import cost, executor
+from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
+from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.work import Work, leaves
 
@@ -145,7 +147,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     refusal = native if isinstance(native, str) else native.refusal(work, outputs=False)
     if isinstance(native, str) or refusal:
         rows, kept, once = _by_reference(work, programs)
-        executor = f"reference, because {refusal}"
+        executor = f"reference{_captured(work, programs)}, because {refusal}"
     else:
         calls = cost.paired(programs.support, programs.query)
         collected = {id(call) for call in native.collected(work, learned=work.alpha.requires_grad)}
@@ -167,6 +169,15 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         if native.cuts[0]:
             executor += f", cut at operations without kernels: {len(native.cuts[0])}"
     return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, tuple(rows), kept, once)
+
+
+def _captured(work: Work, programs: Programs) -> str:
+    """Whether the meta-step's gradient is replayed from a CUDA graph, or why not; nothing where there is no GPU."""
+    if not work.alpha.is_cuda:
+        return ""
+    kind = programs.kind(learned=work.alpha.requires_grad, outputs=False)
+    reason = objection(work) or programs.captures.reason(kind, work, MEAN)
+    return f", not captured in a CUDA graph ({reason})" if reason else ", captured in a CUDA graph"
 
 
 def _by_reference(work: Work, programs: Programs) -> tuple[list[Row], dict[str, int], int]:

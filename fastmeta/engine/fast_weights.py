@@ -49,8 +49,9 @@ class FastWeights:
             self._packing = Packing.of({name: self._theta[name] for name in self._formed})
             alpha, segments = work.alpha, None
             if work.segments is not None:
-                alpha = alpha[:, [i for i, name in enumerate(self._names) if name not in factored]]
-                segments = self._packing.segments()
+                formed = [alpha[:, i : i + 1] for i, name in enumerate(self._names) if name not in factored]
+                alpha = torch.cat(formed, 1) if formed else alpha[:, :0]
+                segments = self._packing.segments(alpha.device)
         self._rule = SGD(alpha, segments, self._packing)
         self._alpha = work.alpha
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.unroll import adjoint, unroll
@@ -34,7 +35,13 @@ def evaluate(
         return call.run(work, cotangents)
     if work.executor == "native":
         raise RuntimeError(f"MAML: executor 'native' is not available here: {call}")
-    return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
+
+    def execute(work: Work, cotangents: Cotangents | None) -> Evaluation:
+        return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
+
+    if work.alpha.is_cuda and not objection(work):
+        return programs.captures.run(programs.kind(learned=learned, outputs=outputs), work, cotangents, execute)
+    return execute(work, cotangents)
 
 
 @torch.no_grad()

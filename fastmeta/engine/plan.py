@@ -19,6 +19,8 @@ from fastmeta.ops.generic import GenericOp
 # task at a time 1.4 times slower than four or more; MLP 784: four to eight tasks 1.2 times faster than 32).
 CHUNK_BYTES = 16 << 20
 CHUNK_WEIGHT_BYTES = 8 << 20
+# A GPU wants all tasks at once; the tapes of a chunk are a few dozen times as large as this.
+GPU_CHUNK_BYTES = 1 << 30
 
 
 def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
@@ -60,18 +62,20 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
     )
 
 
-def chunk_size(program: Program, elements: int) -> int:
-    """How many tasks to run at a time, so that what an operation reads and writes stays in cache.
+def chunk_size(program: Program, elements: int, device: torch.device) -> int:
+    """How many tasks to run at a time, so that what an operation reads and writes stays in cache, or a GPU is busy.
 
     Args:
         program: the planned program.
         elements: P, adapting elements of one task.
+        device: of the parameters.
     """
     graph = program.graph
     tasked = [graph.values[slot] for i in program.instructions for slot in i.outputs if slot in program.tasked_later]
     largest = max((prod(v.shape) * v.dtype.itemsize for v in tasked), default=1)
     weights = elements * graph.values[graph.loss].dtype.itemsize
-    return max(1, min(CHUNK_BYTES // max(largest, 1), CHUNK_WEIGHT_BYTES // max(weights, 1)))
+    limits = (CHUNK_BYTES, CHUNK_WEIGHT_BYTES) if device.type == "cpu" else (GPU_CHUNK_BYTES, GPU_CHUNK_BYTES)
+    return max(1, min(limits[0] // max(largest, 1), limits[1] // max(weights, 1)))
 
 
 def _choose(node: Node, active: set[int]) -> tuple[TaskOp, str]:

@@ -36,6 +36,7 @@ class Work:
         plan: how fast weights are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of parameters'
             names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
+        cuda_graph: whether meta-steps on a GPU may be captured and replayed.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
 
@@ -55,6 +56,7 @@ class Work:
     executor: str
     plan: Plan
     keep_mutations: bool
+    cuda_graph: bool = True
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -28,7 +28,6 @@ class Rates:
     def __init__(self, lr: Rate, packing: Packing) -> None:
         self.lr = lr
         self.packing = packing
-        self._segments: Tensor | None = None
         if isinstance(lr, Mapping):
             missing = [name for name in packing.names if name not in lr]
             unknown = [name for name in lr if name not in packing.names]
@@ -45,21 +44,16 @@ class Rates:
                         f"MAML: lr[{name!r}] must broadcast to the parameter's shape {tuple(shape)}, "
                         f"got {tuple(value.shape)}"
                     )
-            if any(_is_wide(value) for value in lr.values()):
-                self.kind = "element"
-            else:
-                self.kind = "tensor"
-                self._segments = packing.segments()
+            self.kind = "element" if any(_is_wide(value) for value in lr.values()) else "tensor"
         else:
             _check_rate("lr", lr)
             if isinstance(lr, Tensor) and lr.dim() > 1:
                 raise ValueError(f"MAML: lr must have shape [] or [steps], got {tuple(lr.shape)}; use a mapping")
             self.kind = "scalar"
 
-    @property
-    def segments(self) -> Tensor | None:
+    def segments(self, device: torch.device) -> Tensor | None:
         """Offsets ``[S + 1]`` of the packed parameters where there is one rate a parameter."""
-        return self._segments
+        return self.packing.segments(device) if self.kind == "tensor" else None
 
     def tensors(self) -> list[Tensor]:
         """The rates that require grad."""

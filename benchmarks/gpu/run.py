@@ -1,0 +1,92 @@
+"""``python -m benchmarks.gpu.run --out FOLDER``: measures everything on this machine's GPU and writes it down.
+
+What is measured is kept after every part, so that an interrupted run loses the part at work alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import attention, conv, peaks, report, steps
+from fastmeta.core import environment, files
+
+PARTS = ("steps", "conv", "attention", "tf32", "jax")
+TF32 = ("omniglot_5way", "omniglot_20way", "conv4_84")
+WITH_COMPILE = ("sinusoid_k1", "mlp784")  # compiling takes minutes elsewhere
+
+
+def machine_line() -> str:
+    """What the figures were measured on."""
+    parts = [environment.machine_line(), f"triton {environment.versions()['triton']}", f"CUDA {torch.version.cuda}"]
+    query = "driver_version,clocks.sm,clocks.mem"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode == 0:
+        driver, sm, memory = ran.stdout.strip().split(", ")
+        parts += [f"driver {driver}", f"clocks {sm}, memory {memory}"]
+    return ", ".join([*parts, f"cuDNN {torch.backends.cudnn.version()}", f"revision {revision()}"])
+
+
+def revision() -> str:
+    """The commit that is measured: from git, or from where the copy was made."""
+    given = os.environ.get("FASTMETA_REVISION")
+    if given:
+        return given
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return ran.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for JSON, table and pictures")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only these parts; may be repeated")
+    parser.add_argument("--workload", action="append", choices=steps.WORKLOADS, help="only these workloads")
+    parser.add_argument("--seconds", type=float, default=400, help="begin no further part after so long")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    found: dict[str, Any] = {"machine": machine_line()}
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - start:5.1f} s] {line}", flush=True)
+
+    def part(name: str, key: str, work: Callable[[], Any]) -> None:
+        late = time.perf_counter() - start > arguments.seconds
+        if (arguments.part and name not in arguments.part) or late:
+            found.setdefault("left_out", []).append(key)
+            return
+        found[key] = work()
+        files.write_json(arguments.out / "gpu.json", found)
+
+    say(found["machine"])
+    measured = peaks.measure()
+    found["peaks"] = asdict(measured)
+    say(str(measured))
+    for name in arguments.workload or steps.WORKLOADS:
+        kinds = [v for v in steps.VARIANTS if v != "torch.compile" or name in WITH_COMPILE]
+        part("steps", f"step {name}", lambda name=name, kinds=kinds: steps.compare(name, kinds, say))
+    for key, rows in (("conv", conv.rows), ("attention", attention.rows)):
+        part(key, key, lambda rows=rows: rows(measured))
+        say(f"{key}: done")
+    for name in TF32:
+        kinds = ["fastmeta", "torch.func, graph", "torch.func, graph, channels last"]
+        part("tf32", f"tf32 {name}", lambda name=name, kinds=kinds: steps.compare(name, kinds, say, with_tf32=True))
+    for name in arguments.workload or steps.WORKLOADS:
+        part("jax", f"jax {name}", lambda name=name: steps.jax_row(name))
+        say(f"jax {name}: {found.get(f'jax {name}')}")
+    report.write(found, arguments.out)
+    say(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Whole meta-steps on a GPU: fastmeta and its peers on the same tasks, in the same run, with their errors."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.timing import graphed, interleaved
+from benchmarks.ours import learner
+from benchmarks.peers import torch_compile, torch_func, torch_loop
+from benchmarks.workloads import Problem, mini84, mlp784, omniglot, sinusoid
+
+Gradients = dict[str, Tensor]
+Call = Callable[[], Any]
+
+WORKLOADS: dict[str, tuple[str, Callable[[], Problem]]] = {
+    "sinusoid_k1": ("sinusoid, 1-40-40-1, T = 25, K = 1", lambda: sinusoid(1)),
+    "sinusoid_k5": ("sinusoid, 1-40-40-1, T = 25, K = 5", lambda: sinusoid(5)),
+    "sinusoid_tanh": (
+        "sinusoid, 1-64-64-1, tanh, T = 100, K = 5",
+        lambda: sinusoid(5, tasks=100, width=64, activation=nn.Tanh),
+    ),
+    "mlp784": ("MLP 784-256-128-64-5, T = 32, K = 5", mlp784),
+    "omniglot_5way": ("Conv4-64 28x28, 5-way 1-shot, T = 32, K = 1", lambda: omniglot(32, 5, 1, 0.4)),
+    "omniglot_20way": ("Conv4-64 28x28, 20-way 1-shot, T = 16, K = 5", lambda: omniglot(16, 20, 5, 0.1)),
+    "conv4_84": ("Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),
+}
+SLOW = ("loop",)  # timed in fewer turns
+JAX_SECONDS = 100  # that JAX has to compile and run a workload
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Products and convolutions of float32 in tf32, or as precisely as the hardware can, for everyone alike."""
+    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = conv
+
+
+def value_and_grad(problem: Problem, **options: Any) -> Call:
+    """fastmeta without autograd."""
+    maml, tasks = learner(problem, **options)
+    return lambda: maml.value_and_grad(tasks)[1]
+
+
+def backward(problem: Problem) -> Call:
+    """fastmeta as in a training loop."""
+    maml, tasks = learner(problem)
+    parameters = dict(problem.model.named_parameters())
+
+    def run() -> Gradients:
+        for p in parameters.values():
+            p.grad = None
+        maml(tasks).loss.backward()
+        return {n: p.grad for n, p in parameters.items() if p.grad is not None}
+
+    return run
+
+
+def vmapped(problem: Problem) -> Call:
+    return torch_func.prepare(problem).run
+
+
+def channels_last(problem: Problem) -> Problem:
+    """The same images, channels last in memory."""
+
+    def last(x: Tensor) -> Tensor:
+        if x.dim() != 5:
+            return x
+        return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+
+    (xs, ys), (xq, yq) = problem.support, problem.query
+    model = problem.model.to(memory_format=torch.channels_last)
+    return Problem(model, problem.loss, (last(xs), ys), (last(xq), yq), problem.lr, problem.steps)
+
+
+VARIANTS: dict[str, Callable[[Problem], Call]] = {
+    "fastmeta": value_and_grad,
+    "fastmeta, backward()": backward,
+    "fastmeta, eager": functools.partial(value_and_grad, cuda_graph=False),
+    "loop": lambda p: torch_loop.prepare(p).run,
+    "torch.func": vmapped,
+    "torch.func, graph": lambda p: graphed(vmapped(p)),
+    "torch.func, graph, channels last": lambda p: graphed(vmapped(channels_last(p))),
+    "torch.compile": lambda p: torch_compile.prepare_vmap(p).run,
+}
+OURS = ("fastmeta", "fastmeta, backward()", "fastmeta, eager")
+
+
+def compare(name: str, variants: list[str], say: Callable[[str], None], *, with_tf32: bool = False) -> dict[str, Any]:
+    """Time and check one workload; a peer that cannot do it is listed with its reason."""
+    title, build = WORKLOADS[name]
+    torch.backends.cudnn.benchmark = True
+    exact = torch_loop.prepare(build().double().on("cuda")).run()
+    images = any(isinstance(m, nn.Conv2d) for m in build().model.modules())
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    explained = ""
+    with tf32(with_tf32):
+        for variant in variants:
+            if "channels last" in variant and not images:
+                continue
+            try:
+                call = VARIANTS[variant](build().on("cuda"))
+                for _ in range(3):
+                    result = call()
+                errors[variant] = distance(result, exact)
+                calls[variant] = call
+            except Exception as error:  # a peer's failure is a row of the table
+                reasons[variant] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                if variant in OURS:
+                    raise
+        fast = {v: c for v, c in calls.items() if v not in SLOW}
+        times = interleaved(fast) | interleaved({v: c for v, c in calls.items() if v in SLOW}, rounds=2)
+        memory = {v: peak(c) for v, c in calls.items()}
+        maml, tasks = learner(build().on("cuda"))
+        explained = str(maml.explain(tasks))
+    rows = [
+        {
+            "variant": v,
+            "ms": times[v].median,
+            "low": times[v].low,
+            "high": times[v].high,
+            "error": errors[v],
+            "mib": memory[v],
+        }
+        for v in calls
+    ]
+    say(f"{name}{' tf32' if with_tf32 else ''}: " + ", ".join(f"{r['variant']} {r['ms']:.3f} ms" for r in rows))
+    del calls, fast
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {
+        "workload": name,
+        "title": title,
+        "precision": "tf32" if with_tf32 else "float32",
+        "rows": rows,
+        "reasons": reasons,
+        "explain": explained,
+    }
+
+
+def distance(got: Gradients, exact: Gradients) -> float:
+    """Norm of the difference from float64 over the norm, all parameters together."""
+    a = torch.cat([got[n].double().reshape(-1) for n in exact])
+    b = torch.cat([g.reshape(-1) for g in exact.values()])
+    return float((a - b).norm() / b.norm())
+
+
+def peak(call: Call) -> float:
+    """MiB that a call allocates at the most beyond what is held before; nothing of a graph that is replayed."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def jax_row(name: str) -> dict[str, Any]:
+    """JAX's row, from a process of its own, which takes no more memory than it needs."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-m", "benchmarks.gpu.jax_step", name]
+    try:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=JAX_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"variant": "jax", "reason": f"was not ready within {JAX_SECONDS} s"}
+    if ran.returncode:
+        return {"variant": "jax", "reason": (ran.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(ran.stdout.splitlines()[-1])

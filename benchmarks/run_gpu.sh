@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of at most nine minutes, on a machine with torch, triton, pybind11 and nvcc:
+#   benchmarks/run_gpu.sh FOLDER [options of benchmarks.gpu.run]
+# builds the extensions in place, runs the tests marked gpu and those of the kernels, looks for bad memory accesses and
+# races, times operations and whole meta-steps beside peers, and leaves logs, JSON, tables and a picture in FOLDER.
+set -uo pipefail
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+status=0
+say() { printf '== %s (%d s)\n' "$1" "$SECONDS"; }
+
+say build
+FASTMETA_BUILD=cuda python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { tail -40 "$out/build.log"; exit 1; }
+
+say tests
+FASTMETA_REQUIRE=native,cuda timeout 150 python3 -m pytest -q -x -n 8 tests/kernels tests/ops tests/engine -m gpu \
+    -p no:cacheprovider >"$out/tests.log" 2>&1 || status=1
+tail -15 "$out/tests.log"
+
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        say "$tool"
+        timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m benchmarks.gpu.sanitize \
+            >"$out/$tool.log" 2>&1 || status=1
+        tail -3 "$out/$tool.log"
+    done
+fi
+
+say measure
+python3 -m benchmarks.gpu.run --out "$out" "$@" 2>"$out/run.log" || { status=1; tail -20 "$out/run.log"; }
+say done
+exit $status

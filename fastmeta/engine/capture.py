@@ -1,0 +1,219 @@
+"""A meta-step on a GPU as one CUDA graph: captured once for each kind of meta-step, then replayed with other values.
+
+A meta-step is hundreds of small kernels, each of which takes longer to launch than to run; a graph launches all of them
+at once. The first meta-step of a kind runs eagerly, which also prepares libraries and compiles kernels; the second is
+captured. Tasks, buffers, rates and cotangents are copied into memory of the graph's own before each replay, parameters
+are read where they lie, and results are copied out, so that nothing a caller holds is ever written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta.engine.evaluation import Cotangents, Evaluation
+from fastmeta.engine.work import Work
+
+MOST = 8  # kinds of meta-step whose graphs are kept: shapes of training and evaluation, numbers of steps
+MOVES = 3  # captures of one kind, after which parameters that lie elsewhere every time are no longer followed
+
+Execute = Callable[[Work, Cotangents | None], Evaluation]
+
+
+@dataclass
+class _Kind:
+    """Meta-steps that differ in values only.
+
+    Attributes:
+        captures: how many times it has been captured.
+        parameters: addresses of the parameters that the graph reads.
+        inputs: what is copied in before a replay, in :func:`_inputs`' order.
+        graph: once it is captured.
+        result: what the graph writes.
+        reason: why it runs eagerly for good.
+    """
+
+    captures: int = 0
+    parameters: list[int] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    graph: torch.cuda.CUDAGraph | None = None
+    result: Evaluation | None = None
+    reason: str = ""
+
+
+class Captures:
+    """The graphs of one learner. They share their memory, so one replays at a time, whatever stream it is called on."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pools: dict[torch.device, Any] = {}
+        self._done: dict[torch.device, torch.cuda.Event] = {}
+
+    def clear(self) -> None:
+        """Forget every graph."""
+        with self._lock:
+            self._kinds.clear()
+            self._pools.clear()
+            self._done.clear()
+
+    def run(self, kind: Hashable, work: Work, cotangents: Cotangents | None, execute: Execute) -> Evaluation:
+        """``execute(work, cotangents)``, by a graph from the second time on.
+
+        Args:
+            kind: all that the computation depends on beside what ``work`` and ``cotangents`` hold.
+            work: the meta-step; :func:`objection` has none.
+            cotangents: of the objective.
+            execute: computes it eagerly, without waiting for the device.
+        """
+        inputs, key = _inputs(work, cotangents), (kind, _signature(work, cotangents))
+        with self._lock, torch.cuda.device(work.alpha.device):
+            known = self._kinds.get(key)
+            if known is None:
+                self._kinds[key] = _Kind()
+                while len(self._kinds) > MOST:
+                    self._kinds.popitem(last=False)
+                return execute(work, cotangents)
+            self._kinds.move_to_end(key)
+            addresses = [p.data_ptr() for p in work.parameters.values()]
+            if known.graph is None or known.parameters != addresses:
+                self._capture(known, work, cotangents, inputs, addresses, execute)
+            return execute(work, cotangents) if known.reason else self._replay(known, inputs)
+
+    def reason(self, kind: Hashable, work: Work, cotangents: Cotangents | None) -> str:
+        """Why meta-steps like this one are no longer captured; empty where they are, or will be."""
+        known = self._kinds.get((kind, _signature(work, cotangents)))
+        return "" if known is None else known.reason
+
+    def _capture(
+        self,
+        kind: _Kind,
+        work: Work,
+        cotangents: Cotangents | None,
+        inputs: list[Tensor],
+        addresses: list[int],
+        execute: Execute,
+    ) -> None:
+        if kind.reason:
+            return
+        kind.graph, kind.result = None, None
+        if kind.captures == MOVES:
+            kind.reason = "the parameters lie elsewhere in memory at every meta-step"
+            return
+        kind.captures += 1
+        device = work.alpha.device
+        kind.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x) for x in inputs]
+        work, cotangents = _on(work, cotangents, kind.inputs)
+        pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads may allocate memory meanwhile: that is no part of the graph, and no error
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = execute(work, cotangents)
+        except RuntimeError as error:
+            torch.cuda.synchronize(device)
+            kind.reason = f"it cannot be captured: {str(error).splitlines()[0]}"
+            return
+        kind.graph, kind.result, kind.parameters = graph, result, addresses
+
+    def _replay(self, kind: _Kind, inputs: list[Tensor]) -> Evaluation:
+        graph, result = kind.graph, kind.result
+        if graph is None or result is None:
+            raise RuntimeError("capture: a kind of meta-step must have a graph to be replayed, got none")
+        device = result.loss.device
+        stream = torch.cuda.current_stream(device)
+        done = self._done.get(device)
+        if done is None:
+            done = self._done[device] = torch.cuda.Event()
+        else:
+            stream.wait_event(done)
+        for group in _by_dtype(kind.inputs, inputs):
+            torch._foreach_copy_(*group)
+        graph.replay()
+        copied = result.mapped(_copies)
+        done.record(stream)
+        return copied
+
+
+def objection(work: Work) -> str:
+    """Why a meta-step on a GPU cannot be captured; empty where it can."""
+    if not work.cuda_graph:
+        return "it was asked not to be"
+    if work.check_finite:
+        return "check_finite looks at every loss"
+    if torch.cuda.is_current_stream_capturing():
+        return "the caller captures a graph"
+    return ""
+
+
+def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
+    """What a graph depends on of these; results depend on the precision of products, too."""
+    sets = [*pytree.tree_leaves(work.support), *pytree.tree_leaves(work.query)]
+    given = None
+    if cotangents is not None:
+        given = cotangents.losses is not None, tuple(d is not None for d in cotangents.outputs)
+    return (
+        tuple((x.shape, x.dtype) for x in sets),
+        work.alpha.shape,
+        work.alpha.device,
+        work.steps,
+        work.first_order,
+        work.keep_mutations,
+        given,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+    )
+
+
+def _inputs(work: Work, cotangents: Cotangents | None) -> list[Tensor]:
+    """The tensors that differ from one meta-step of a kind to the next."""
+    given = () if cotangents is None else (cotangents.losses, *cotangents.outputs)
+    everything = (
+        *pytree.tree_leaves(work.support),
+        *pytree.tree_leaves(work.query),
+        *work.buffers.values(),
+        work.alpha.detach(),
+        *given,
+    )
+    return [x for x in everything if isinstance(x, Tensor)]
+
+
+def _on(work: Work, cotangents: Cotangents | None, inputs: list[Tensor]) -> tuple[Work, Cotangents | None]:
+    """The meta-step on other tensors, in the order of :func:`_inputs`."""
+    given = iter(inputs)
+
+    def other(tree: Any) -> Any:
+        return pytree.tree_map(lambda x: next(given) if isinstance(x, Tensor) else x, tree)
+
+    support, query = other(work.support), other(work.query)
+    buffers = {name: next(given) for name in work.buffers}
+    moved = replace(work, support=support, query=query, buffers=buffers, alpha=next(given))
+    if cotangents is None:
+        return moved, None
+    losses = other(cotangents.losses)
+    return moved, Cotangents(losses, other(list(cotangents.outputs)))
+
+
+def _by_dtype(first: list[Tensor], second: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs of both lists, grouped so that one launch copies many."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in zip(first, second, strict=True):
+        pair = groups.setdefault(a.dtype, ([], []))
+        pair[0].append(a)
+        pair[1].append(b)
+    return list(groups.values())
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each, in few launches."""
+    copies = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    for group in _by_dtype(copies, tensors):
+        torch._foreach_copy_(*group)
+    return copies

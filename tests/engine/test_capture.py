@@ -1,0 +1,275 @@
+"""A meta-step replayed from a CUDA graph gives what it gives without, to the last bit."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastmeta as fm
+from fastmeta.engine.capture import MOVES
+from fastmeta.engine.evaluation import Evaluation, MetaGradient
+
+
+def small(seed: int = 0, **options) -> fm.MAML:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(options.pop("p", 0.0)), nn.Linear(8, 3)).cuda()
+    settings = {"lr": 0.1, "steps": 2, "executor": "reference"} | options
+    return fm.MAML(model, F.cross_entropy, **settings)
+
+
+def tasks(seed: int = 0, count: int = 3, n: int = 5) -> fm.TaskBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(count, n, 6, generator=generator)
+        return x.cuda(), torch.randint(3, (count, n), generator=generator).cuda()
+
+    return fm.TaskBatch(support=batch(), query=batch())
+
+
+def assert_same(a, b) -> None:
+    assert torch.equal(a[0], b[0])
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        assert torch.equal(a[1][name], b[1][name]), name
+
+
+def both(**options) -> tuple[fm.MAML, fm.MAML]:
+    return small(**options), small(**options, cuda_graph=False)
+
+
+def test_what_an_evaluation_holds_is_mapped_in_order():
+    x = [torch.full((), float(i)) for i in range(7)]
+    gradient = MetaGradient([x[4]], [None, x[5]], None)
+    evaluation = Evaluation(x[0], x[1], x[2], [x[3]], gradient, [{"mean": x[6]}])
+    seen = []
+    doubled = evaluation.mapped(lambda tensors: [seen.append(t.item()) or t * 2 for t in tensors])
+    assert seen == [float(i) for i in range(7)]
+    assert doubled.outputs[0].item() == 6
+    assert doubled.meta_gradient.outer[0] is None
+    assert doubled.meta_gradient.outer[1].item() == 10
+    assert doubled.meta_gradient.alpha is None
+    assert doubled.mutations[0]["mean"].item() == 12
+    assert Evaluation(x[0], x[1], x[2], [], None, []).mapped(lambda t: t).gradient is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"steps": 0},
+        {"first_order": True},
+        {"plan": "factored"},
+        {"chunk_size": 2},
+        {"parameters": ["3.*"]},
+        {"lr": {"0.weight": 0.1, "0.bias": 0.2, "3.weight": 0.3, "3.bias": 0.0}},
+    ],
+    ids=str,
+)
+def test_replays_equal_eager_steps_on_new_values(options):
+    captured, eager = both(**options)
+    for seed in range(4):
+        with torch.no_grad():
+            for a, b in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
+                a.add_(0.01 * seed)
+                b.copy_(a)
+        assert_same(captured.value_and_grad(tasks(seed)), eager.value_and_grad(tasks(seed)))
+    assert "captured in a CUDA graph" in str(captured.explain(tasks()))
+    assert "not captured" not in str(captured.explain(tasks()))
+    assert "not captured in a CUDA graph (it was asked not to be)" in str(eager.explain(tasks()))
+
+
+@pytest.mark.gpu
+def test_backward_hooks_and_other_objectives():
+    captured, eager = both()
+    for seed in range(6):
+        gradients = []
+        for maml in (captured, eager):
+            out = maml(tasks(seed))
+            objective = out.loss if seed < 3 else (out.task_losses * torch.tensor([1.0, 2, 3], device="cuda")).sum()
+            (objective if seed < 5 else objective + out.logits.square().mean()).backward()
+            gradients.append([p.grad.clone() for p in maml.model.parameters()])
+            maml.zero_grad()
+        for a, b in zip(*gradients, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_learned_rates_one_a_step_and_one_a_parameter():
+    for lr in (torch.tensor([0.1, 0.2]), torch.tensor(0.1)):
+        rates = [nn.Parameter(lr.clone().cuda()) for _ in range(2)]
+        captured, eager = small(lr=rates[0]), small(lr=rates[1], cuda_graph=False)
+        for seed in range(4):
+            assert_same(captured.value_and_grad(tasks(seed)), eager.value_and_grad(tasks(seed)))
+            with torch.no_grad():
+                for rate in rates:
+                    rate.mul_(1.1)
+    names = ("0.weight", "0.bias", "3.weight", "3.bias")
+    tables = [{n: nn.Parameter(torch.tensor(0.1, device="cuda")) for n in names} for _ in range(2)]
+    captured, eager = small(lr=tables[0]), small(lr=tables[1], cuda_graph=False)
+    for seed in range(4):
+        assert_same(captured.value_and_grad(tasks(seed)), eager.value_and_grad(tasks(seed)))
+
+
+@pytest.mark.gpu
+def test_results_are_the_callers_own():
+    maml = small()
+    for seed in range(3):
+        maml.value_and_grad(tasks(seed))
+    loss, gradients = maml.value_and_grad(tasks(0))
+    kept = loss.clone(), {n: g.clone() for n, g in gradients.items()}
+    gradients["0.weight"].add_(1)
+    again = maml.value_and_grad(tasks(0))
+    maml.value_and_grad(tasks(1))
+    assert_same(again, kept)
+
+
+@pytest.mark.gpu
+def test_shapes_and_steps_have_graphs_of_their_own():
+    captured, eager = both()
+    for _ in range(3):
+        for count, steps in ((3, 1), (2, 1), (3, 3)):
+            batch = tasks(count, count=count)
+            assert_same(captured.value_and_grad(batch, steps=steps), eager.value_and_grad(batch, steps=steps))
+
+
+@pytest.mark.gpu
+def test_parameters_that_move_are_followed_and_then_no_longer():
+    captured, eager = both()
+    for seed in range(MOVES + 4):
+        for maml in (captured, eager):
+            for i, p in enumerate(maml.model.parameters()):
+                torch.manual_seed(100 * seed + i)
+                p.data = torch.randn_like(p)
+        assert_same(captured.value_and_grad(tasks(seed)), eager.value_and_grad(tasks(seed)))
+    assert "the parameters lie elsewhere in memory at every meta-step" in str(captured.explain(tasks()))
+
+
+@pytest.mark.gpu
+def test_precision_and_other_graphs_are_kept_apart():
+    maml = small()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            want = small(cuda_graph=False).value_and_grad(tasks())
+            assert_same(maml.value_and_grad(tasks()), want)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+def test_dropout_draws_anew_and_a_second_run_draws_the_same():
+    captured, eager = both(p=0.5)
+    seen = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        a = captured(tasks())
+        torch.manual_seed(seed)
+        b = eager(tasks())
+        assert torch.equal(a.logits, b.logits)
+        seen.append(a.loss.item())
+        weight = torch.tensor([1.0, 2, 3], device="cuda")
+        (a.task_losses * weight).sum().backward()
+        (b.task_losses * weight).sum().backward()
+        for p, q in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    assert len(set(seen)) == 5
+    torch.manual_seed(0)
+    assert len({captured(tasks()).loss.item() for _ in range(3)}) == 3
+
+
+@pytest.mark.gpu
+def test_running_statistics_follow():
+    results = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).cuda()
+        maml = fm.MAML(model, F.cross_entropy, steps=2, update_running_stats=True, cuda_graph=graph)
+        for seed in range(4):
+            maml.value_and_grad(tasks(seed))
+        results.append([b.clone() for b in model.buffers()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_streams_and_threads_take_turns():
+    captured, eager = both()
+    want = [eager.value_and_grad(tasks(seed)) for seed in range(4)]
+    got: list = [None] * 4
+    for seed in range(2):
+        captured.value_and_grad(tasks(seed))
+
+    def work(seed: int) -> None:
+        stream = torch.cuda.Stream()
+        batch = tasks(seed)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                got[seed] = captured.value_and_grad(batch)
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_device_is_not_captured():
+    maml = small(check_finite=True)
+    for _ in range(3):
+        maml.value_and_grad(tasks())
+    assert "not captured in a CUDA graph (check_finite looks at every loss)" in str(maml.explain(tasks()))
+
+
+@pytest.mark.gpu
+def test_a_loss_that_cannot_be_captured_runs_eagerly_and_says_why():
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(outputs, targets)
+
+    torch.manual_seed(0)
+    maml = fm.MAML(nn.Linear(6, 3).cuda(), loss, executor="reference")
+    support = maml._compiler  # a program whose operation looks at the values
+    batch = tasks()
+    maml.value_and_grad(batch)
+    programs = next(iter(support._programs.values()))
+    op = programs.instructions[0].op
+    run = op.forward
+
+    def looking(x):
+        x[0].sum().item()
+        return run(x)
+
+    op.forward = looking
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = [maml.value_and_grad(batch) for _ in range(3)]
+    assert_same(results[0], results[2])
+    assert "it cannot be captured" in str(maml.explain(batch))
+
+
+@pytest.mark.gpu
+def test_inside_a_callers_own_graph():
+    maml, batch = small(), tasks()
+    want = maml.value_and_grad(batch)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        maml.value_and_grad(batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = maml.value_and_grad(batch)
+    graph.replay()
+    assert_same(got, want)
