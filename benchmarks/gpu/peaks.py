@@ -34,10 +34,7 @@ class Peaks:
 
 def measure() -> Peaks:
     """Measure them; about five seconds."""
-    source = torch.randn(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    copy = interleaved({"copy": lambda: target.copy_(source)}, rounds=3)["copy"].median / 1e3
-    del source, target
+    copy = _copy()
     flops = {}
     a, b = (torch.randn(SIZE, SIZE, device="cuda") for _ in range(2))
     before = torch.get_float32_matmul_precision()
@@ -54,6 +51,13 @@ def measure() -> Peaks:
 
     node = interleaved({"chain": graphed(chain)}, rounds=3)["chain"].median / 1e3 / NODES
     return Peaks(2 * COPY_BYTES / copy, flops, node)
+
+
+def _copy() -> float:
+    """Seconds."""
+    source = torch.randn(COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    return interleaved({"copy": lambda: target.copy_(source)}, rounds=3)["copy"].median / 1e3
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> float:

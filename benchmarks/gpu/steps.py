@@ -179,9 +179,7 @@ def jax_row(name: str) -> dict[str, Any]:
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-m", "benchmarks.gpu.jax_step", name]
     try:
-        ran = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=JAX_SECONDS, check=False
-        )
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=JAX_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return {"variant": "jax", "reason": f"was not ready within {JAX_SECONDS} s"}
     if ran.returncode:

@@ -42,7 +42,7 @@ def interleaved(
     return {name: _summed_up(times) for name, times in turns.items()}
 
 
-def graphed(call: Callable[[], Any]) -> Callable[[], None]:
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     """Replays of ``call``, captured once; raises what capturing raises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -58,6 +58,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
         graph.replay()
         return kept
 
+    replay.reads = call  # type: ignore[attr-defined]  # the graph does not keep what it reads alive
     return replay
 
 

@@ -12,8 +12,8 @@ import torch
 from fastmeta.core.dispatch import Backend
 
 CAPABILITY = (8, 0)  # the oldest GPUs whose tensor cores multiply float32 operands
-# PyTorch's own names (``torch.set_float32_matmul_precision``) for what a float32 product is made of: three tf32 products
-# with float32's accuracy, one, or one of bfloat16 operands. Sums are float32 always.
+# PyTorch's own names (``torch.set_float32_matmul_precision``) for what a float32 product is made of: three tf32
+# products with float32's accuracy, one, or one of bfloat16 operands. Sums are float32 always.
 PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 
 

@@ -73,19 +73,30 @@ class Captures:
             cotangents: of the objective.
             execute: computes it eagerly, without waiting for the device.
         """
-        inputs, key = _inputs(work, cotangents), (kind, _signature(work, cotangents))
+        short = Captures, kind, _given(cotangents), *_settings()
+        inputs = _inputs(work, cotangents)
         with self._lock, torch.cuda.device(work.alpha.device):
-            known = self._kinds.get(key)
+            known: _Kind | None = work.memory.get(short)
             if known is None:
-                self._kinds[key] = _Kind()
-                while len(self._kinds) > MOST:
-                    self._kinds.popitem(last=False)
-                return execute(work, cotangents)
-            self._kinds.move_to_end(key)
+                known = self._known((kind, _signature(work, cotangents)))
+                if known is None:
+                    return execute(work, cotangents)
+                work.memory[short] = known
             addresses = [p.data_ptr() for p in work.parameters.values()]
             if known.graph is None or known.parameters != addresses:
                 self._capture(known, work, cotangents, inputs, addresses, execute)
             return execute(work, cotangents) if known.reason else self._replay(known, inputs)
+
+    def _known(self, key: Hashable) -> _Kind | None:
+        """What has come before, or ``None`` the first time."""
+        known = self._kinds.get(key)
+        if known is None:
+            self._kinds[key] = _Kind()
+            while len(self._kinds) > MOST:
+                self._kinds.popitem(last=False)
+            return None
+        self._kinds.move_to_end(key)
+        return known
 
     def reason(self, kind: Hashable, work: Work, cotangents: Cotangents | None) -> str:
         """Why meta-steps like this one are no longer captured; empty where they are, or will be."""
@@ -154,11 +165,8 @@ def objection(work: Work) -> str:
 
 
 def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
-    """What a graph depends on of these; results depend on the precision of products, too."""
+    """What a graph depends on of these, and of PyTorch's settings."""
     sets = [*pytree.tree_leaves(work.support), *pytree.tree_leaves(work.query)]
-    given = None
-    if cotangents is not None:
-        given = cotangents.losses is not None, tuple(d is not None for d in cotangents.outputs)
     return (
         tuple((x.shape, x.dtype) for x in sets),
         work.alpha.shape,
@@ -166,10 +174,19 @@ def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
         work.steps,
         work.first_order,
         work.keep_mutations,
-        given,
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        _given(cotangents),
+        *_settings(),
     )
+
+
+def _given(cotangents: Cotangents | None) -> Hashable:
+    """Which cotangents there are."""
+    return None if cotangents is None else (cotangents.losses is None, *(d is None for d in cotangents.outputs))
+
+
+def _settings() -> tuple[str, bool]:
+    """What a user has asked PyTorch for that changes the results."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
 def _inputs(work: Work, cotangents: Cotangents | None) -> list[Tensor]:

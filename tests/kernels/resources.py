@@ -1,8 +1,8 @@
 """Compiles shipped builds of Triton kernels ahead of time, without a GPU, and reads what they take from the cubin.
 
-``python -m tests.kernels.resources [--write] [module ...]`` compares with ``resources.json``, or writes it; with another
-version of Triton than the one that file is of, only what no build may have is looked for. It runs in a process of its
-own: kernels that were made for the interpreter cannot be compiled.
+``python -m tests.kernels.resources [--write] [module ...]`` compares with ``resources.json``, or writes it; with
+another version of Triton than the one that file is of, only what no build may have is looked for. It runs in a process
+of its own: kernels that were made for the interpreter cannot be compiled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where Triton kernels run in tests: on a GPU, else in Triton's interpreter on a CPU; and in which order.
 
-The interpreter proves indexing and algebra. It runs programs one after another, multiplies in float32 whatever precision
-is asked for, and is wrong for products of bfloat16.
+The interpreter proves indexing and algebra. It runs programs one after another, multiplies in float32 whatever
+precision is asked for, and is wrong for products of bfloat16.
 """
 
 from __future__ import annotations

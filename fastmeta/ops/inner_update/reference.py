@@ -57,6 +57,9 @@ def collect(x: Tensor, y: Tensor, alpha: Tensor, segments: Tensor | None) -> Ten
     product = x.to(wide) * y.to(wide)
     if segments is not None and per_tensor(alpha, segments):
         columns = product.sum(0)
+        if columns.is_cuda and not torch.is_grad_enabled():  # index_add sums there in any order
+            lengths = segments.diff().to(columns.device)
+            return torch.segment_reduce(columns, "sum", lengths=lengths, unsafe=True).to(alpha.dtype)
         sums = columns.new_zeros(alpha.shape).index_add(0, owner(segments, columns.shape[0], alpha.device), columns)
     elif alpha.numel() == 1:
         sums = product.sum().reshape(alpha.shape)

@@ -58,6 +58,11 @@ def average_transpose(
 ) -> Tensor:
     """``d_x``: each cotangent spread evenly over its window."""
     kernel, stride, padding, _, ceil_mode = window
+    if d.is_cuda:  # torch 2.11 is wrong there for images with channels last: padding and divisor are not as given
+        d_x = aten.avg_pool2d_backward(
+            d.contiguous(), d.new_empty(tuple(size)), kernel, stride, padding, ceil_mode, count_include_pad, divisor
+        )
+        return d_x.contiguous(memory_format=torch.channels_last)
     return aten.avg_pool2d_backward(d, shell(d, size), kernel, stride, padding, ceil_mode, count_include_pad, divisor)
 
 
