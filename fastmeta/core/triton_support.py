@@ -57,6 +57,8 @@ def missing_reason(device: torch.device, dtype: torch.dtype) -> str:
     """Why no kernel can run tensors of this device and dtype; empty where they can."""
     if device.type != "cuda" and not interpreted():
         return f"Triton kernels need a GPU, got tensors on {device}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible"
     if not _installed():
         return "triton is not installed; pip install 'fastmeta[gpu]'"
     if dtype != torch.float32:

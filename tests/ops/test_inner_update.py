@@ -392,7 +392,9 @@ def test_on_a_gpu(kind: str) -> None:
 
 def test_an_explicit_request_that_cannot_be_met_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match=r"backend must be one of 'native', 'reference', got 'triton'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'native', 'triton', 'reference', got 'cuda'"):
+        fastmeta.inner_update(x, x, 0.1, backend="cuda")
+    with pytest.raises(RuntimeError, match="'triton' is not available here: runs on cuda, not on cpu"):
         fastmeta.inner_update(x, x, 0.1, backend="triton")
     monkeypatch.setattr(loader, "_load", lambda: (None, "it was not built"))
     with pytest.raises(RuntimeError, match="'native' is not available here: it was not built"):

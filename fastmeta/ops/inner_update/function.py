@@ -155,8 +155,13 @@ def implementation(*tensors: Tensor) -> ModuleType:
     Autograd's own batching (``is_grads_batched=True``, gradcheck's batched checks) passes such tensors, past ``vmap``
     below; subclasses of a tensor may, too.
     """
-    plain = all(type(x) in (Tensor, Parameter) and torch._C._has_storage(x) for x in tensors)
-    return native if plain else reference
+    if not all(type(x) in (Tensor, Parameter) and torch._C._has_storage(x) for x in tensors):
+        return reference
+    if tensors[0].is_cpu:
+        return native
+    from fastmeta.ops.inner_update import triton
+
+    return triton
 
 
 def rows(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta.core import checks
+from fastmeta.core import checks, triton_support
 from fastmeta.core.dispatch import Backend, select
 from fastmeta.ops.inner_update import native, reference
 from fastmeta.ops.inner_update.function import Step, rows
@@ -15,7 +15,11 @@ OP = native.OP
 
 def backends(device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[Backend, ...]:
     """The implementations, best first, and whether each can run tensors of this device and dtype."""
-    return native.backend(device, dtype), Backend("reference", True, "torch")
+    if device is not None and device.type != "cuda":
+        gpu = Backend("triton", False, f"runs on cuda, not on {device.type}")
+    else:
+        gpu = triton_support.backend(device or torch.device("cuda"), dtype or torch.float32)
+    return native.backend(device, dtype), gpu, Backend("reference", True, "torch")
 
 
 def step(
@@ -34,6 +38,10 @@ def step(
         _refuse_graph()
     if native.runs(g):
         return native.step(theta, g, alpha, segments, out=out)
+    if _on_gpu(g):
+        from fastmeta.ops.inner_update import triton
+
+        return triton.step(rows(theta), rows(g), alpha.contiguous(), segments, out=out)
     phi = reference.step(theta, g, alpha, segments)
     return phi if out is None else out.copy_(phi)
 
@@ -58,6 +66,10 @@ def adjoint(
         _refuse_graph()
     if native.runs(g):
         return native.adjoint(lam, g, alpha, segments, need_alpha)
+    if _on_gpu(g):
+        from fastmeta.ops.inner_update import triton
+
+        return triton.adjoint(rows(lam), rows(g), alpha.contiguous(), segments, need_alpha)
     return reference.adjoint(lam, g, alpha, segments, need_alpha)
 
 
@@ -86,8 +98,8 @@ def inner_update(
         alpha: learning rate of theta's dtype and device: one for all, one a tensor (with ``segments``), or one an
             element. A float is taken as one for all.
         segments: offsets at which the packed tensors begin, and P at the end: ``[0, n_0, n_0 + n_1, ..., P]``.
-        backend: ``"native"`` (C++; float32 and float64 on a CPU) or ``"reference"`` (torch); ``None`` takes the first
-            that can run the call.
+        backend: ``"native"`` (C++; float32 and float64 on a CPU), ``"triton"`` (float32 on a GPU) or ``"reference"``
+            (torch); ``None`` takes the first that can run the call.
 
     Returns:
         The updated parameters, a new tensor of grad's shape.
@@ -108,6 +120,10 @@ def inner_update(
     g = rows(grad if grad.dim() == 2 else grad.unsqueeze(0))
     phi: Tensor = Step.apply(rows(theta.expand_as(g)), g, alpha.contiguous(), segments)
     return phi if grad.dim() == 2 else phi.squeeze(0)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not triton_support.missing_reason(x.device, x.dtype)
 
 
 def _refuse_graph() -> None:

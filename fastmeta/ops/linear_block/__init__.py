@@ -1,0 +1,5 @@
+"""An affine map of every task and the activation that follows, fused on a GPU."""
+
+from fastmeta.ops.linear_block.op import LinearBlock
+
+__all__ = ["LinearBlock"]

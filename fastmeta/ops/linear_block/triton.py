@@ -1,0 +1,425 @@
+"""Kernels of an affine map and its activation, task-batched; the formulas are reference.py's.
+
+A program computes a tile of one task's result. Weights may lie any distance apart from task to task, zero where tasks
+share them. Where a map has two products, both are added up in the same registers, and operands are loaded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmeta.core.triton_support import Shipped, precision
+from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
+
+BLOCK_IN = 32  # of the contraction over a layer's inputs or outputs
+STAGES = 3
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _tanh(z):
+    # a series where the quotient would lose what is left of 1 - e
+    e = tl.exp(-2.0 * tl.abs(z))
+    far = (1.0 - e) / (1.0 + e)
+    q = z * z
+    near = tl.abs(z) * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
+    size = tl.where(tl.abs(z) < 0.25, near, far)
+    return tl.where(z < 0, -size, size)
+
+
+@triton.jit
+def _value(z, below, KIND: tl.constexpr):
+    if KIND == "relu":
+        return tl.maximum(z, 0.0)
+    elif KIND == "leaky_relu":
+        return tl.where(z > 0, z, z * below)
+    elif KIND == "tanh":
+        return _tanh(z)
+    elif KIND == "sigmoid":
+        return _sigmoid(z)
+    elif KIND == "silu":
+        return z * _sigmoid(z)
+    elif KIND == "gelu":
+        return z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    else:
+        return z
+
+
+@triton.jit
+def _slope(s, below, KIND: tl.constexpr):
+    if KIND == "relu":
+        return tl.where(s > 0, 1.0, 0.0)
+    elif KIND == "leaky_relu":
+        return tl.where(s > 0, 1.0, below)
+    elif KIND == "tanh":
+        return 1.0 - s * s
+    elif KIND == "sigmoid":
+        return s * (1.0 - s)
+    elif KIND == "silu":
+        g = _sigmoid(s)
+        return g * (1.0 + s * (1.0 - g))
+    else:
+        return 0.5 * (1.0 + tl.erf(s * 0.7071067811865476)) + s * tl.exp(-0.5 * s * s) * 0.3989422804014327
+
+
+@triton.jit
+def _bend(s, KIND: tl.constexpr):
+    if KIND == "tanh":
+        return -2.0 * s * (1.0 - s * s)
+    elif KIND == "sigmoid":
+        return s * (1.0 - s) * (1.0 - 2.0 * s)
+    elif KIND == "silu":
+        g = _sigmoid(s)
+        return g * (1.0 - g) * (2.0 + s * (1.0 - 2.0 * g))
+    else:
+        return tl.exp(-0.5 * s * s) * 0.3989422804014327 * (2.0 - s * s)
+
+
+@triton.jit
+def _cotangents(
+    S, D, DD, ZD, place, mask, below, KIND: tl.constexpr, HAS_D: tl.constexpr, HAS_DD: tl.constexpr,
+    HAS_ZD: tl.constexpr,
+):  # fmt: skip
+    """Tiles of ``d_z`` (zero without ``HAS_D``) and ``d_z_dot``."""
+    d = tl.zeros(place.shape, tl.float32)
+    dd = tl.zeros(place.shape, tl.float32)
+    if HAS_D:
+        d = tl.load(D + place, mask, 0.0)
+    if HAS_DD:
+        dd = tl.load(DD + place, mask, 0.0)
+    if KIND != "identity":
+        s = tl.load(S + place, mask, 0.0)
+        slope = _slope(s, below, KIND)
+        dd = dd * slope
+        if HAS_ZD:
+            dd += _bend(s, KIND) * tl.load(ZD + place, mask, 0.0) * d
+        d = d * slope
+    return d, dd
+
+
+@triton.jit
+def rows_kernel(
+    A,  # [T, R, I]: x, or x_dot
+    V,  # [T, O, I]: W
+    A2,  # [T, R, I]: x, with a second product
+    V2,  # [T, O, I]: W_dot
+    B,  # [T, O]: b, or b_dot
+    S,  # [T, R, O], read by a tangent
+    Y,  # [T, R, O]
+    Z,  # [T, R, O]: s of a forward where it is not y, z_dot of a tangent
+    v_task, v2_task, b_task,  # distances between tasks
+    R, I, O,
+    below,
+    KIND: tl.constexpr,
+    TANGENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    BR: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    task = tl.program_id(2).to(tl.int64)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    i = tl.arange(0, BI)
+    A += task * R * I
+    A2 += task * R * I
+    V += task * v_task
+    V2 += task * v2_task
+    acc = tl.zeros((BR, BO), tl.float32)
+    for start in range(0, I, BI):
+        at = start + i
+        x_place, x_mask = r[:, None] * I + at[None, :], (r < R)[:, None] & (at < I)[None, :]
+        w_place, w_mask = o[None, :] * I + at[:, None], (o < O)[None, :] & (at < I)[:, None]
+        if FIRST:
+            acc = _dot(tl.load(A + x_place, x_mask, 0.0), tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+        if SECOND:
+            acc = _dot(tl.load(A2 + x_place, x_mask, 0.0), tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
+    if BIAS:
+        acc += tl.load(B + task * b_task + o, o < O, 0.0)[None, :]
+    mask = (r < R)[:, None] & (o < O)[None, :]
+    place = task * R * O + r[:, None] * O + o[None, :]
+    if KEEP:
+        tl.store(Z + place, acc, mask)
+    if TANGENT:
+        if KIND != "identity":
+            acc = acc * _slope(tl.load(S + place, mask, 0.0), below, KIND)
+    else:
+        acc = _value(acc, below, KIND)
+    tl.store(Y + place, acc, mask)
+
+
+@triton.jit
+def columns_kernel(
+    S, D, DD, ZD,  # [T, R, O]: s, d_y, d_y_dot, z_dot
+    V,  # [T, O, I]: W
+    V2,  # [T, O, I]: W_dot
+    X,  # [T, R, I]: d_x, or d_x_dot
+    v_task, v2_task,
+    R, I, O,
+    below,
+    KIND: tl.constexpr,
+    TANGENT: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_DD: tl.constexpr,
+    HAS_ZD: tl.constexpr,
+    SECOND: tl.constexpr,
+    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    task = tl.program_id(2).to(tl.int64)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    V += task * v_task
+    V2 += task * v2_task
+    acc = tl.zeros((BR, BI), tl.float32)
+    for start in range(0, O, BO):
+        o = start + tl.arange(0, BO)
+        d_mask = (r < R)[:, None] & (o < O)[None, :]
+        d_place = task * R * O + r[:, None] * O + o[None, :]
+        d, dd = _cotangents(S, D, DD, ZD, d_place, d_mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
+        w_place, w_mask = o[:, None] * I + i[None, :], (o < O)[:, None] & (i < I)[None, :]
+        if TANGENT:
+            if HAS_DD or HAS_ZD:
+                acc = _dot(dd, tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+            if SECOND:
+                acc = _dot(d, tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
+        else:
+            acc = _dot(d, tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+    tl.store(X + task * R * I + r[:, None] * I + i[None, :], acc, (r < R)[:, None] & (i < I)[None, :])
+
+
+@triton.jit
+def weights_kernel(
+    S, D, DD, ZD,  # [T, R, O]
+    A,  # [T, R, I]: x
+    A2,  # [T, R, I]: x_dot
+    W,  # [T, O, I]: d_W, or d_W_dot
+    B,  # [T, O]: d_b, or d_b_dot
+    R, I, O,
+    below,
+    KIND: tl.constexpr,
+    TANGENT: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_DD: tl.constexpr,
+    HAS_ZD: tl.constexpr,
+    SECOND: tl.constexpr,
+    BIAS: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    task = tl.program_id(2).to(tl.int64)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    A += task * R * I
+    A2 += task * R * I
+    acc = tl.zeros((BO, BI), tl.float32)
+    total = tl.zeros((BO,), tl.float32)
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        d_mask = (o < O)[:, None] & (r < R)[None, :]
+        d_place = task * R * O + r[None, :] * O + o[:, None]
+        d, dd = _cotangents(S, D, DD, ZD, d_place, d_mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
+        x_place, x_mask = r[:, None] * I + i[None, :], (r < R)[:, None] & (i < I)[None, :]
+        if TANGENT:
+            if HAS_DD or HAS_ZD:
+                acc = _dot(dd, tl.load(A + x_place, x_mask, 0.0), acc, PRECISION)
+            if SECOND:
+                acc = _dot(d, tl.load(A2 + x_place, x_mask, 0.0), acc, PRECISION)
+            total += tl.sum(dd, 1)
+        else:
+            acc = _dot(d, tl.load(A + x_place, x_mask, 0.0), acc, PRECISION)
+            total += tl.sum(d, 1)
+    tl.store(W + task * O * I + o[:, None] * I + i[None, :], acc, (o < O)[:, None] & (i < I)[None, :])
+    if BIAS:
+        if tl.program_id(0) == 0:
+            tl.store(B + task * O + o, total, o < O)
+
+
+def rows(
+    curve: Curve,
+    x: Tensor | None,  # [T, R, I]
+    weight: Tensor | None,  # [T, O, I] or [O, I]
+    bias: Tensor | None = None,  # [T, O] or [O]
+    x2: Tensor | None = None,  # [T, R, I]
+    weight2: Tensor | None = None,  # [T, O, I]
+    s: Tensor | None = None,  # [T, R, O]: makes it a tangent
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``f(x W^T + x2 W2^T + b)``, or with ``s`` ``f'(s) (...)``; and, to keep, what stands in brackets."""
+    some = _some(x, x2)
+    tasks, count, wide = some.shape
+    matrix = _some(weight, weight2)
+    out = matrix.shape[-2]
+    y = some.new_empty(tasks, count, out)
+    z = torch.empty_like(y) if keep else None
+    a, a2 = _rows(x, some), _rows(x2, some)
+    (v, v_task), (v2, v2_task), (b, b_task) = _matrix(weight, some), _matrix(weight2, some), _vector(bias, some)
+    block_rows, block_out = _block(count), _block(out)
+    grid = (triton.cdiv(out, block_out), triton.cdiv(count, block_rows), tasks)
+    rows_kernel[grid](
+        a, v, a2, v2, b, y if s is None else s.contiguous(), y, y if z is None else z, v_task, v2_task, b_task,
+        count, wide, out, curve.below, KIND=curve.kind, TANGENT=s is not None,
+        FIRST=x is not None and weight is not None, SECOND=x2 is not None and weight2 is not None,
+        BIAS=bias is not None, KEEP=keep, BR=block_rows, BO=block_out, BI=BLOCK_IN, PRECISION=precision(),
+        num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y, z
+
+
+def columns(
+    curve: Curve,
+    s: Tensor,  # [T, R, O]
+    d: Tensor | None,  # [T, R, O]: d_y
+    weight: Tensor,  # [T, O, I] or [O, I]
+    d_dot: Tensor | None = None,  # [T, R, O]: d_y_dot
+    z_dot: Tensor | None = None,  # [T, R, O]
+    weight_dot: Tensor | None = None,  # [T, O, I]
+    *,
+    tangent: bool = False,
+) -> Tensor:
+    """``d_x``, ``[T, R, I]``, or for a tangent ``d_x_dot``."""
+    some = _some(d, d_dot)
+    tasks, count, out = some.shape
+    wide = weight.shape[-1]
+    x = some.new_empty(tasks, count, wide)
+    (v, v_task), (v2, v2_task) = _matrix(weight, some), _matrix(weight_dot, some)
+    block_rows, block_in = _block(count), _block(wide)
+    grid = (triton.cdiv(wide, block_in), triton.cdiv(count, block_rows), tasks)
+    columns_kernel[grid](
+        *_each(some, s, d, d_dot, z_dot), v, v2, x, v_task, v2_task, count, wide, out, curve.below,
+        **_flags(curve, d, d_dot, z_dot, tangent), SECOND=weight_dot is not None and d is not None,
+        BR=block_rows, BI=block_in, BO=BLOCK_IN, PRECISION=precision(),
+        num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
+    )  # fmt: skip
+    return x
+
+
+def weights(
+    curve: Curve,
+    s: Tensor,  # [T, R, O]
+    d: Tensor | None,  # [T, R, O]: d_y
+    x: Tensor,  # [T, R, I]
+    d_dot: Tensor | None = None,  # [T, R, O]: d_y_dot
+    z_dot: Tensor | None = None,  # [T, R, O]
+    x_dot: Tensor | None = None,  # [T, R, I]
+    *,
+    tangent: bool = False,
+    bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``d_W``, ``[T, O, I]``, and where wanted ``d_b``, ``[T, O]``, or for a tangent ``d_W_dot`` and ``d_b_dot``."""
+    some = _some(d, d_dot)
+    tasks, count, out = some.shape
+    wide = x.shape[-1]
+    w = some.new_empty(tasks, out, wide)
+    b = some.new_empty(tasks, out) if bias else None
+    block_out, block_in = _block(out), 64 if wide >= 64 else _block(wide)
+    grid = (triton.cdiv(wide, block_in), triton.cdiv(out, block_out), tasks)
+    weights_kernel[grid](
+        *_each(some, s, d, d_dot, z_dot), _rows(x, some), _rows(x_dot, some), w, w if b is None else b,
+        count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent),
+        SECOND=x_dot is not None and d is not None, BIAS=bias,
+        BO=block_out, BI=block_in, BR=_block(count), PRECISION=precision(),
+        num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
+    )  # fmt: skip
+    return w, b
+
+
+def _flags(curve: Curve, d: Tensor | None, d_dot: Tensor | None, z_dot: Tensor | None, tangent: bool) -> dict[str, Any]:
+    bent = z_dot is not None and d is not None and curve.kind in BENT
+    return {
+        "KIND": curve.kind,
+        "TANGENT": tangent,
+        "HAS_D": d is not None,
+        "HAS_DD": d_dot is not None,
+        "HAS_ZD": bent,
+    }
+
+
+def _block(size: int) -> int:
+    return 16 if size <= 16 else 32
+
+
+def _some(*tensors: Tensor | None) -> Tensor:
+    for tensor in tensors:
+        if tensor is not None:
+            return tensor
+    raise RuntimeError("linear_block: one operand of a map must be given, got none")
+
+
+def _rows(x: Tensor | None, like: Tensor) -> Tensor:
+    return like if x is None else x.contiguous()
+
+
+def _each(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Contiguous operands, with any pointer in the place of one that no kernel will read."""
+    return [like if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _matrix(weight: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
+    """A weight whose rows follow each other, and the distance between tasks."""
+    if weight is None:
+        return like, 0
+    if weight.stride(-1) != 1 or weight.stride(-2) != weight.shape[-1]:
+        weight = weight.contiguous()
+    return weight, weight.stride(0) if weight.dim() == 3 else 0
+
+
+def _vector(bias: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
+    if bias is None:
+        return like, 0
+    if bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    return bias, bias.stride(0) if bias.dim() == 2 else 0
+
+
+def shipped() -> list[Shipped]:
+    """Builds of the three kernels: the usual tiles of hidden layers, forward and tangent, for two curves."""
+    builds = []
+    pointer, number = "*fp32", "i32"
+    for kind in ("relu", "gelu"):
+        for tangent in (False, True):
+            name = f"linear_block {kind} {'tangent' if tangent else 'primal'}"
+            common = {"KIND": kind, "TANGENT": tangent, "PRECISION": "tf32x3"}
+            bent = tangent and kind in BENT
+            rows_constants = common | {
+                "FIRST": True, "SECOND": tangent, "BIAS": True, "KEEP": bent or (kind in BY_INPUT and not tangent),
+                "BR": 32, "BO": 32, "BI": BLOCK_IN,
+            }  # fmt: skip
+            reads = {"HAS_D": True, "HAS_DD": tangent, "HAS_ZD": bent, "SECOND": tangent}
+            columns_constants = common | reads | {"BR": 32, "BI": 32, "BO": BLOCK_IN}
+            weights_constants = common | reads | {"BIAS": True, "BO": 32, "BI": 64, "BR": 32}
+            for part, kernel, constants in (
+                ("rows", rows_kernel, rows_constants),
+                ("columns", columns_kernel, columns_constants),
+                ("weights", weights_kernel, weights_constants),
+            ):
+                signature = {n: "constexpr" if n in constants else pointer for n in kernel.arg_names}
+                signature |= {n: number for n in ("v_task", "v2_task", "b_task", "R", "I", "O") if n in signature}
+                signature["below"] = "fp32"
+                builds.append(Shipped(f"{name} {part}", kernel, signature, constants, 4, STAGES, tensor_cores=True))
+    return builds
