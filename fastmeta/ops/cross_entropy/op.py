@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, registry
 from fastmeta.ops.cross_entropy import reference
 from fastmeta.ops.cross_entropy.reference import NONE, Kept
+
+CLASSES = 4096  # that a GPU's kernels keep in registers
 
 
 @registry.register
@@ -22,7 +25,8 @@ class CrossEntropy(TaskOp):
 
     Raises:
         Unsupported: targets are probabilities.
-        ValueError: in ``forward`` on a CPU, a label outside ``[0, C)`` that is not ``ignore_index``.
+        ValueError: in ``forward`` on a CPU, a label outside ``[0, C)`` that is not ``ignore_index``; on a GPU it makes
+            the loss NaN, or fails an assertion of PyTorch's where there are no kernels.
     """
 
     name: ClassVar[str] = "cross_entropy"
@@ -46,6 +50,12 @@ class CrossEntropy(TaskOp):
         self.weight = call.position("weight")
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+        if self._on_gpu(x[0]):
+            from fastmeta.ops.cross_entropy import triton
+
+            rows, given = self._rows(x[0]), x[1].reshape(-1, self.rows)
+            loss, kept = triton.forward(rows, given, self.ignored, self.reduction, self.smoothing)
+            return (loss,), tuple(kept)
         labels, mask = self._labels(x[1].reshape(-1, self.rows))
         weight = None if self.weight is None else x[self.weight]
         z = self._rows(x[0])
@@ -60,6 +70,11 @@ class CrossEntropy(TaskOp):
     def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
         if x_dot[0] is None:
             return (None,), (None,)
+        if self._on_gpu(x_dot[0]):
+            from fastmeta.ops.cross_entropy import triton
+
+            loss_dot, moved = triton.tangent(Kept(*saved), self._rows(x_dot[0]))
+            return (loss_dot,), (moved,)
         loss_dot, moved = reference.tangent(Kept(*saved), self._rows(x_dot[0]), self.reduction)
         return (self._loss(loss_dot),), (moved,)
 
@@ -70,6 +85,11 @@ class CrossEntropy(TaskOp):
             return self._only(None)
         d, d_dot = (None if v is None else self._flat(v) for v in (d_y[0], d_y_dot[0]))
         return self._only(reference.tangent_backward(Kept(*saved), saved_dot[0], d, d_dot))
+
+    def _on_gpu(self, z: Tensor) -> bool:
+        """Whether Triton's kernels run: for the mean or the sum over rows, without class weights."""
+        fits = self.reduction != NONE and self.weight is None and 0 < self.classes <= CLASSES and z.is_cuda
+        return fits and not triton_support.missing_reason(z.device, z.dtype)
 
     def _labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Labels within range, and which rows count (``None`` for all of them)."""
