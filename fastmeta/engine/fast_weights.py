@@ -96,7 +96,9 @@ class FastWeights:
     def less(self, lam: Vector, product: Sequence[Weight]) -> Vector:
         """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed."""
         formed = [h for h in product if isinstance(h, Tensor)]
-        if formed:
+        if formed and lam.packed.is_cuda and self._rule.packs(lam.packed):
+            lam.packed.sub_(self._packing.pack(formed))
+        elif formed:
             for part, dense in zip(self._packing.unpack(lam.packed), formed, strict=True):
                 part.sub_(dense)
         factors = dict(lam.factors)
