@@ -23,15 +23,28 @@ from fastmeta.engine.trace import Graph, NotTraceable, trace
 from fastmeta.engine.work import Work, task_of
 
 
+@dataclass
+class Room:
+    """How many tasks fit into memory at a time, as it was found out; ``None`` while all did."""
+
+    tasks: int | None = None
+
+
 @dataclass(frozen=True)
 class Programs:
     """The programs of one meta-step: the same objective at the support's and at the query's shapes."""
 
     support: Program
     query: Program | None
-    chunk_size: int
+    planned_chunk: int
     captures: Captures
+    room: Room
     native: NativeStep | str = "there is no query set"  # or why there is none
+
+    @property
+    def chunk_size(self) -> int:
+        """How many tasks run at a time."""
+        return self.planned_chunk if self.room.tasks is None else min(self.planned_chunk, self.room.tasks)
 
     def kind(self, *, learned: bool, outputs: bool) -> Hashable:
         """What a graph of the meta-step depends on beside its tensors; the programs live as long as the graphs."""
@@ -75,6 +88,7 @@ class Compiler:
         self._steps: dict[tuple[int, int], NativeStep | str] = {}  # by the programs, which are never dropped alone
         self._factors: dict[tuple[int, frozenset[str]], Program] = {}  # likewise
         self._captures = Captures()
+        self._rooms: dict[tuple[int, int], Room] = {}  # likewise
 
     def clear(self) -> None:
         """Forget every trace."""
@@ -83,6 +97,7 @@ class Compiler:
         self._steps.clear()
         self._factors.clear()
         self._captures.clear()
+        self._rooms.clear()
 
     def compile(self, work: Work) -> Programs:
         """The programs of ``work``.
@@ -111,7 +126,8 @@ class Compiler:
         size = work.chunk_size or min(
             chunk_size(p, formed, work.alpha.device) for p in (support, query) if p is not None
         )
-        return Programs(support, query, size, self._captures, native)
+        room = self._rooms.setdefault((id(support), id(query)), Room())
+        return Programs(support, query, size, self._captures, room, native)
 
     def _factored(self, program: Program, names: frozenset[str]) -> Program:
         if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -39,9 +40,26 @@ def evaluate(
     def execute(work: Work, cotangents: Cotangents | None) -> Evaluation:
         return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
 
-    if work.alpha.is_cuda and not objection(work):
-        return programs.captures.run(programs.kind(learned=learned, outputs=outputs), work, cotangents, execute)
-    return execute(work, cotangents)
+    while True:
+        try:
+            if work.alpha.is_cuda and not objection(work):
+                kind = programs.kind(learned=learned, outputs=outputs)
+                return programs.captures.run(kind, work, cotangents, execute)
+            return execute(work, cotangents)
+        except torch.OutOfMemoryError:
+            _run_fewer(programs, min(work.tasks, programs.chunk_size))
+
+
+def _run_fewer(programs: Programs, tasks: int) -> None:
+    """After ``tasks`` at a time did not fit into memory: half as many from now on. Called while that is handled."""
+    if tasks <= 1:
+        raise
+    programs.room.tasks = tasks // 2
+    warnings.warn(
+        f"MAML: {tasks} tasks at a time do not fit into the GPU's memory; {tasks // 2} run at a time from now on. "
+        f"chunk_size={tasks // 2} asks for that at once",
+        stacklevel=5,
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
-from fastmeta.engine.compiler import Programs
+from fastmeta.engine import meta_step
+from fastmeta.engine.capture import Captures
+from fastmeta.engine.compiler import Programs, Room
 from tests.oracle import relative_error
 
 T = 5
@@ -59,7 +61,8 @@ def test_every_chunk_size_gives_the_same_numbers(chunk_size) -> None:
 def test_chunks_cover_the_tasks_evenly() -> None:
     for tasks in range(1, 12):
         for size in range(1, 13):
-            lengths = [c.stop - c.start for c in Programs(None, None, size).chunks(tasks)]
+            programs = Programs(None, None, size, Captures(), Room())
+            lengths = [c.stop - c.start for c in programs.chunks(tasks)]
             assert sum(lengths) == tasks
             assert max(lengths) <= size
             assert max(lengths) - min(lengths) <= 1
@@ -69,3 +72,30 @@ def test_chunks_cover_the_tasks_evenly() -> None:
 def test_chunk_sizes_that_are_none(size, kind) -> None:
     with pytest.raises(kind, match="chunk_size must be"):
         fm.MAML(nn.Linear(1, 1), F.mse_loss, chunk_size=size)
+
+
+def test_where_memory_runs_out_fewer_tasks_run_at_a_time(monkeypatch) -> None:
+    model, tasks = build()
+    _, truth = fm.MAML(model, F.cross_entropy, executor="reference", **settings(T)).value_and_grad(tasks)
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, executor="reference", **settings(None))
+    sizes, fits = [], 2
+    unroll = meta_step.unroll
+
+    def scarce(work, *args, **kwargs):
+        sizes.append(work.tasks)
+        if work.tasks > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return unroll(work, *args, **kwargs)
+
+    monkeypatch.setattr(meta_step, "unroll", scarce)
+    with pytest.warns(UserWarning, match="5 tasks at a time do not fit .* chunk_size=2 asks for that at once"):
+        _, gradients = maml.value_and_grad(tasks)
+    assert relative_error(gradients, truth) <= 1e-12  # float64 sums in another order
+    assert sizes == [5, 1, 2, 2]
+    sizes.clear()
+    maml.value_and_grad(tasks)
+    assert sizes == [1, 2, 2]
+    fits = 0
+    with pytest.warns(UserWarning, match="2 tasks at a time"), pytest.raises(torch.OutOfMemoryError):
+        maml.value_and_grad(tasks)
