@@ -7,7 +7,9 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fastmeta.core.rates import Rates
+import torch
+
+from fastmeta.core.rates import GPU, Rates
 from fastmeta.core.task_op import Need
 from fastmeta.engine.cost import products
 from fastmeta.engine.program import Instruction, Program, Route
@@ -70,7 +72,7 @@ def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
         name
         for name, instruction in possible.items()
         if (plan := plan_of(work.plan, name)) == "factored"
-        or (plan == "auto" and _Costs(instruction, asked[name], work).fewer)
+        or (plan == "auto" and _Costs(instruction, asked[name], work).pays(work.alpha.device))
     )
 
 
@@ -114,10 +116,13 @@ class _Costs:
         self._pair_products = (1 + 3 * again) * k * (k - 1) // 2 + (1 + again) * k
         self._pairs = 2 * pairs * (op.fan_in + op.fan_out)
 
-    @property
-    def fewer(self) -> bool:
-        """Whether factors take fewer operations."""
-        return self.factored_flops < self.formed_flops
+    def pays(self, device: torch.device) -> bool:
+        """Whether factors take fewer operations; on a GPU, where calls are what is dear, less time."""
+        if device.type == "cpu":
+            return self.factored_flops < self.formed_flops
+        moved = self._tasks * self._elements * self._item * self._formed_products
+        formed = max(self._tasks * self.formed_flops / GPU.flops, moved / GPU.bytes)
+        return self.factored_seconds(GPU) < formed + self._formed_products * GPU.call_s
 
     @property
     def formed_flops(self) -> int:
