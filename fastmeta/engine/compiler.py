@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fastmeta.core import rates
 from fastmeta.engine.capture import Captures
 from fastmeta.engine.factor import choose, factored, plan_of, quicker
+from fastmeta.engine.joined import joined
 from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.plan import chunk_size, plan
@@ -87,6 +88,7 @@ class Compiler:
         self._programs: dict[Any, Program] = {}
         self._steps: dict[tuple[int, int], NativeStep | str] = {}  # by the programs, which are never dropped alone
         self._factors: dict[tuple[int, frozenset[str]], Program] = {}  # likewise
+        self._blocks: dict[int, Program] = {}  # likewise
         self._captures = Captures()
         self._rooms: dict[tuple[int, int], Room] = {}  # likewise
 
@@ -96,6 +98,7 @@ class Compiler:
         self._programs.clear()
         self._steps.clear()
         self._factors.clear()
+        self._blocks.clear()
         self._captures.clear()
         self._rooms.clear()
 
@@ -122,6 +125,9 @@ class Compiler:
                 native, runs_natively = "weights that no task forms take less time", False
             if not runs_natively:
                 support, query = self._factored(support, names), self._factored(query, names)
+        if work.executor == "auto" and work.alpha.is_cuda:
+            support = self._joined(support, work.alpha.device)
+            query = None if query is None else self._joined(query, work.alpha.device)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in support.factored)
         size = work.chunk_size or min(
             chunk_size(p, formed, work.alpha.device) for p in (support, query) if p is not None
@@ -137,12 +143,19 @@ class Compiler:
             self._factors[key] = factored(program, names)
         return self._factors[key]
 
+    def _joined(self, program: Program, device: torch.device) -> Program:
+        if id(program) not in self._blocks:
+            self._blocks[id(program)] = joined(program, device)
+        return self._blocks[id(program)]
+
     def _native(self, work: Work, support: Program, query: Program | None) -> NativeStep | str:
         """The lowered meta-step, or the reason why there is none; either is remembered."""
         if query is None:
             return "there is no query set"
         if work.executor == "reference":
             return "the reference executor was asked for"
+        if work.alpha.device.type != "cpu":
+            return f"the parameters are on {work.alpha.device}"
         key = id(support), id(query)
         if key not in self._steps:
             try:

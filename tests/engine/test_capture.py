@@ -273,3 +273,29 @@ def test_inside_a_callers_own_graph():
         got = maml.value_and_grad(batch)
     graph.replay()
     assert_same(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU, nn.Identity, nn.Softplus], ids=lambda a: a.__name__)
+def test_joined_layers_give_the_numbers_of_their_parts(activation):
+    def learner(**options) -> fm.MAML:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 40), activation(), nn.Linear(40, 20), activation(), nn.Linear(20, 3))
+        dtype = options.pop("dtype", torch.float32)
+        settings = {"lr": 0.1, "steps": 3, "plan": "dense"} | options
+        return fm.MAML(model.to("cuda", dtype), F.cross_entropy, **settings)
+
+    def batch(dtype: torch.dtype) -> fm.TaskBatch:
+        return tasks(n=33).to(dtype=dtype)
+
+    for options in ({}, {"first_order": True}, {"parameters": ["2.*"]}, {"lr": torch.tensor(0.1, requires_grad=True)}):
+        exact = learner(dtype=torch.float64, executor="reference", **options).value_and_grad(batch(torch.float64))[1]
+        plain = learner(executor="reference", **options).value_and_grad(batch(torch.float32))[1]
+        maml = learner(**options)
+        got = [maml.value_and_grad(batch(torch.float32))[1] for _ in range(3)][-1]
+        assert "linear_block" in str(maml.explain(batch(torch.float32)))
+        size = torch.cat([g.flatten() for g in exact.values()]).norm()
+        for name, want in exact.items():
+            own = (plain[name] - want).norm()
+            # the parts' own error, doubled, and roundings of sums of up to 40 products in another order
+            assert (got[name] - want).norm() <= 2 * own + 1e-6 * size, name

@@ -1,0 +1,55 @@
+"""On a GPU: linear layers and the activations that follow as one operation, after it is settled which are factored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastmeta.core import triton_support
+from fastmeta.core.task_op import Need, Unsupported
+from fastmeta.engine.program import Instruction, Program
+from fastmeta.ops.linear_block import LinearBlock
+
+# Beyond these a library's batched product is at its best, and a launch more does not show.
+MOST_WEIGHTS = 1 << 19
+MOST_ROWS = 256
+
+
+def joined(program: Program, device: torch.device) -> Program:
+    """``program`` with :class:`LinearBlock` for its linear layers that are formed, where Triton's kernels can run."""
+    graph = program.graph
+    if device.type != "cuda" or triton_support.missing_reason(device, graph.values[graph.loss].dtype):
+        return program
+    readers = Counter(slot for instruction in program.instructions for slot in instruction.inputs)
+    readers.update((*graph.outputs, graph.loss, *graph.mutations.values()))
+    followers = {i.inputs[0]: i for i in program.instructions if i.op.name == "activation"}
+    taken: set[int] = set()
+    instructions = []
+    for instruction in program.instructions:
+        if instruction.outputs[0] in taken:
+            continue
+        follower = followers.get(instruction.outputs[0])
+        block = _block(instruction, follower if readers[instruction.outputs[0]] == 1 else None)
+        if block.outputs != instruction.outputs:
+            taken.update(block.outputs)
+        instructions.append(block)
+    return replace(program, instructions=tuple(instructions))
+
+
+def _block(linear: Instruction, activation: Instruction | None) -> Instruction:
+    """Both as one instruction, or the linear one alone; as it is where it is no linear layer, or none for a block."""
+    op: Any = linear.op
+    if op.name != "linear" or linear.first.single or Need.FACTORS in linear.later.need:
+        return linear
+    if op.fan_in * op.fan_out > MOST_WEIGHTS or op.rows > MOST_ROWS:
+        return linear
+    for second in (activation, None):
+        try:
+            block = LinearBlock(op.call, None if second is None else second.op.call)
+        except Unsupported:
+            continue
+        return replace(linear, op=block, outputs=linear.outputs if second is None else second.outputs)
+    return linear
