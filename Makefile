@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,7 +17,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.to
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
-	@echo "Variables: PYTHON, VENV, TORCH (an exact pin), TORCH_INDEX, PYTEST_ARGS, FASTMETA_BUILD=auto|cpu|cuda|none"
+	@echo "Variables: PYTHON, VENV, TORCH (an exact pin), TORCH_INDEX, PYTEST_ARGS, WORKERS, FASTMETA_BUILD=auto|cpu|cuda|none"
 
 venv: $(VENV)/.torch ## Make the virtual environment with a CPU build of torch
 build: $(VENV)/.package ## Build the extension and install the package in place
@@ -40,7 +41,8 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 test: $(VENV)/.package ## Run the tests
-	FASTMETA_REQUIRE="$${FASTMETA_REQUIRE-native}" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	FASTMETA_REQUIRE="$${FASTMETA_REQUIRE-native}" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		-n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: lint types ## Run the linter and the type checker
 
