@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.evaluation import Cotangents, Evaluation
-from fastmeta.engine.work import Work
+from fastmeta.engine.work import Work, leaves
 
 MOST = 8  # kinds of meta-step whose graphs are kept: shapes of training and evaluation, numbers of steps
 MOVES = 3  # captures of one kind, after which parameters that lie elsewhere every time are no longer followed
@@ -36,7 +36,8 @@ class _Kind:
         parameters: addresses of the parameters that the graph reads.
         inputs: what is copied in before a replay, in :func:`_inputs`' order.
         graph: once it is captured.
-        result: what the graph writes.
+        results: what the graph writes.
+        together: makes an evaluation of tensors like these.
         reason: why it runs eagerly for good.
     """
 
@@ -44,7 +45,8 @@ class _Kind:
     parameters: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     graph: torch.cuda.CUDAGraph | None = None
-    result: Evaluation | None = None
+    results: list[Tensor] = field(default_factory=list)
+    together: Callable[[Iterable[Tensor]], Evaluation] | None = None
     reason: str = ""
 
 
@@ -114,7 +116,7 @@ class Captures:
     ) -> None:
         if kind.reason:
             return
-        kind.graph, kind.result = None, None
+        kind.graph, kind.results = None, []
         if kind.captures == MOVES:
             kind.reason = "the parameters lie elsewhere in memory at every meta-step"
             return
@@ -132,13 +134,14 @@ class Captures:
             torch.cuda.synchronize(device)
             kind.reason = f"it cannot be captured: {str(error).splitlines()[0]}"
             return
-        kind.graph, kind.result, kind.parameters = graph, result, addresses
+        kind.results, kind.together = result.apart()
+        kind.graph, kind.parameters = graph, addresses
 
     def _replay(self, kind: _Kind, inputs: list[Tensor]) -> Evaluation:
-        graph, result = kind.graph, kind.result
-        if graph is None or result is None:
+        graph, together = kind.graph, kind.together
+        if graph is None or together is None:
             raise RuntimeError("capture: a kind of meta-step must have a graph to be replayed, got none")
-        device = result.loss.device
+        device = kind.results[0].device
         stream = torch.cuda.current_stream(device)
         done = self._done.get(device)
         if done is None:
@@ -148,9 +151,9 @@ class Captures:
         for group in _by_dtype(kind.inputs, inputs):
             torch._foreach_copy_(*group)
         graph.replay()
-        copied = result.mapped(_copies)
+        copies = _copies(kind.results)
         done.record(stream)
-        return copied
+        return together(copies)
 
 
 def objection(work: Work) -> str:
@@ -193,8 +196,8 @@ def _inputs(work: Work, cotangents: Cotangents | None) -> list[Tensor]:
     """The tensors that differ from one meta-step of a kind to the next."""
     given = () if cotangents is None else (cotangents.losses, *cotangents.outputs)
     everything = (
-        *pytree.tree_leaves(work.support),
-        *pytree.tree_leaves(work.query),
+        *leaves(work.support),
+        *leaves(work.query),
         *work.buffers.values(),
         work.alpha.detach(),
         *given,
@@ -229,8 +232,15 @@ def _by_dtype(first: list[Tensor], second: list[Tensor]) -> list[tuple[list[Tens
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, in few launches."""
-    copies = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    """A copy of each, in few launches and allocations."""
+    first = tensors[0]
+    alike = [x.dtype == first.dtype for x in tensors]
+    sizes = [x.numel() for x, same in zip(tensors, alike, strict=True) if same]
+    pieces = iter(first.new_empty(sum(sizes)).split(sizes))
+    copies = [
+        next(pieces).view(x.shape) if same else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, same in zip(tensors, alike, strict=True)
+    ]
     for group in _by_dtype(copies, tensors):
         torch._foreach_copy_(*group)
     return copies

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
 from fastmeta.engine.work import Work
@@ -80,17 +80,28 @@ class Evaluation:
     gradient: MetaGradient | None
     mutations: list[dict[str, Tensor]]
 
-    def mapped(self, change: Callable[[list[Tensor]], list[Tensor]]) -> Evaluation:
-        """The same with what ``change`` returns for all of its tensors."""
+    def apart(self) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Evaluation]]:
+        """All tensors, and what makes the same of others in their order."""
         gradient = self.gradient
-        parts = None if gradient is None else (gradient.adapted, gradient.outer, gradient.alpha)
-        tree = self.loss, self.losses, self.support_losses, self.outputs, parts, self.mutations
-        leaves, structure = pytree.tree_flatten(tree)
-        changed = iter(change([leaf for leaf in leaves if leaf is not None]))
-        *values, parts, mutations = pytree.tree_unflatten(
-            [leaf if leaf is None else next(changed) for leaf in leaves], structure
-        )
-        return Evaluation(*values, None if parts is None else MetaGradient(*parts), mutations)
+        counts = len(self.outputs), 0 if gradient is None else len(gradient.adapted)
+        others = [] if gradient is None else [*gradient.outer, gradient.alpha]
+        given = [other is not None for other in others]
+        names = [tuple(values) for values in self.mutations]
+
+        def together(tensors: Iterable[Tensor]) -> Evaluation:
+            rest = iter(tensors)
+            own = next(rest), next(rest), next(rest), list(islice(rest, counts[0]))
+            again = None
+            if gradient is not None:
+                adapted = list(islice(rest, counts[1]))
+                *outer, alpha = (next(rest) if there else None for there in given)
+                again = MetaGradient(adapted, outer, alpha)
+            return Evaluation(*own, again, [{name: next(rest) for name in of_pass} for of_pass in names])
+
+        tensors = [self.loss, self.losses, self.support_losses, *self.outputs]
+        tensors += [] if gradient is None else gradient.adapted
+        tensors += [other for other in others if other is not None]
+        return [*tensors, *(value for values in self.mutations for value in values.values())], together
 
     @property
     def meta_gradient(self) -> MetaGradient:

@@ -43,19 +43,23 @@ def both(**options) -> tuple[fm.MAML, fm.MAML]:
     return small(**options), small(**options, cuda_graph=False)
 
 
-def test_what_an_evaluation_holds_is_mapped_in_order():
+def test_what_an_evaluation_holds_is_taken_apart_in_order():
     x = [torch.full((), float(i)) for i in range(7)]
     gradient = MetaGradient([x[4]], [None, x[5]], None)
     evaluation = Evaluation(x[0], x[1], x[2], [x[3]], gradient, [{"mean": x[6]}])
-    seen = []
-    doubled = evaluation.mapped(lambda tensors: [seen.append(t.item()) or t * 2 for t in tensors])
-    assert seen == [float(i) for i in range(7)]
+    tensors, together = evaluation.apart()
+    assert [t.item() for t in tensors] == [float(i) for i in range(7)]
+    doubled = together(t * 2 for t in tensors)
+    assert doubled.loss.item() == 0
+    assert doubled.support_losses.item() == 4
     assert doubled.outputs[0].item() == 6
     assert doubled.meta_gradient.outer[0] is None
     assert doubled.meta_gradient.outer[1].item() == 10
     assert doubled.meta_gradient.alpha is None
     assert doubled.mutations[0]["mean"].item() == 12
-    assert Evaluation(x[0], x[1], x[2], [], None, []).mapped(lambda t: t).gradient is None
+    tensors, together = Evaluation(x[0], x[1], x[2], [], None, []).apart()
+    assert len(tensors) == 3
+    assert together(tensors).gradient is None
 
 
 @pytest.mark.gpu
