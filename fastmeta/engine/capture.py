@@ -37,6 +37,7 @@ class _Kind:
         inputs: what is copied in before a replay, in :func:`_inputs`' order.
         graph: once it is captured.
         results: what the graph writes.
+        alone: how many of them, the first, are given memory of their own when they are copied.
         together: makes an evaluation of tensors like these.
         reason: why it runs eagerly for good.
     """
@@ -46,6 +47,7 @@ class _Kind:
     inputs: list[Tensor] = field(default_factory=list)
     graph: torch.cuda.CUDAGraph | None = None
     results: list[Tensor] = field(default_factory=list)
+    alone: int = 0
     together: Callable[[Iterable[Tensor]], Evaluation] | None = None
     reason: str = ""
 
@@ -135,6 +137,7 @@ class Captures:
             kind.reason = f"it cannot be captured: {str(error).splitlines()[0]}"
             return
         kind.results, kind.together = result.apart()
+        kind.alone = 3 + len(result.outputs)  # losses and outputs: callers may write into what autograd knows
         kind.graph, kind.parameters = graph, addresses
 
     def _replay(self, kind: _Kind, inputs: list[Tensor]) -> Evaluation:
@@ -151,7 +154,7 @@ class Captures:
         for group in _by_dtype(kind.inputs, inputs):
             torch._foreach_copy_(*group)
         graph.replay()
-        copies = _copies(kind.results)
+        copies = _copies(kind.results, kind.alone)
         done.record(stream)
         return together(copies)
 
@@ -231,16 +234,17 @@ def _by_dtype(first: list[Tensor], second: list[Tensor]) -> list[tuple[list[Tens
     return list(groups.values())
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, in few launches and allocations."""
-    first = tensors[0]
-    alike = [x.dtype == first.dtype for x in tensors]
-    sizes = [x.numel() for x, same in zip(tensors, alike, strict=True) if same]
-    pieces = iter(first.new_empty(sum(sizes)).split(sizes))
-    copies = [
-        next(pieces).view(x.shape) if same else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x, same in zip(tensors, alike, strict=True)
-    ]
+def _copies(tensors: list[Tensor], alone: int) -> list[Tensor]:
+    """A copy of each, in few launches; those after the first ``alone`` share memory by dtype."""
+    copies = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:alone]]
+    rest = tensors[alone:]
+    if rest:
+        alike = [x.dtype == rest[0].dtype for x in rest]
+        sizes = [x.numel() for x, same in zip(rest, alike, strict=True) if same]
+        pieces = iter(rest[0].new_empty(sum(sizes)).split(sizes))
+        copies += [
+            next(pieces).view(x.shape) if same else torch.empty_like(x) for x, same in zip(rest, alike, strict=True)
+        ]
     for group in _by_dtype(copies, tensors):
         torch._foreach_copy_(*group)
     return copies
