@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch._decomp import get_decompositions
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Output
 from fastmeta.engine.objective import Objective
 
@@ -103,7 +105,7 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
                 exported = torch.export.export(root, arguments, strict=False)
             if root.notes.lost:
                 raise NotTraceable(root.notes.lost[0])
-            exported = exported.run_decompositions(_decompositions())
+            exported = exported.run_decompositions(_decompositions(keeps_attention((*arguments[0], *leaves))))
         except NotTraceable:
             raise
         except (TypeError, ValueError) as error:
@@ -211,12 +213,19 @@ def _untouched(objective: Objective) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
-def _decompositions() -> dict[Any, Any]:
+def keeps_attention(tensors: Sequence[Any]) -> bool:
+    """Whether attention stays one call: on a GPU with kernels for it. A CPU's executor recognises the parts itself."""
+    floating = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    kinds = {(t.device, t.dtype) for t in floating}
+    return any(d.type == "cuda" for d, _ in kinds) and not any(triton_support.missing_reason(*kind) for kind in kinds)
+
+
+def _decompositions(keeps: bool) -> dict[Any, Any]:
     """What is taken apart: attention, whose fused kernels have no second derivative, recurrent layers, group norm."""
     aten = torch.ops.aten
     recurrent = [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
     own = {
-        aten.scaled_dot_product_attention.default: _attention,
+        aten.scaled_dot_product_attention.default: partial(_attention, keeps=keeps),
         aten.group_norm.default: _group_norm,
         aten.instance_norm.default: _instance_norm,
     }
@@ -267,7 +276,11 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+    keeps: bool = False,
+) -> Any:
+    """Products and a softmax, or the call as it is where ``keeps`` and the operation for it say so."""
+    if keeps and dropout_p == 0 and not enable_gqa:
+        return NotImplemented
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

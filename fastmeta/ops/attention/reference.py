@@ -1,0 +1,146 @@
+"""Scaled dot-product attention: the four maps of docs/maths.md, section 2, from the results that a forward saves.
+
+With ``S = c q k^T + mask`` over the keys of each query, ``l = logsumexp S``, ``P = exp(S - l)`` and ``o = P v``::
+
+    backward           d_v = P^T d_o,  d_S = P (d_o v^T - delta),  d_q = c d_S k,  d_k = c d_S^T q
+    tangent            l_dot = rowsum(P S_dot),  o_dot = (P S_dot) v + P v_dot - l_dot o
+    tangent_backward   the tangents of the backward's products, with P_dot = P (S_dot - l_dot)
+
+where ``delta = rowsum(d_o o) = rowsum(P (d_o v^T))``. A query that attends to nothing has ``l = inf``, so that ``P``
+and the result are zero, as in PyTorch.
+
+Shapes: ``q`` ``[T, B, H, S_q, D]``, ``k`` ``[T, B, H, S_k, D]``, ``v`` ``[T, B, H, S_k, D_v]``, ``o`` as ``q`` with
+``D_v``, ``lse`` (``l``) ``[T, B, H, S_q]``, ``mask`` ``[T, B, H, S_q, S_k]``: boolean (``False`` attends not) or added.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Setting(NamedTuple):
+    """What a call fixes: the factor ``c`` of the products, and whether a query attends to no later key."""
+
+    scale: float
+    causal: bool
+
+
+class Saved(NamedTuple):
+    """What the forward map leaves for the others; the shapes are those of the module."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    o: Tensor
+    lse: Tensor
+
+
+class SavedDot(NamedTuple):
+    """The tangents that the tangent map leaves for the tangent-backward; ``None`` is zero."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    o: Tensor
+    lse: Tensor
+
+
+Need = tuple[bool, bool, bool]  # of d_q, d_k, d_v
+Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
+    """``o`` and ``lse`` beside the operands."""
+    scores = _scores(q, k, mask, setting)
+    lse = scores.logsumexp(-1)
+    lse = torch.where(lse == -torch.inf, torch.inf, lse)
+    o = torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), v)
+    return Saved(q, k, v, mask, o, lse)
+
+
+def backward(saved: Saved, d_o: Tensor, setting: Setting, need: Need) -> Cotangents:
+    """``d_q``, ``d_k``, ``d_v``."""
+    q, k, v, _, o, _ = saved
+    p = _probabilities(saved, setting)
+    d_s = p * (torch.matmul(d_o, v.mT) - _rowsum(d_o, o)) * setting.scale
+    d_q = torch.matmul(d_s, k) if need[0] else None
+    d_k = torch.matmul(d_s.mT, q) if need[1] else None
+    return d_q, d_k, torch.matmul(p.mT, d_o) if need[2] else None
+
+
+def tangent(
+    saved: Saved, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, setting: Setting
+) -> SavedDot:
+    """``o_dot`` and ``lse_dot`` beside the operands' tangents, of which ``None`` is zero."""
+    p = _probabilities(saved, setting)
+    s_dot = _scores_dot(saved, q_dot, k_dot, setting)
+    if s_dot is None:
+        lse_dot, o_dot = torch.zeros_like(saved.lse), torch.zeros_like(saved.o)
+    else:
+        weighted = p * s_dot
+        lse_dot = weighted.sum(-1)
+        o_dot = torch.matmul(weighted, saved.v) - lse_dot.unsqueeze(-1) * saved.o
+    if v_dot is not None:
+        o_dot = o_dot + torch.matmul(p, v_dot)
+    return SavedDot(q_dot, k_dot, v_dot, o_dot, lse_dot)
+
+
+def tangent_backward(
+    saved: Saved, dot: SavedDot, d_o: Tensor, d_o_dot: Tensor | None, setting: Setting, need: Need
+) -> Cotangents:
+    """The tangents of ``d_q``, ``d_k``, ``d_v``; ``None`` for ``d_o_dot`` is zero."""
+    q, k, v, _, o, _ = saved
+    c = setting.scale
+    p = _probabilities(saved, setting)
+    s_dot = _scores_dot(saved, dot.q, dot.k, setting)
+    p_dot = torch.zeros_like(p) if s_dot is None else p * (s_dot - dot.lse.unsqueeze(-1))
+    centred = torch.matmul(d_o, v.mT) - _rowsum(d_o, o)
+    centred_dot = -_rowsum(d_o, dot.o)
+    if d_o_dot is not None:
+        centred_dot = centred_dot + torch.matmul(d_o_dot, v.mT) - _rowsum(d_o_dot, o)
+    if dot.v is not None:
+        centred_dot = centred_dot + torch.matmul(d_o, dot.v.mT)
+    d_s, d_s_dot = p * centred, p_dot * centred + p * centred_dot
+    d_q_dot = d_k_dot = d_v_dot = None
+    if need[0]:
+        d_q_dot = c * _plus(torch.matmul(d_s_dot, k), d_s, dot.k)
+    if need[1]:
+        d_k_dot = c * _plus(torch.matmul(d_s_dot.mT, q), d_s.mT, dot.q)
+    if need[2]:
+        d_v_dot = _plus(torch.matmul(p_dot.mT, d_o), p.mT, d_o_dot)
+    return d_q_dot, d_k_dot, d_v_dot
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, setting: Setting) -> Tensor:
+    """``S``, ``[T, B, H, S_q, S_k]``, ``-inf`` where a query must not attend."""
+    scores = torch.matmul(q, k.mT) * setting.scale
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if setting.causal:
+        earlier = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = torch.where(earlier, scores, -torch.inf)
+    return scores
+
+
+def _probabilities(saved: Saved, setting: Setting) -> Tensor:
+    scores = _scores(saved.q, saved.k, saved.mask, setting)
+    return torch.exp(scores - saved.lse.unsqueeze(-1))
+
+
+def _scores_dot(saved: Saved, q_dot: Tensor | None, k_dot: Tensor | None, setting: Setting) -> Tensor | None:
+    if q_dot is None:
+        return None if k_dot is None else torch.matmul(saved.q, k_dot.mT) * setting.scale
+    return _plus(torch.matmul(q_dot, saved.k.mT), saved.q, None if k_dot is None else k_dot.mT) * setting.scale
+
+
+def _rowsum(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+def _plus(value: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """``value + left right``, where ``None`` is zero."""
+    return value if right is None else value + torch.matmul(left, right)

@@ -1,0 +1,275 @@
+"""Attention's maps by the Triton kernels: layouts, the table of tiles, launches.
+
+The maps are those of ``reference.py``, for float32 tensors of a GPU. A map is one launch a side: a kernel over blocks
+of queries and, where keys or values want a cotangent, one over blocks of keys, which reads the row sums that the first
+has left. Nothing grows with ``S_q S_k``, there are no atomics, and tiles depend on the head's width and on the precision
+alone, so that results do not change from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+
+from fastmeta.core import triton_support
+from fastmeta.core.triton_support import Shipped
+from fastmeta.ops.attention import kernels, tangent_kernels
+from fastmeta.ops.attention.reference import Cotangents, Need, Saved, SavedDot, Setting
+
+NARROWEST = 16  # columns of a tile that tensor cores multiply
+FARTHEST = 2**31  # elements from a head's first row to its last that 32 bits reach
+KERNELS = {
+    "forward": kernels.forward,
+    "backward_queries": kernels.backward_queries,
+    "backward_keys": kernels.backward_keys,
+    "tangent": tangent_kernels.tangent,
+    "tangent_backward_queries": tangent_kernels.tangent_backward_queries,
+    "tangent_backward_keys": tangent_kernels.tangent_backward_keys,
+}
+
+
+class Tile(NamedTuple):
+    """What one program of a kernel takes: queries, keys, warps, stages of its loop's loads."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By kernel and width of a head, for three tf32 products and for one of bfloat16; one tf32 product takes the first.
+# Larger tiles spill registers (tests/kernels/resources.py).
+TILES = {
+    ("forward", 16): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("forward", 32): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("forward", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("forward", 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("backward_queries", 16): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("backward_queries", 32): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("backward_queries", 64): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("backward_queries", 128): (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
+    ("backward_keys", 16): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("backward_keys", 32): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("backward_keys", 64): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("backward_keys", 128): (Tile(32, 32, 8, 1), Tile(32, 64, 8, 1)),
+    ("tangent", 16): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("tangent", 32): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("tangent", 64): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("tangent", 128): (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
+    ("tangent_backward_queries", 16): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("tangent_backward_queries", 32): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("tangent_backward_queries", 64): (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
+    ("tangent_backward_queries", 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("tangent_backward_keys", 16): (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
+    ("tangent_backward_keys", 32): (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
+    ("tangent_backward_keys", 64): (Tile(32, 32, 4, 1), Tile(32, 64, 4, 1)),
+    ("tangent_backward_keys", 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+
+
+def tile(kernel: str, width: int, precision: str) -> Tile:
+    """The tile of a kernel for heads of ``width`` columns, a power of two."""
+    wide, narrow = TILES[kernel, width]
+    return narrow if precision.startswith("bf16") else wide
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
+    """``o`` and ``lse`` beside the operands, as :func:`fastmeta.ops.attention.reference.forward`."""
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    lse = q.new_empty(q.shape[:-1])
+    saved = Saved(q, k, v, mask, _result(q), lse)
+    _Launch(saved, setting).over_queries("forward", _operands(saved))
+    return saved
+
+
+def backward(saved: Saved, d_o: Tensor, setting: Setting, need: Need) -> Cotangents:
+    """``d_q``, ``d_k``, ``d_v``, as :func:`fastmeta.ops.attention.reference.backward`."""
+    launch = _Launch(saved, setting)
+    q, k, v = saved.q, saved.k, saved.v
+    d_q, d_k, d_v = (_result(x) if wanted else None for x, wanted in zip((q, k, v), need, strict=True))
+    read = {**_operands(saved), "d_o": _heads_last(d_o), "delta": torch.empty_like(saved.lse)}
+    launch.over_queries("backward_queries", {**read, "d_q": d_q}, WANTED=need[0])
+    if need[1] or need[2]:
+        launch.over_keys("backward_keys", {**read, "d_k": d_k, "d_v": d_v}, WANT_K=need[1], WANT_V=need[2])
+    return d_q, d_k, d_v
+
+
+def tangent(
+    saved: Saved, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, setting: Setting
+) -> SavedDot:
+    """``o_dot`` and ``lse_dot``, as :func:`fastmeta.ops.attention.reference.tangent`."""
+    q_dot, k_dot, v_dot = _laid(q_dot, saved.q), _laid(k_dot, saved.k), _laid(v_dot, saved.v)
+    dot = SavedDot(q_dot, k_dot, v_dot, _result(saved.q), torch.empty_like(saved.lse))
+    _Launch(saved, setting).over_queries("tangent", {**_operands(saved), **_operands_dot(dot)}, **_present(dot))
+    return dot
+
+
+def tangent_backward(
+    saved: Saved, dot: SavedDot, d_o: Tensor, d_o_dot: Tensor | None, setting: Setting, need: Need
+) -> Cotangents:
+    """Tangents of the cotangents, as :func:`fastmeta.ops.attention.reference.tangent_backward`."""
+    launch = _Launch(saved, setting)
+    q, k, v = saved.q, saved.k, saved.v
+    d_q_dot, d_k_dot, d_v_dot = (_result(x) if wanted else None for x, wanted in zip((q, k, v), need, strict=True))
+    read = {
+        **_operands(saved),
+        **_operands_dot(dot),
+        "d_o": _heads_last(d_o),
+        "d_o_dot": None if d_o_dot is None else _heads_last(d_o_dot),
+        "delta": torch.empty_like(saved.lse),
+        "delta_dot": torch.empty_like(saved.lse),
+    }
+    present = {**_present(dot), "D_O_DOT": d_o_dot is not None}
+    launch.over_queries("tangent_backward_queries", {**read, "d_q_dot": d_q_dot}, WANTED=need[0], **present)
+    if need[1] or need[2]:
+        written = {"d_k_dot": d_k_dot, "d_v_dot": d_v_dot}
+        launch.over_keys("tangent_backward_keys", {**read, **written}, WANT_K=need[1], WANT_V=need[2], **present)
+    return d_q_dot, d_k_dot, d_v_dot
+
+
+class _Launch:
+    """The arguments that the kernels of one call share, and their launches."""
+
+    def __init__(self, saved: Saved, setting: Setting) -> None:
+        q, k, v, mask, _, _ = saved
+        tasks, batch, heads, S_q, width = q.shape
+        self.rows, self.lengths = tasks * batch * heads, (S_q, k.shape[-2])
+        self.device = q.device
+        self.precision = triton_support.precision()
+        if self.precision == "bf16" and triton_support.interpreted():
+            self.precision = "bf16 rounded"
+        strides = {"q": _strides(q), "k": _strides(k), "v": _strides(v)}
+        self.numbers = {f"{x}_{axis}": s for x in strides for axis, s in zip("tbhs", strides[x], strict=True)}
+        aligned = width % 4 == 0 and all(s % 4 == 0 for s in self.numbers.values())
+        of_mask = (0,) * 5 if mask is None else tuple(mask.stride())
+        self.numbers.update(zip(("m_t", "m_b", "m_h", "m_q", "m_k"), of_mask, strict=True))
+        self.numbers.update(batch=batch, heads=heads, S_q=S_q, S_k=k.shape[-2])
+        self.scale = setting.scale
+        self.constants = {
+            "D": width,
+            "WIDTH": max(NARROWEST, next_power_of_2(width)),
+            "MASK": "none" if mask is None else "boolean" if mask.dtype == torch.uint8 else "added",
+            "CAUSAL": setting.causal,
+            "ALIGNED": aligned,
+            "PRECISION": self.precision,
+        }
+
+    def over_queries(self, name: str, tensors: dict[str, Tensor | None], **flags: bool) -> None:
+        """One program for each block of queries."""
+        self._run(name, 0, tensors, flags)
+
+    def over_keys(self, name: str, tensors: dict[str, Tensor | None], **flags: bool) -> None:
+        """One program for each block of keys."""
+        self._run(name, 1, tensors, flags)
+
+    def _run(self, name: str, side: int, tensors: dict[str, Tensor | None], flags: dict[str, bool]) -> None:
+        kernel, sizes = KERNELS[name], tile(name, self.constants["WIDTH"], self.precision)
+        programs = self.rows * -(-self.lengths[side] // (sizes.queries, sizes.keys)[side])
+        if not programs:
+            return
+        absent = tensors["lse"]  # stands where a build reads nothing
+        given = {n: absent if t is None else t for n, t in tensors.items() if n in kernel.arg_names}
+        with _on(self.device):
+            kernel[(programs,)](
+                **given,
+                **self.numbers,
+                scale=self.scale,
+                **flags,
+                **self.constants,
+                BLOCK_Q=sizes.queries,
+                BLOCK_K=sizes.keys,
+                num_warps=sizes.warps,
+                num_stages=sizes.stages,
+                enable_fp_fusion=True,
+            )
+
+
+def shipped() -> list[Shipped]:
+    """Builds of every kernel for the usual widths of a head, all operands varying, without a mask."""
+    builds = [(width, "tf32x3") for width in (32, 64, 128)] + [(64, "bf16")]
+    return [_build(name, width, precision) for name in KERNELS for width, precision in builds]
+
+
+def _build(name: str, width: int, precision: str) -> Shipped:
+    kernel, sizes = KERNELS[name], tile(name, width, precision)
+    flags = {"WANTED", "WANT_K", "WANT_V", "Q_DOT", "K_DOT", "V_DOT", "D_O_DOT"}
+    constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
+    constants |= {"D": width, "WIDTH": width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
+    constants |= {"MASK": "none", "CAUSAL": False, "ALIGNED": True, "PRECISION": precision}
+    numbers = {*kernels.INTEGERS, "scale"}
+    signature = {
+        n: "constexpr" if n in constants else "*fp32" if n not in numbers else "fp32" if n == "scale" else "i32"
+        for n in kernel.arg_names
+    }
+    label = f"attention {name} {width} {precision}"
+    return Shipped(label, kernel, signature, constants, sizes.warps, sizes.stages, tensor_cores=True)
+
+
+def _operands(saved: Saved) -> dict[str, Tensor | None]:
+    return {**saved._asdict(), "o": _heads_last(saved.o)}
+
+
+def _operands_dot(dot: SavedDot) -> dict[str, Tensor | None]:
+    return {f"{name}_dot": value for name, value in dot._asdict().items()}
+
+
+def _present(dot: SavedDot) -> dict[str, bool]:
+    return {"Q_DOT": dot.q is not None, "K_DOT": dot.k is not None, "V_DOT": dot.v is not None}
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x`` with a dense last axis, rows that 32 bits reach, and no two elements in one place: itself, as a rule."""
+    dense = x.shape[-1] == 1 or x.stride(-1) == 1
+    near = x.shape[-2] * x.stride(-2) < FARTHEST
+    return x if dense and near and _apart(x) else x.contiguous()
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether all elements have places of their own, as a tangent with the strides of ``x`` needs them."""
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides over all axes but the last; where an axis has one entry its stride says nothing and is left out."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+
+
+def _laid(dot: Tensor | None, x: Tensor) -> Tensor | None:
+    """A tangent in the memory layout of its primal, as projections that are alike leave it; a copy where it is not."""
+    if dot is None or (_strides(dot) == _strides(x) and (x.shape[-1] == 1 or dot.stride(-1) == 1)):
+        return dot
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(dot)
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """``[T, B, H, S, D]`` that lies as ``[T, B, S, H, D]``: itself, if it does so already."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def _result(x: Tensor) -> Tensor:
+    """An uninitialised result of the shape of ``x``, heads last in memory."""
+    tasks, batch, heads, rows, width = x.shape
+    return x.new_empty(tasks, batch, rows, heads, width).transpose(2, 3)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
