@@ -10,6 +10,7 @@ from tests.ops import (
     four_maps,
     test_activation,
     test_arithmetic,
+    test_attention,
     test_attention_parts,
     test_batch_norm,
     test_bce,
@@ -25,7 +26,7 @@ from tests.ops import (
 from tests.ops.four_maps import Case, Run, compare
 
 MODULES = (
-    *(test_activation, test_arithmetic, test_attention_parts, test_batch_norm, test_bce, test_conv2d),
+    *(test_activation, test_arithmetic, test_attention, test_attention_parts, test_batch_norm, test_bce, test_conv2d),
     *(test_cross_entropy, test_layer_norm, test_linear, test_mse, test_pool, test_reduction, test_views),
 )
 CASES = [pytest.param(case, id=f"{m.__name__.split('_', 1)[1]}-{case}") for m in MODULES for case in m.CASES]

@@ -2,8 +2,8 @@
 
 The maps are those of ``reference.py``, for float32 tensors of a GPU. A map is one launch a side: a kernel over blocks
 of queries and, where keys or values want a cotangent, one over blocks of keys, which reads the row sums that the first
-has left. Nothing grows with ``S_q S_k``, there are no atomics, and tiles depend on the head's width and on the precision
-alone, so that results do not change from run to run.
+has left. Nothing grows with ``S_q S_k``, there are no atomics, and tiles depend on the head's width and on the
+precision alone, so that results do not change from run to run.
 """
 
 from __future__ import annotations
