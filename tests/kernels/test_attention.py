@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ from fastmeta.ops.attention.reference import Setting
 from tests.kernels import running
 from tests.ops.four_maps import SUMMATION_FACTOR
 from tests.oracle import maml_loop, relative_error
+
+pytestmark = pytest.mark.usefixtures("nan_poison")
 
 ALL = (True, True, True)
 
@@ -99,26 +100,11 @@ def run(maps, operands: Operands, dtype: torch.dtype, device: torch.device, need
     return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
-@contextlib.contextmanager
-def poisoned_memory():
-    """Every fresh ``torch.empty`` is full of NaN."""
-    was, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 def kernels(operands: Operands, need=ALL) -> dict[str, Tensor]:
     device = running.device()
     from fastmeta.ops.attention import triton
 
-    with poisoned_memory():
-        assert torch.empty(1).isnan()
-        return run(triton, operands, torch.float32, device, need)
+    return run(triton, operands, torch.float32, device, need)
 
 
 def check(operands: Operands, need=ALL) -> None:

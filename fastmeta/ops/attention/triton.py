@@ -18,18 +18,18 @@ from triton import next_power_of_2
 
 from fastmeta.core import triton_support
 from fastmeta.core.triton_support import Shipped
-from fastmeta.ops.attention import kernels, tangent_kernels
+from fastmeta.ops.attention import triton_kernels, triton_tangent_kernels
 from fastmeta.ops.attention.reference import Cotangents, Need, Saved, SavedDot, Setting
 
 NARROWEST = 16  # columns of a tile that tensor cores multiply
 FARTHEST = 2**31  # elements from a head's first row to its last that 32 bits reach
 KERNELS = {
-    "forward": kernels.forward,
-    "backward_queries": kernels.backward_queries,
-    "backward_keys": kernels.backward_keys,
-    "tangent": tangent_kernels.tangent,
-    "tangent_backward_queries": tangent_kernels.tangent_backward_queries,
-    "tangent_backward_keys": tangent_kernels.tangent_backward_keys,
+    "forward": triton_kernels.forward,
+    "backward_queries": triton_kernels.backward_queries,
+    "backward_keys": triton_kernels.backward_keys,
+    "tangent": triton_tangent_kernels.tangent,
+    "tangent_backward_queries": triton_tangent_kernels.tangent_backward_queries,
+    "tangent_backward_keys": triton_tangent_kernels.tangent_backward_keys,
 }
 
 
@@ -203,7 +203,7 @@ def _build(name: str, width: int, precision: str) -> Shipped:
     constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
     constants |= {"D": width, "WIDTH": width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
     constants |= {"MASK": "none", "CAUSAL": False, "ALIGNED": True, "PRECISION": precision}
-    numbers = {*kernels.INTEGERS, "scale"}
+    numbers = {*triton_kernels.INTEGERS, "scale"}
     signature = {
         n: "constexpr" if n in constants else "*fp32" if n not in numbers else "fp32" if n == "scale" else "i32"
         for n in kernel.arg_names

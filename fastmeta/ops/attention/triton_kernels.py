@@ -8,7 +8,6 @@ masks; tangents share the strides of their primals. Results and cotangents of re
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: D103  kernels are described where they are launched, triton.py
 
 from __future__ import annotations
 
@@ -102,7 +101,6 @@ def masked(s, mask, queries, keys, m_q, m_k, S_q, S_k, MASK: tl.constexpr, CAUSA
     return tl.where(inside, s, float("-inf"))
 
 
-# fmt: off
 @triton.jit(do_not_specialize=INTEGERS)
 def forward(
     q, k, v, mask, o, lse,
@@ -110,8 +108,7 @@ def forward(
     batch, heads, S_q, S_k, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     blocks = tl.cdiv(S_q, BLOCK_Q)
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
@@ -150,7 +147,6 @@ def forward(
     tl.store(lse + row.to(tl.int64) * S_q + queries, level, mask=queries < S_q)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_queries(
     q, k, v, mask, o, lse, d_o, delta, d_q,
@@ -159,8 +155,7 @@ def backward_queries(
     WANTED: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     blocks = tl.cdiv(S_q, BLOCK_Q)
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
@@ -196,7 +191,6 @@ def backward_queries(
         store(d_q + of_result, queries, heads * D, S_q, total * scale, D, WIDTH, ALIGNED)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_keys(
     q, k, v, mask, lse, d_o, delta, d_k, d_v,
@@ -205,8 +199,7 @@ def backward_keys(
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     blocks = tl.cdiv(S_k, BLOCK_K)
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks

@@ -6,17 +6,24 @@ is the tangent of the row's logsumexp, which the tangent map leaves; the sum in 
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: D103  kernels are described where they are launched, triton.py
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastmeta.ops.attention.kernels import INTEGERS, load, masked, operand, product, start, start_of_result, store
+from fastmeta.ops.attention.triton_kernels import (
+    INTEGERS,
+    load,
+    masked,
+    operand,
+    product,
+    start,
+    start_of_result,
+    store,
+)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=INTEGERS)
 def tangent(
     q, k, v, mask, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot,
@@ -25,8 +32,7 @@ def tangent(
     Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     blocks = tl.cdiv(S_q, BLOCK_Q)
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
@@ -73,7 +79,6 @@ def tangent(
     tl.store(lse_dot + of_rows + queries, drift, mask=queries < S_q)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=INTEGERS)
 def tangent_backward_queries(
     q, k, v, mask, o, lse, d_o, q_dot, k_dot, v_dot, o_dot, lse_dot, d_o_dot, delta, delta_dot, d_q_dot,
@@ -82,8 +87,7 @@ def tangent_backward_queries(
     WANTED: tl.constexpr, Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr, D_O_DOT: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     blocks = tl.cdiv(S_q, BLOCK_Q)
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
@@ -148,7 +152,6 @@ def tangent_backward_queries(
         store(d_q_dot + of_result, queries, heads * D, S_q, total * scale, D, WIDTH, ALIGNED)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=INTEGERS)
 def tangent_backward_keys(
     q, k, v, mask, lse, d_o, q_dot, k_dot, v_dot, lse_dot, d_o_dot, delta, delta_dot, d_k_dot, d_v_dot,
@@ -158,8 +161,7 @@ def tangent_backward_keys(
     Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr, D_O_DOT: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     blocks = tl.cdiv(S_k, BLOCK_K)
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks
