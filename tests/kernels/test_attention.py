@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.core.dispatch import Backend
 from fastmeta.engine import trace
-from fastmeta.ops.attention import reference
+from fastmeta.ops.attention import op, reference
 from fastmeta.ops.attention.reference import Setting
 from tests.kernels import running
 from tests.ops.four_maps import SUMMATION_FACTOR
@@ -255,6 +256,7 @@ class Reader(nn.Module):
 def test_a_meta_gradient(monkeypatch) -> None:
     device = running.device()
     monkeypatch.setattr(trace, "keeps_attention", lambda tensors: True)
+    monkeypatch.setattr(op, "backends", lambda *arguments: (Backend("triton", True, ""),))
     model = Reader()
     support, query = ((torch.randn(2, n, 5, 8), torch.randint(3, (2, n))) for n in (3, 2))
     wide = [(x.double(), y) for x, y in (support, query)]

@@ -22,9 +22,10 @@ def backends(
     device: torch.device | None = None, dtype: torch.dtype | None = None, width: int = 64, value_width: int = 64
 ) -> tuple[Backend, ...]:
     """The implementations, best first, and whether each can run tensors of this device, dtype and these head widths."""
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = triton_support.backend(device, torch.float32 if dtype is None else dtype)
+    if device is not None and device.type != "cuda":
+        kernels = Backend("triton", False, f"runs on cuda, not on {device.type}")
+    else:
+        kernels = triton_support.backend(device or torch.device("cuda"), dtype or torch.float32)
     if kernels.available and width != value_width:
         kernels = Backend("triton", False, f"values must be as wide as keys, got {value_width} and {width}")
     elif kernels.available and width > WIDEST:

@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, plus, registry
 from fastmeta.ops.layer_norm import reference
+
+WIDEST = 8192  # features of a row that a kernel keeps in registers
 
 
 @registry.register
@@ -33,13 +36,20 @@ class LayerNorm(TaskOp):
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
         c, b = self._parameter(x, self.scale), self._parameter(x, self.shift)
-        normalised, r = reference.normalise(self._rows(x[0]), self.eps)
-        y = reference.affine(normalised, c, b)
+        if self._on_gpu(x[0]):
+            from fastmeta.ops.layer_norm import triton
+
+            y, normalised, r = triton.forward(self._rows(x[0]), c, b, self.eps)
+        else:
+            normalised, r = reference.normalise(self._rows(x[0]), self.eps)
+            y = reference.affine(normalised, c, b)
         return (y.reshape(y.shape[0], *self.shape),), (normalised, r, c)
 
     def backward(self, saved: tuple[Any, ...], d_y: Tensors, need: Sequence[Need]) -> Tensors:
         x, r, c = saved
         d = self._rows(d_y[0])
+        if self._on_gpu(x):
+            return self._by_kernels(saved, (None, None, None), None, d, need)
         d_x = reference.affine(d, c, None)
         d_c = (d * x).sum(1) if self.scale is not None and need[self.scale] else None
         return self._results(reference.project(d_x, x, r) if need[0] else None, d_c, d, need)
@@ -48,6 +58,11 @@ class LayerNorm(TaskOp):
         x, r, c = saved
         c_dot, b_dot = self._parameter(x_dot, self.scale), self._parameter(x_dot, self.shift)
         normalised_dot = turn = None
+        if self._on_gpu(x) and any(dot is not None for dot in x_dot):
+            from fastmeta.ops.layer_norm import triton
+
+            y_dot, normalised_dot, turn = triton.tangent(x, r, c, self._rows(x_dot[0]), c_dot, b_dot)
+            return (y_dot.reshape(x.shape[0], *self.shape),), (normalised_dot, turn, c_dot)
         if x_dot[0] is not None:
             z_dot = self._rows(x_dot[0])
             normalised_dot, turn = reference.project(z_dot, x, r), reference.mean(z_dot * x) * r
@@ -64,6 +79,8 @@ class LayerNorm(TaskOp):
     ) -> Tensors:
         (x, r, c), (normalised_dot, turn, c_dot) = saved, saved_dot
         d, d_dot = self._rows(d_y[0]), self._rows(d_y_dot[0])
+        if self._on_gpu(x):
+            return self._by_kernels(saved, saved_dot, d, d_dot, need)
         d_z_dot = d_c_dot = None
         if need[0]:
             d_x_dot = None if d_dot is None else reference.affine(d_dot, c, None)
@@ -79,6 +96,32 @@ class LayerNorm(TaskOp):
             if d is not None and normalised_dot is not None:
                 d_c_dot = plus(d_c_dot, (d * normalised_dot).sum(1))
         return self._results(d_z_dot, d_c_dot, d_dot, need)
+
+    def _by_kernels(
+        self, saved: tuple[Any, ...], saved_dot: tuple[Any, ...], d: Any, d_dot: Any, need: Sequence[Need]
+    ) -> Tensors:
+        """Tangents of the cotangents; without tangents, the cotangents for one ``d_dot``."""
+        from fastmeta.ops.layer_norm import triton
+
+        (x, r, c), (x_dot, turn, c_dot) = saved, saved_dot
+        d = None if x_dot is None and c_dot is None else d
+        results: list[Tensor | None] = [None] * len(self.call.inputs)
+        if need[0] and not (d is None and d_dot is None):
+            d_z = triton.input_cotangent(x, r, c, d, d_dot, x_dot, turn, c_dot)
+            results[0] = d_z.reshape(x.shape[0], *self.shape)
+        d = None if x_dot is None else d
+        want_c = self.scale is not None and bool(need[self.scale]) and not (d is None and d_dot is None)
+        want_b = self.shift is not None and bool(need[self.shift]) and d_dot is not None
+        cotangents = triton.parameter_cotangents(x, d, d_dot, x_dot, want_c, want_b)
+        for position, value in zip((self.scale, self.shift), cotangents, strict=True):
+            if position is not None and value is not None:
+                results[position] = value.reshape(x.shape[0], *self.parameter_shape)
+        return tuple(results)
+
+    def _on_gpu(self, x: Tensor) -> bool:
+        """Whether Triton's kernels run."""
+        fits = 0 < self.features <= WIDEST and x.is_cuda
+        return fits and not triton_support.missing_reason(x.device, x.dtype)
 
     def _rows(self, value: Any) -> Any:
         return None if value is None else value.reshape(value.shape[0], self.rows, self.features)
