@@ -155,7 +155,7 @@ class Compiler:
         if work.executor == "reference":
             return "the reference executor was asked for"
         if work.alpha.device.type != "cpu":
-            return f"the parameters are on {work.alpha.device}"
+            return f"the native executor runs on a CPU, and the parameters are on {work.alpha.device}"
         key = id(support), id(query)
         if key not in self._steps:
             try:
@@ -169,7 +169,7 @@ class Compiler:
         plan_key = (key, work.packing.names, outer)
         program = self._programs.get(plan_key)
         if program is None:
-            program = plan(self._graph(work, batch, key), work.packing.names, outer)
+            program = plan(self._graph(work, batch, key), work.packing.names, outer, work.theta[0].device)
             self._programs[plan_key] = program
         return program
 

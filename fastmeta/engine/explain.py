@@ -27,8 +27,8 @@ class Row:
         shape: of one task's result.
         plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
             or ``shared`` where no task has its own.
-        backend: who runs it: ``native``, ``reference``, or ``callback`` for what the native executor has the
-            operation's own maps for.
+        backend: who runs it: ``native``, ``reference``, ``triton``, or ``callback`` for what the native executor has
+            the operation's own maps for.
         flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
@@ -192,7 +192,7 @@ def _by_reference(work: Work, programs: Programs) -> tuple[list[Row], dict[str, 
     for i, (call, query) in enumerate(cost.paired(program, programs.query)):
         saved = _new_bytes(tape.saved[i], seen) if second_order else 0
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
-        rows.append(_row(call, "reference", cost.flops(work, call, query), saved, cotangents))
+        rows.append(_row(call, call.op.backend, cost.flops(work, call, query), saved, cotangents))
     kept = {}
     once = sum(row.saved for row, i in zip(rows, program.instructions, strict=True) if i.invariant)
     if second_order:
@@ -226,7 +226,7 @@ def _row(
     factored = Need.FACTORS in route.need
     if factored and not reason:
         reason = "fewer operations: the weight of each task is the shared one and products of few rows"
-    formed = "resident" if backend != "reference" else "shared" if route.single else "dense"
+    formed = "resident" if backend in ("native", "callback") else "shared" if route.single else "dense"
     return Row(
         instruction.module,
         instruction.op.name,

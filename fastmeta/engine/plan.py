@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastmeta.ops.catalogue  # noqa: F401  fills the registry
 from fastmeta.core.task_op import Need, TaskOp, Unsupported, registry
+from fastmeta.engine.fuse import Fused, fuse
 from fastmeta.engine.program import Instruction, Program, Route
 from fastmeta.engine.trace import Graph, Node, NotTraceable
 from fastmeta.ops.generic import GenericOp
@@ -23,13 +24,14 @@ CHUNK_WEIGHT_BYTES = 8 << 20
 GPU_CHUNK_BYTES = 1 << 30
 
 
-def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
+def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str], device: torch.device) -> Program:
     """Choose an operation for every call and decide what each value depends on.
 
     Args:
         graph: the traced objective of one task.
         adapted: names of the parameters that the inner loop updates.
         outer: names of the other parameters whose meta-gradient is wanted.
+        device: where the program will run, which decides what is fused.
 
     Returns:
         The program.
@@ -40,12 +42,14 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str]) -> Program:
     adapted_slots = {graph.parameters[name] for name in adapted}
     outer_slots = {graph.parameters[name] for name in outer}
     constants, nodes = _fold_constants(graph)
+    nodes, refusals = fuse(graph, nodes, device)
     first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data))
     later = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data) | adapted_slots)
     instructions = []
     changing = set(adapted_slots)  # from one inner step to the next
     for node in nodes:
         op, reason = _choose(node, first.active)
+        reason = reason or refusals.get(node.outputs[0], "")
         routes = first.route(node, op), later.route(node, op)
         invariant = not op.random and changing.isdisjoint(node.inputs)
         if not invariant:
@@ -79,6 +83,8 @@ def chunk_size(program: Program, elements: int, device: torch.device) -> int:
 
 
 def _choose(node: Node, active: set[int]) -> tuple[TaskOp, str]:
+    if isinstance(node, Fused):
+        return node.op, ""
     kind = registry.lookup(node.call.target)
     reason = f"no operation covers {node.call.target}"
     if kind is not None:

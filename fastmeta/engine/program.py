@@ -48,7 +48,7 @@ class Instruction:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     module: str
-    reason: str  # why the generic op stands in; empty where an operation covers the call
+    reason: str  # why the generic op stands in, or why it is not fused with a neighbour; else empty
     first: Route  # while every task still holds the shared weights
     later: Route  # once each task has its own
     invariant: bool  # depends on nothing that adapts and not on chance: the same at every inner step

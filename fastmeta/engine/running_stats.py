@@ -44,8 +44,8 @@ def updated(program: Program, buffers: dict[str, Tensor], mutations: list[dict[s
 def _decay(program: Program, name: str) -> float:
     slot = program.graph.mutations[name]
     for instruction in program.instructions:
-        if slot in instruction.outputs and instruction.op.name == "batch_norm":
-            return 1.0 - float(instruction.op.call["momentum"])
+        if slot in instruction.outputs and instruction.op.name in ("batch_norm", "conv_block"):
+            return 1.0 - float(instruction.op.momentum)  # type: ignore[attr-defined]
     raise RuntimeError(
         f"MAML: update_running_stats can only follow batch norm, but buffer {name} is updated by something else; "
         "use engine='autodiff'"

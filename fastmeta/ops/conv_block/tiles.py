@@ -1,0 +1,82 @@
+"""Tiles of the Triton kernels: fixed by shapes alone, so that a result is the same on every GPU and at every call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastmeta.ops.conv_block.geometry import Geometry, Window
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+ROWS = 64  # positions of a product's tile
+DEPTH = 32  # patch elements, or positions of a correlation, that are multiplied at a time
+PROGRAMS = 528  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
+SPLITS = 128  # at most
+BLOCKS = 64  # rows of partial sums that one program adds up at a time
+ELEMENTS = 2048  # of an elementwise program
+SUMMED = 16  # windows that are summed at a time
+
+Grid = tuple[int, int, int]
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def width(channels: int) -> int:
+    """Channels of a tile."""
+    return 64 if channels > 32 else 32
+
+
+def _depth(channels: int, taps: int) -> int:
+    """Patch elements of a tile: in one tap where channels are a multiple of them."""
+    if channels % DEPTH and (channels % 16 == 0 or channels * taps <= 16):
+        return 16
+    return DEPTH
+
+
+def _windows(window: Window) -> dict[str, int]:
+    (kh, kw), (sh, sw), (ph, pw) = window.kernel, window.stride, window.padding
+    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
+
+
+def pool_constants(g: Geometry) -> dict[str, int]:
+    """Channels and windows of the pooling."""
+    return {"C": g.out, **_windows(g.pool)}
+
+
+def product_constants(g: Geometry, *, transposed: bool) -> dict[str, Any]:
+    """What a build of the convolution or its transpose is made for."""
+    ck, cn = (g.out, g.channels) if transposed else (g.channels, g.out)
+    tile = {"BM": ROWS, "BN": width(cn), "BK": _depth(ck, g.convolution.taps)}
+    return {"CK": ck, "CN": cn, **_windows(g.convolution), "TRANSPOSED": transposed, **tile}
+
+
+def correlation_constants(g: Geometry) -> dict[str, Any]:
+    """What a build of the weight's cotangent is made for."""
+    fine = 64 if g.channels % 64 == 0 else _depth(g.channels, g.convolution.taps)
+    tile = {"BM": DEPTH, "BF": fine, "BN": width(g.out)}
+    return {"CI": g.channels, "CO": g.out, **_windows(g.convolution), **tile}
+
+
+def split(g: Geometry, tasks: int) -> tuple[int, int, int]:
+    """Programs of a weight's cotangent for one task, into how many pieces positions are cut, and positions of each."""
+    constants = correlation_constants(g)
+    programs = cdiv(g.patch, constants["BF"]) * cdiv(g.out, constants["BN"])
+    most = min(cdiv(g.positions, 4 * DEPTH), SPLITS)
+    pieces = max(1, min(cdiv(PROGRAMS, programs * tasks), most))
+    span = cdiv(cdiv(g.positions, pieces), DEPTH) * DEPTH
+    return programs, cdiv(g.positions, span), span
+
+
+def elementwise(positions: int, tasks: int, channels: int) -> tuple[Grid, dict[str, int]]:
+    """Grid and tile of a pass over positions and channels."""
+    wide = width(channels)
+    tall = ELEMENTS // wide
+    return (cdiv(positions, tall), tasks, cdiv(channels, wide)), {"BM": tall, "BC": wide}
+
+
+def reordered(g: Geometry, tasks: int) -> tuple[Grid, dict[str, int]]:
+    """Grid and tile of a pass over a weight that changes its order."""
+    tile = {"CI": g.channels, "CO": g.out, "TAPS": g.convolution.taps, "BQ": 32, "BO": 32}
+    return (cdiv(g.patch, 32), cdiv(g.out, 32), tasks), tile

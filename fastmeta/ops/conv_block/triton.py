@@ -1,0 +1,366 @@
+"""The four maps of a block by Triton kernels: which launches each takes, in which tiles, and what is kept.
+
+Tiles and splits follow from shapes by fixed rules, so that a result is the same on every GPU and at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.core import triton_support
+from fastmeta.core.task_op import Need
+from fastmeta.ops.conv_block import tiles
+from fastmeta.ops.conv_block import triton_norm as norm
+from fastmeta.ops.conv_block import triton_products as products
+from fastmeta.ops.conv_block.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a forward pass keeps, every image with its channels last.
+
+    Attributes:
+        x: ``[T, N, H, W, I]``.
+        weight: packed, ``[T or 1, taps * I, O]``.
+        z: ``[T, N, h, w, O]``; ``None`` unless it is normalised.
+        mean, rstd: ``[T, O]``, likewise.
+        scale: ``[T or 1, O]`` or ``None``.
+        code, peak: of every window, see ``triton_norm``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    z: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    scale: Tensor | None = None
+    code: Tensor | None = None
+    peak: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SavedDot:
+    """What a tangent map keeps: tangents of the input and of the packed weight, and of what is normalised.
+
+    Attributes:
+        x_dot, weight_dot: like ``x``, and ``[T, taps * I, O]``; ``None`` for zero.
+        z_dot: like ``z``; with ``peak_dot`` and ``moves`` ``None`` unless it is normalised.
+        peak_dot: of every window.
+        moves: ``[T, 2, O]``, sums of ``z_dot`` and of ``x z_dot``.
+        scale_dot: ``[T, O]`` or ``None``.
+    """
+
+    x_dot: Tensor | None = None
+    weight_dot: Tensor | None = None
+    z_dot: Tensor | None = None
+    peak_dot: Tensor | None = None
+    moves: Tensor | None = None
+    scale_dot: Tensor | None = None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    affine: tuple[Tensor | None, Tensor | None],
+    running: tuple[Tensor, Tensor] | None,
+    geometry: Geometry,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Saved]:
+    """Result ``[T, N, O, ph, pw]``, new running statistics ``[T, O]`` and what is kept."""
+    g = geometry
+    kept = Saved(_last(x), _packed(weight, g))
+    z, partial = _convolve(kept, None, bias, g, moments=g.normalised)
+    if g.plain:
+        return z.movedim(-1, 2), None, kept
+    new = None
+    scale, shift = (_rows(v) for v in affine)
+    if partial is not None:
+        mean, rstd, new = _moments(partial, running, g)
+        kept = replace(kept, z=z, mean=mean, rstd=rstd, scale=scale)
+    y, code = _windows(z, g), _windows(z, g, torch.uint8)
+    peak = _windows(z, g) if g.normalised and g.pooled else None
+    grid, tile = tiles.elementwise(g.windows, z.shape[0], g.out)
+    norm.activate[grid](
+        z, kept.mean, kept.rstd, scale, shift, y, code, peak, _stride(scale), _stride(shift),
+        *_sizes(g), g.slope, **tiles.pool_constants(g), ACTIVATION=g.activation, **tile, **tiles.OPTIONS, num_stages=1,
+    )  # fmt: skip
+    peak = kept.z if g.normalised and not g.pooled else peak
+    return y.movedim(-1, 2), new, replace(kept, code=code, peak=peak)
+
+
+def backward(saved: Saved, d_y: Tensor, need: Sequence[Need], geometry: Geometry) -> dict[str, Tensor | None]:
+    """Cotangents of ``x``, ``weight``, ``bias``, ``scale`` and ``shift`` of which ``need`` says which are wanted."""
+    d, sums, g = _last(d_y), None, geometry
+    if saved.code is not None and (g.normalised or need[2]):
+        sums = _window_sums(saved, None, d, None, g)
+    d_z = d
+    if saved.code is not None and (need[0] or need[1]):
+        d_z = _positions(saved, None, d, None, sums, g)[0]
+    results: dict[str, Tensor | None] = {}
+    if need[0]:
+        results["x"] = _spread(d_z, saved.weight, None, None, g)
+    if need[1]:
+        results["weight"] = _correlate((saved.x, d_z), None, g, shared=need[1] is Need.SHARED)
+    results.update(_affine(need, g, d, sums, 0, 1))
+    return results
+
+
+def tangent(
+    saved: Saved,
+    x_dot: Tensor | None,
+    weight_dot: Tensor | None,
+    bias_dot: Tensor | None,
+    affine_dot: tuple[Tensor | None, Tensor | None],
+    geometry: Geometry,
+) -> tuple[Tensor, SavedDot]:
+    """``y_dot`` and what is kept; at least one tangent is given."""
+    g, tasks = geometry, saved.x.shape[0]
+    dot = SavedDot(None if x_dot is None else _last(x_dot), None if weight_dot is None else _packed(weight_dot, g))
+    moves = None
+    if x_dot is None and weight_dot is None:
+        z_dot = saved.x.new_zeros((tasks, g.images, *g.conv_size, g.out))
+        if bias_dot is not None and not g.normalised:
+            z_dot += bias_dot[:, None, None, None, :]
+        moves = saved.x.new_zeros((tasks, 2, g.out)) if g.normalised else None
+    else:  # a bias moves the mean, and nothing else, of what is normalised
+        z_dot, partial = _convolve(saved, dot, None if g.normalised else bias_dot, g, moments=g.normalised)
+        moves = None if partial is None else _folded(partial)
+    if g.plain:
+        return z_dot.movedim(-1, 2), dot
+    scale_dot, shift_dot = (_rows(v) for v in affine_dot)
+    y_dot = _windows(z_dot, g)
+    peak_dot = _windows(z_dot, g) if g.normalised and g.pooled else None
+    grid, tile = tiles.elementwise(g.windows, tasks, g.out)
+    norm.activate_tangent[grid](
+        z_dot, saved.code, saved.peak, saved.mean, saved.rstd, moves, saved.scale, scale_dot, shift_dot, y_dot,
+        peak_dot, _stride(saved.scale), _stride(scale_dot), _stride(shift_dot), *_sizes(g), g.slope,
+        **tiles.pool_constants(g), **tile, **tiles.OPTIONS, num_stages=1,
+    )  # fmt: skip
+    if g.normalised:
+        peak_dot = peak_dot if g.pooled else z_dot
+        dot = replace(dot, z_dot=z_dot, peak_dot=peak_dot, moves=moves, scale_dot=scale_dot)
+    return y_dot.movedim(-1, 2), dot
+
+
+def tangent_backward(
+    saved: Saved, dot: SavedDot, d_y: Tensor, d_y_dot: Tensor, need: Sequence[Need], geometry: Geometry
+) -> dict[str, Tensor | None]:
+    """Tangents of what :func:`backward` returns."""
+    d, d_dot, sums, g = _last(d_y), _last(d_y_dot), None, geometry
+    if saved.code is not None and (g.normalised or need[2]):
+        sums = _window_sums(saved, dot, d, d_dot, g) if g.normalised else _window_sums(saved, None, d_dot, None, g)
+    d_z, d_z_dot = d, d_dot
+    if saved.code is not None and (need[0] or need[1]):
+        d_z, d_z_dot = _positions(saved, dot, d, d_dot, sums, g)
+    results: dict[str, Tensor | None] = {}
+    if need[0]:
+        results["x"] = _spread(d_z_dot, saved.weight, d_z, dot.weight_dot, g)
+    if need[1]:
+        other = None if dot.x_dot is None else (dot.x_dot, d_z)
+        results["weight"] = _correlate((saved.x, d_z_dot), other, g, shared=need[1] is Need.SHARED)
+    results.update(_affine(need, g, d_dot, sums, 2, 3) if g.normalised else _affine(need, g, d_dot, sums, 0, 1))
+    return results
+
+
+def _affine(
+    need: Sequence[Need], g: Geometry, d: Tensor, sums: Tensor | None, plain: int, turned: int
+) -> dict[str, Tensor | None]:
+    """Cotangents of bias, scale and shift from the sums over windows."""
+    results: dict[str, Tensor | None] = {}
+    if need[2] and g.normalised:  # the mean takes the bias away again
+        results["bias"] = d.new_zeros((d.shape[0], g.out))
+    elif need[2]:
+        results["bias"] = d.sum((1, 2, 3)) if sums is None else sums[:, plain]
+    if sums is not None and g.normalised:
+        results["scale"] = sums[:, turned] if need[3] else None
+        results["shift"] = sums[:, plain] if need[4] else None
+    for name, wanted in zip(("bias", "scale", "shift"), need[2:], strict=True):
+        value = results.get(name)
+        if value is not None and wanted is Need.SHARED:
+            results[name] = value.sum(0)
+    return results
+
+
+def _last(images: Tensor) -> Tensor:
+    """``[T, N, C, H, W]`` as ``[T, N, H, W, C]``, dense."""
+    return images.movedim(2, -1).contiguous()
+
+
+def _rows(value: Tensor | None) -> Tensor | None:
+    """Parameters of channels, with or without task axis, as ``[T or 1, C]`` that lie one after another."""
+    if value is None:
+        return None
+    rows = value if value.dim() == 2 else value.unsqueeze(0)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _stride(value: Tensor | None) -> int:
+    """Elements from one task's value to the next; 0 where tasks share it."""
+    return 0 if value is None or value.shape[0] == 1 else value.stride(0)
+
+
+def _windows(like: Tensor, g: Geometry, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty((like.shape[0], g.images, *g.pool_size, g.out), dtype=dtype or like.dtype)
+
+
+def _sizes(g: Geometry) -> tuple[int, ...]:
+    return (g.images, *g.conv_size, *g.pool_size)
+
+
+def _precision() -> str:
+    precision = triton_support.precision()
+    return "rounded" if precision == "bf16" and triton_support.interpreted() else precision
+
+
+def _packed(weight: Tensor, g: Geometry) -> Tensor:
+    """A weight ``[O, I, kh, kw]`` or ``[T, O, I, kh, kw]`` as the products read it, ``[1 or T, taps * I, O]``."""
+    tasks = weight if weight.dim() == 5 else weight.unsqueeze(0)
+    if not tasks[0].is_contiguous():
+        tasks = tasks.contiguous()
+    out = tasks.new_empty((tasks.shape[0], g.patch, g.out))
+    grid, tile = tiles.reordered(g, tasks.shape[0])
+    products.pack[grid](tasks, out, tasks.stride(0), **tile, **tiles.OPTIONS, num_stages=1)
+    return out
+
+
+def _convolve(
+    saved: Saved, dot: SavedDot | None, bias: Tensor | None, g: Geometry, *, moments: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``z = x * W + b``, or its tangent, with partial sums of every block of positions for the normalisation."""
+    x, constants, tasks = saved.x, tiles.product_constants(g, transposed=False), saved.x.shape[0]
+    pairs: list[Tensor | None] = [x, saved.weight]
+    if dot is not None:
+        terms = [(dot.x_dot, saved.weight), (x, dot.weight_dot)]
+        pairs = [v for pair in terms if pair[0] is not None and pair[1] is not None for v in pair]
+    pairs += [None] * (4 - len(pairs))
+    blocks = tiles.cdiv(g.positions, tiles.ROWS)
+    z = x.new_empty((tasks, g.images, *g.conv_size, g.out))
+    partial = x.new_empty((tasks, blocks, 2, g.out)) if moments else None
+    of = (saved.z, saved.mean, saved.rstd) if dot is not None and moments else (None, None, None)
+    bias = _rows(bias)
+    products.product[(blocks, tasks, tiles.cdiv(g.out, constants["BN"]))](
+        *pairs, bias, z, partial, *of, _stride(pairs[1]), _stride(pairs[3]), _stride(bias),
+        g.images, *g.size, *g.conv_size, **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
+    )  # fmt: skip
+    return z, partial
+
+
+def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None, g: Geometry) -> Tensor:
+    """``d_x = d *^T W`` and, with a second weight, ``+ d2 *^T W2``: ``[T, N, I, H, W]``."""
+    constants = tiles.product_constants(g, transposed=True)
+    tasks = d.shape[0]
+    d_x = d.new_empty((tasks, g.images, *g.size, g.channels))
+    if weight2 is None:
+        d2 = None
+    grid = (tiles.cdiv(g.images * g.size[0] * g.size[1], tiles.ROWS), tasks, tiles.cdiv(g.channels, constants["BN"]))
+    products.product[grid](
+        d, weight, d2, weight2, None, d_x, None, None, None, None, _stride(weight), _stride(weight2), 0,
+        g.images, *g.conv_size, *g.size, **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
+    )  # fmt: skip
+    return d_x.movedim(-1, 2)
+
+
+def _correlate(
+    pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None, g: Geometry, *, shared: bool
+) -> Tensor:
+    """``corr(x, d) (+ corr(x2, d2))``: ``[T, O, I, kh, kw]``, or summed over tasks."""
+    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g)
+    programs, pieces, span = tiles.split(g, tasks)
+    partial = x.new_empty((tasks, pieces, g.patch, g.out))
+    products.correlation[(programs, tasks, pieces)](
+        *pair, *(other or (None, None)), partial, g.images, *g.size, *g.conv_size, span,
+        **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=2,
+    )  # fmt: skip
+    kernel = (g.out, g.channels, *g.convolution.kernel)
+    out = x.new_empty(kernel if shared else (tasks, *kernel))
+    grid, tile = tiles.reordered(g, 1 if shared else tasks)
+    products.collect[grid](partial, out, tasks * pieces if shared else pieces, **tile, **tiles.OPTIONS, num_stages=1)
+    return out
+
+
+def _moments(
+    partial: Tensor, running: tuple[Tensor, Tensor] | None, g: Geometry
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Mean, reciprocal deviation and new running statistics, ``[T, O]``."""
+    tasks, blocks, span, wide = partial.shape[0], partial.shape[1], tiles.ROWS, tiles.width(g.out)
+    columns = tiles.cdiv(g.out, wide)
+    tile = {"C": g.out, "BB": tiles.BLOCKS, "BC": wide}
+    while blocks > 4 * tiles.BLOCKS:
+        groups = tiles.cdiv(blocks, tiles.BLOCKS)
+        merged = partial.new_empty((tasks, groups, 2, g.out))
+        norm.merge_moments[(groups, tasks, columns)](
+            partial, merged, g.positions, span, blocks, **tile, **tiles.OPTIONS, num_stages=1
+        )
+        partial, blocks, span = merged, groups, span * tiles.BLOCKS
+    mean, rstd = (partial.new_empty((tasks, g.out)) for _ in range(2))
+    old: tuple[Tensor | None, ...] = (None, None)
+    new: tuple[Tensor, Tensor] | None = None
+    if running is not None:
+        old = tuple(_rows(v) for v in running)
+        new = torch.empty_like(mean), torch.empty_like(mean)
+    norm.finish_moments[(tasks, columns)](
+        partial, mean, rstd, *old, *(new or (None, None)), _stride(old[0]), g.positions, span, blocks, g.eps,
+        g.momentum, **tile, **tiles.OPTIONS, num_stages=1,
+    )  # fmt: skip
+    return mean, rstd, new
+
+
+def _folded(partial: Tensor) -> Tensor:
+    """Sums over the blocks, ``[T, blocks, Q, C] -> [T, Q, C]``."""
+    tasks, blocks = partial.shape[:2]
+    width = partial.shape[2] * partial.shape[3]
+    tile = {"BB": tiles.BLOCKS, "BC": 32}
+    while blocks > 1:
+        groups = tiles.cdiv(blocks, tiles.BLOCKS) if blocks > 4 * tiles.BLOCKS else 1
+        group = tiles.BLOCKS if groups > 1 else blocks
+        out = partial.new_empty((tasks, groups, *partial.shape[2:]))
+        norm.fold[(groups, tasks, tiles.cdiv(width, 32))](
+            partial, out, width, blocks, group, **tile, **tiles.OPTIONS, num_stages=1
+        )
+        partial, blocks = out, groups
+    return partial[:, 0]
+
+
+def _window_sums(saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | None, g: Geometry) -> Tensor:
+    """Sums of ``triton_norm.window_sums``, ``[T, Q, C]``."""
+    tasks, wide = d.shape[0], tiles.width(g.out)
+    q = 4 if dot is not None else 2 if g.normalised else 1
+    span = tiles.cdiv(tiles.cdiv(g.windows, tiles.BLOCKS), tiles.SUMMED) * tiles.SUMMED
+    blocks = tiles.cdiv(g.windows, span)
+    partial = d.new_empty((tasks, blocks, q, g.out))
+    peak_dot, moves = (None, None) if dot is None else (dot.peak_dot, dot.moves)
+    norm.window_sums[(blocks, tasks, tiles.cdiv(g.out, wide))](
+        d, d_dot, saved.code, saved.peak, peak_dot, saved.mean, saved.rstd, moves, partial, g.windows, span, g.slope,
+        g.positions, C=g.out, Q=q, BM=tiles.SUMMED, BC=wide, **tiles.OPTIONS, num_stages=1,
+    )  # fmt: skip
+    return _folded(partial)
+
+
+def _positions(
+    saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | None, sums: Tensor | None, g: Geometry
+) -> tuple[Tensor, Any]:
+    """``d_z`` and, with a tangent, ``d_z_dot``: ``[T, N, h, w, O]``."""
+    tasks = d.shape[0]
+    d_z = d.new_empty((tasks, g.images, *g.conv_size, g.out))
+    d_z_dot = None if d_dot is None else torch.empty_like(d_z)
+    z_dot, moves, scale_dot = (None,) * 3 if dot is None else (dot.z_dot, dot.moves, dot.scale_dot)
+    q = 1 if sums is None or not g.normalised else sums.shape[1]
+    grid, tile = tiles.elementwise(g.positions, tasks, g.out)
+    norm.input_cotangent[grid](
+        d, d_dot, saved.code, saved.z, z_dot, saved.mean, saved.rstd, saved.scale, scale_dot, moves, sums, d_z,
+        d_z_dot, _stride(saved.scale), _stride(scale_dot), *_sizes(g), g.slope, **tiles.pool_constants(g), Q=q,
+        **tile, **tiles.OPTIONS, num_stages=1,
+    )  # fmt: skip
+    return d_z, d_z_dot
+
+
+def shipped() -> list[triton_support.Shipped]:
+    """Builds that the usual networks ask for."""
+    from fastmeta.ops.conv_block import triton_builds
+
+    return triton_builds.builds()

@@ -1,0 +1,112 @@
+"""The builds that few-shot networks ask for: their layers at the default precision, the widest at every other too.
+
+Other channels, kernels and windows are built when they are first met; their tiles are of these sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastmeta.core.triton_support import PRECISIONS, Shipped
+from fastmeta.ops.conv_block import tiles
+from fastmeta.ops.conv_block import triton_norm as norm
+from fastmeta.ops.conv_block import triton_products as products
+from fastmeta.ops.conv_block.geometry import Geometry, Window
+
+LAYERS = ((1, 64), (64, 64), (3, 32), (32, 32))  # channels of input and result: Omniglot, and 84x84 in colour
+DEFAULT, WIDEST = "tf32x3", (64, 64)
+FLOATS = ("slope", "eps", "momentum")
+
+
+def builds() -> list[Shipped]:
+    """Every build, each by a name of its own."""
+    found = []
+    for channels in LAYERS:
+        layer = _layer(*channels)
+        for precision in PRECISIONS.values():
+            if precision == DEFAULT or channels == WIDEST:
+                found += _products(layer, precision)
+        found += [_build(f"pack {_name(layer)}", products.pack, tiles.reordered(layer, 1)[1], ())]
+        found += [_build(f"collect {_name(layer)}", products.collect, tiles.reordered(layer, 1)[1], ())]
+    found += _products(_layer(64, 64, stride=2), DEFAULT)
+    for channels in (64, 32):
+        found += _passes(_layer(channels, channels))
+    return [*found, _build("fold", norm.fold, {"BB": tiles.BLOCKS, "BC": 32}, ())]
+
+
+def _layer(channels: int, out: int, stride: int = 1) -> Geometry:
+    """A block; the sizes of its images do not matter to a build."""
+    window = Window((3, 3), (stride, stride), (1, 1))
+    return Geometry(
+        5, channels, (28, 28), out, window, (28, 28), Window((2, 2), (2, 2)), (14, 14), True, activation="relu"
+    )
+
+
+def _name(g: Geometry) -> str:
+    return f"{g.channels}-{g.out}" + (" strided" if g.convolution.stride[0] > 1 else "")
+
+
+def _products(g: Geometry, precision: str) -> list[Shipped]:
+    """The products of a layer's four maps; a first layer's input has neither tangent nor cotangent."""
+    first, name = g.channels < 16, f"{_name(g)} {precision}"
+    plain, other = ("Bias", "Z", "Mean", "Rstd"), ("A2", "B2")
+    rest = ("Bias", "Partial", "Z", "Mean", "Rstd")
+    forward, transposed = (tiles.product_constants(g, transposed=turned) for turned in (False, True))
+    weight = tiles.correlation_constants(g)
+
+    def product(label: str, constants: dict[str, Any], missing: Sequence[str]) -> Shipped:
+        return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, 3)
+
+    def correlation(label: str, missing: Sequence[str]) -> Shipped:
+        return _build(f"{label} {name}", products.correlation, weight | {"PRECISION": precision}, missing, 2)
+
+    found = [
+        product("forward", forward, (*plain, *other)),
+        product("tangent", forward, ("Bias", *other) if first else ("Bias",)),
+        correlation("weight cotangent", ("A2", "D2")),
+    ]
+    if first:
+        return found
+    return [
+        *found,
+        product("input cotangent", transposed, (*rest, *other)),
+        product("input cotangent's tangent", transposed, rest),
+        correlation("weight cotangent's tangent", ()),
+    ]
+
+
+def _passes(g: Geometry) -> list[Shipped]:
+    """What follows the products, for normalised and pooled images."""
+    elementwise = tiles.pool_constants(g) | tiles.elementwise(1, 1, g.out)[1]
+    moments = {"C": g.out, "BB": tiles.BLOCKS, "BC": tiles.width(g.out)}
+    sums = {"C": g.out, "BM": tiles.SUMMED, "BC": tiles.width(g.out)}
+    running = ("OldMean", "OldVar", "NewMean", "NewVar")
+    dots = ("DDot", "ZDot", "ScaleDot", "Moves", "DZDot")
+    return [
+        _build(f"merge moments {g.out}", norm.merge_moments, moments, ()),
+        _build(f"moments {g.out}", norm.finish_moments, moments, running),
+        _build(f"moments, running statistics {g.out}", norm.finish_moments, moments, ()),
+        _build(f"activate {g.out}", norm.activate, elementwise | {"ACTIVATION": g.activation}, ()),
+        _build(f"activate's tangent {g.out}", norm.activate_tangent, elementwise, ()),
+        _build(f"sums {g.out}", norm.window_sums, sums | {"Q": 2}, ("DDot", "PeakDot", "Moves")),
+        _build(f"sums' tangents {g.out}", norm.window_sums, sums | {"Q": 4}, ()),
+        _build(f"norm's cotangent {g.out}", norm.input_cotangent, elementwise | {"Q": 2}, dots),
+        _build(f"norm's cotangent's tangent {g.out}", norm.input_cotangent, elementwise | {"Q": 4}, ()),
+    ]
+
+
+def _build(name: str, kernel: Any, constants: dict[str, Any], missing: Sequence[str], num_stages: int = 1) -> Shipped:
+    """A build whose arguments ``missing`` are ``None``."""
+    signature = {}
+    for argument in kernel.arg_names:
+        kind = "*fp32" if argument[0].isupper() else "i32"
+        if argument in constants or argument in missing:
+            kind = "constexpr"
+        elif argument == "Code":
+            kind = "*u8"
+        elif argument in FLOATS:
+            kind = "fp32"
+        signature[argument] = kind
+    constants = constants | dict.fromkeys(missing)
+    return Shipped(f"conv_block {name}", kernel, signature, constants, 4, num_stages, "PRECISION" in constants)
