@@ -64,7 +64,7 @@ def split(g: Geometry, tasks: int) -> tuple[int, int, int]:
     constants = correlation_constants(g)
     programs = cdiv(g.patch, constants["BF"]) * cdiv(g.out, constants["BN"])
     most = min(cdiv(g.positions, 4 * DEPTH), SPLITS)
-    pieces = max(1, min(cdiv(PROGRAMS, programs * tasks), most))
+    pieces = max(1, min(cdiv(PROGRAMS, max(1, programs * tasks)), most))
     span = cdiv(cdiv(g.positions, pieces), DEPTH) * DEPTH
     return programs, cdiv(g.positions, span), span
 

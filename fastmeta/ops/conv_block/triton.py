@@ -100,7 +100,7 @@ def backward(saved: Saved, d_y: Tensor, need: Sequence[Need], geometry: Geometry
         sums = _window_sums(saved, None, d, None, g)
     d_z = d
     if saved.code is not None and (need[0] or need[1]):
-        d_z = _positions(saved, None, d, None, sums, g)[0]
+        d_z, _ = _positions(saved, None, d, None, sums, g)
     results: dict[str, Tensor | None] = {}
     if need[0]:
         results["x"] = _spread(d_z, saved.weight, None, None, g)
@@ -156,7 +156,8 @@ def tangent_backward(
         sums = _window_sums(saved, dot, d, d_dot, g) if g.normalised else _window_sums(saved, None, d_dot, None, g)
     d_z, d_z_dot = d, d_dot
     if saved.code is not None and (need[0] or need[1]):
-        d_z, d_z_dot = _positions(saved, dot, d, d_dot, sums, g)
+        read = (need[0] and dot.weight_dot is not None) or (need[1] and dot.x_dot is not None)
+        d_z, d_z_dot = _positions(saved, dot, d, d_dot, sums, g, primal=bool(read))
     results: dict[str, Tensor | None] = {}
     if need[0]:
         results["x"] = _spread(d_z_dot, saved.weight, d_z, dot.weight_dot, g)
@@ -220,7 +221,7 @@ def _precision() -> str:
 def _packed(weight: Tensor, g: Geometry) -> Tensor:
     """A weight ``[O, I, kh, kw]`` or ``[T, O, I, kh, kw]`` as the products read it, ``[1 or T, taps * I, O]``."""
     tasks = weight if weight.dim() == 5 else weight.unsqueeze(0)
-    if not tasks[0].is_contiguous():
+    if not tasks[:1].is_contiguous():
         tasks = tasks.contiguous()
     out = tasks.new_empty((tasks.shape[0], g.patch, g.out))
     grid, tile = tiles.reordered(g, tasks.shape[0])
@@ -342,12 +343,20 @@ def _window_sums(saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | 
 
 
 def _positions(
-    saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | None, sums: Tensor | None, g: Geometry
-) -> tuple[Tensor, Any]:
-    """``d_z`` and, with a tangent, ``d_z_dot``: ``[T, N, h, w, O]``."""
+    saved: Saved,
+    dot: SavedDot | None,
+    d: Tensor,
+    d_dot: Tensor | None,
+    sums: Tensor | None,
+    g: Geometry,
+    *,
+    primal: bool = True,
+) -> tuple[Any, Any]:
+    """``d_z``, if it is read, and, with a tangent, ``d_z_dot``: ``[T, N, h, w, O]``."""
     tasks = d.shape[0]
-    d_z = d.new_empty((tasks, g.images, *g.conv_size, g.out))
-    d_z_dot = None if d_dot is None else torch.empty_like(d_z)
+    shape = (tasks, g.images, *g.conv_size, g.out)
+    d_z = d.new_empty(shape) if primal else None
+    d_z_dot = None if d_dot is None else d.new_empty(shape)
     z_dot, moves, scale_dot = (None,) * 3 if dot is None else (dot.z_dot, dot.moves, dot.scale_dot)
     q = 1 if sums is None or not g.normalised else sums.shape[1]
     grid, tile = tiles.elementwise(g.positions, tasks, g.out)

@@ -93,6 +93,7 @@ def _passes(g: Geometry) -> list[Shipped]:
         _build(f"sums' tangents {g.out}", norm.window_sums, sums | {"Q": 4}, ()),
         _build(f"norm's cotangent {g.out}", norm.input_cotangent, elementwise | {"Q": 2}, dots),
         _build(f"norm's cotangent's tangent {g.out}", norm.input_cotangent, elementwise | {"Q": 4}, ()),
+        _build(f"norm's cotangent's tangent alone {g.out}", norm.input_cotangent, elementwise | {"Q": 4}, ("DZ",)),
     ]
 
 

@@ -352,7 +352,7 @@ def input_cotangent(
     ScaleDot,
     Moves,  # [T, 2, C], with ZDot
     Sums,  # [T, Q, C] of window_sums
-    DZ,  # like Z
+    DZ,  # like Z, or None
     DZDot,  # like Z, with DDot
     scale_task,
     scale_dot_task,
@@ -404,7 +404,8 @@ def input_cotangent(
                 g_dot += tl.where(hit, tl.where(code < 128, value, value * slope), 0.0)
     at = t * count * C + m[:, None] * C + columns[None, :]
     if Mean is None:
-        tl.store(DZ + at, g, mask=inside)
+        if DZ is not None:
+            tl.store(DZ + at, g, mask=inside)
         if DDot is not None:
             tl.store(DZDot + at, g_dot, mask=inside)
     else:
@@ -416,7 +417,8 @@ def input_cotangent(
         m2 = _channel(Sums, Q * t + 1, columns, C) / count
         x = (tl.load(Z + at, mask=inside, other=0.0) - _channel(Mean, t, columns, C)[None, :]) * rstd[None, :]
         centred = g - m1[None, :] - x * m2[None, :]
-        tl.store(DZ + at, scale[None, :] * centred, mask=inside)
+        if DZ is not None:
+            tl.store(DZ + at, scale[None, :] * centred, mask=inside)
         if DDot is not None:
             q1 = _channel(Moves, 2 * t, columns, C) / count
             q2 = _channel(Moves, 2 * t + 1, columns, C) / count
