@@ -73,6 +73,33 @@ def test_kernels_agree_with_float64(name: str, monkeypatch: pytest.MonkeyPatch, 
     check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, drawn.layer.length)
 
 
+FIRST = {
+    "colour": Layer(),
+    "grey": Layer(channels=1, size=(7, 7), activation="leaky_relu", out=40),
+    "without pooling": Layer(channels=1, stride=2, pool=None, norm="batch"),
+    "overlapping windows": Layer(channels=2, pool=(2, 1, 1), size=(4, 5)),
+    "bias before norm": Layer(channels=2, bias=True, norm="running", size=(5, 4)),
+    "norm alone": Layer(channels=3, norm="affine", activation="identity", pool=None),
+}
+
+
+@pytest.mark.parametrize("shared", [(), NAMES[1:]], ids=["each task's parameters", "shared parameters"])
+@pytest.mark.parametrize("name", FIRST)
+def test_blocks_that_read_the_data(name: str, shared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their input has neither tangent nor cotangent, and no image is kept."""
+    drawn = Drawn(FIRST[name], moving=NAMES[1:], wanted=NAMES[1:], shared=shared, summed=bool(shared))
+    assert drawn.op.geometry.shallow
+    torchs = on_reference(drawn, torch.float32, monkeypatch)
+    check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, drawn.layer.length)
+
+
+def test_only_the_scale_of_a_block_that_reads_the_data_has_a_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted in (NAMES[1:], ("scale",)):
+        drawn = Drawn(FIRST["colour"], moving=("scale",), wanted=wanted)
+        torchs = on_reference(drawn, torch.float32, monkeypatch)
+        check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, drawn.layer.length)
+
+
 @pytest.mark.parametrize("summed", [False, True], ids=["each task's", "summed"])
 @pytest.mark.parametrize("name", ["bias before norm", "no norm"])
 def test_shared_parameters(name: str, summed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ PROGRAMS = 528  # that keep a large GPU busy: a correlation is split into so man
 SPLITS = 128  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
 ELEMENTS = 2048  # of an elementwise program
+FIRST = 32  # rows of a tile where ``z`` is computed anew
 SUMMED = 16  # windows that are summed at a time
 
 Grid = tuple[int, int, int]
@@ -57,6 +58,13 @@ def correlation_constants(g: Geometry) -> dict[str, Any]:
     fine = 64 if g.channels % 64 == 0 else _depth(g.channels, g.convolution.taps)
     tile = {"BM": DEPTH, "BF": fine, "BN": width(g.out)}
     return {"CI": g.channels, "CO": g.out, **_windows(g.convolution), **tile}
+
+
+def first_constants(g: Geometry, *, pooled: bool, rows: int) -> dict[str, Any]:
+    """What a build of ``triton_first`` is made for: with windows or without, for tiles of so many rows."""
+    tile = {"BM": rows, "BC": width(g.out), "BK": 16 if g.patch <= 16 else 32}
+    pool = {f"W{name.removeprefix('K')}": size for name, size in _windows(g.pool).items()} if pooled else {}
+    return {"CI": g.channels, "C": g.out, **_windows(g.convolution), **pool, **tile}
 
 
 def split(g: Geometry, tasks: int) -> tuple[int, int, int]:

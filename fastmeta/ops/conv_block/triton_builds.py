@@ -10,6 +10,7 @@ from typing import Any
 
 from fastmeta.core.triton_support import PRECISIONS, Shipped
 from fastmeta.ops.conv_block import tiles
+from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
 from fastmeta.ops.conv_block import triton_products as products
 from fastmeta.ops.conv_block.geometry import Geometry, Window
@@ -48,8 +49,10 @@ def _name(g: Geometry) -> str:
 
 
 def _products(g: Geometry, precision: str) -> list[Shipped]:
-    """The products of a layer's four maps; a first layer's input has neither tangent nor cotangent."""
-    first, name = g.channels < 16, f"{_name(g)} {precision}"
+    """The products of a layer's four maps."""
+    if g.shallow:
+        return _first(g, precision)
+    name = f"{_name(g)} {precision}"
     plain, other = ("Bias", "Z", "Mean", "Rstd"), ("A2", "B2")
     rest = ("Bias", "Partial", "Z", "Mean", "Rstd")
     forward, transposed = (tiles.product_constants(g, transposed=turned) for turned in (False, True))
@@ -61,18 +64,32 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
     def correlation(label: str, missing: Sequence[str]) -> Shipped:
         return _build(f"{label} {name}", products.correlation, weight | {"PRECISION": precision}, missing, 2)
 
-    found = [
-        product("forward", forward, (*plain, *other)),
-        product("tangent", forward, ("Bias", *other) if first else ("Bias",)),
-        correlation("weight cotangent", ("A2", "D2")),
-    ]
-    if first:
-        return found
     return [
-        *found,
+        product("forward", forward, (*plain, *other)),
+        product("tangent", forward, ("Bias",)),
+        correlation("weight cotangent", ("A2", "D2")),
         product("input cotangent", transposed, (*rest, *other)),
         product("input cotangent's tangent", transposed, rest),
         correlation("weight cotangent's tangent", ()),
+    ]
+
+
+def _first(g: Geometry, precision: str) -> list[Shipped]:
+    """The maps of a block whose ``z`` is computed anew."""
+    name, chosen = f"{_name(g)} {precision}", {"PRECISION": precision}
+    whole, pooled = (
+        tiles.first_constants(g, pooled=of, rows=rows) | chosen
+        for of, rows in ((False, tiles.ROWS), (True, tiles.FIRST))
+    )
+    windows = pooled | {"ACTIVATION": g.activation}
+    dots, plain = ("WDot", "ScaleDot", "Moves", "Bias"), ("WDot", "Mean", "Rstd", "Bias")
+    return [
+        _build(f"first moments {name}", first.moments, whole, plain),
+        _build(f"first moments' tangent {name}", first.moments, whole, ("Bias",)),
+        _build(f"first windows {name}", first.windows, windows, (*dots, "ShiftDot", "PeakDot")),
+        _build(f"first windows' tangent {name}", first.windows, windows, ("Bias", "Shift")),
+        _build(f"first weight cotangent {name}", first.correlation, pooled | {"Q": 2}, (*dots, "DDot")),
+        _build(f"first weight cotangent's tangent {name}", first.correlation, pooled | {"Q": 4}, ("Bias",)),
     ]
 
 
