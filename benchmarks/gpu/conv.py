@@ -5,8 +5,8 @@
 A map is captured in a CUDA graph and replayed: no launch from Python is in its time. Times are medians over
 :data:`REPLAYS` replays between events, and operands are those of the replay before: what fits the L2 cache lies there
 (warm). PyTorch's maps are those of ``conv_block.reference``: a task is a group of one convolution, and cuDNN may use
-tf32, which is PyTorch's default and less exact than the ``tf32x3`` of ours. The floor is the larger of operations by the
-peak and of bytes by the bandwidth, where every operand and result of a map moves once and what it keeps does not.
+tf32, which is PyTorch's default and less exact than the ``tf32x3`` of ours. The floor is the larger of operations by
+the peak and of bytes by the bandwidth, where every operand and result of a map moves once and what it keeps does not.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 ROWS = 64  # positions of a product's tile
 DEPTH = 32  # patch elements, or positions of a correlation, that are multiplied at a time
 PROGRAMS = 528  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
+FEW = 132  # programs that leave a large GPU idle
 SPLITS = 128  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
 ELEMENTS = 2048  # of an elementwise program
@@ -46,10 +47,13 @@ def pool_constants(g: Geometry) -> dict[str, int]:
     return {"C": g.out, **_windows(g.pool)}
 
 
-def product_constants(g: Geometry, *, transposed: bool) -> dict[str, Any]:
+def product_constants(g: Geometry, tasks: int, *, transposed: bool) -> dict[str, Any]:
     """What a build of the convolution or its transpose is made for."""
-    ck, cn = (g.out, g.channels) if transposed else (g.channels, g.out)
-    tile = {"BM": ROWS, "BN": width(cn), "BK": _depth(ck, g.convolution.taps)}
+    ck, cn, size = (g.out, g.channels, g.size) if transposed else (g.channels, g.out, g.conv_size)
+    wide = width(cn)
+    if tasks * cdiv(g.images * size[0] * size[1], ROWS) * cdiv(cn, wide) < FEW:  # small images: more and narrower tiles
+        wide = 32
+    tile = {"BM": ROWS, "BN": wide, "BK": _depth(ck, g.convolution.taps)}
     return {"CK": ck, "CN": cn, **_windows(g.convolution), "TRANSPOSED": transposed, **tile}
 
 

@@ -265,7 +265,8 @@ def _convolve(
     saved: Saved, dot: SavedDot | None, bias: Tensor | None, g: Geometry, *, moments: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``z = x * W + b``, or its tangent, with partial sums of every block of positions for the normalisation."""
-    x, constants, tasks = saved.x, tiles.product_constants(g, transposed=False), saved.x.shape[0]
+    x, tasks = saved.x, saved.x.shape[0]
+    constants = tiles.product_constants(g, tasks, transposed=False)
     pairs: list[Tensor | None] = [x, saved.weight]
     if dot is not None:
         terms = [(dot.x_dot, saved.weight), (x, dot.weight_dot)]
@@ -285,8 +286,8 @@ def _convolve(
 
 def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None, g: Geometry) -> Tensor:
     """``d_x = d *^T W`` and, with a second weight, ``+ d2 *^T W2``: ``[T, N, I, H, W]``."""
-    constants = tiles.product_constants(g, transposed=True)
     tasks = d.shape[0]
+    constants = tiles.product_constants(g, tasks, transposed=True)
     d_x = d.new_empty((tasks, g.images, *g.size, g.channels))
     if weight2 is None:
         d2 = None

@@ -16,6 +16,7 @@ from fastmeta.ops.conv_block import triton_products as products
 from fastmeta.ops.conv_block.geometry import Geometry, Window
 
 LAYERS = ((1, 64), (64, 64), (3, 32), (32, 32))  # channels of input and result: Omniglot, and 84x84 in colour
+TASKS = 32
 DEFAULT, WIDEST = "tf32x3", (64, 64)
 FLOATS = ("slope", "eps", "momentum")
 
@@ -30,22 +31,25 @@ def builds() -> list[Shipped]:
                 found += _products(layer, precision)
         found += [_build(f"pack {_name(layer)}", products.pack, tiles.reordered(layer, 1)[1], ())]
         found += [_build(f"collect {_name(layer)}", products.collect, tiles.reordered(layer, 1)[1], ())]
-    found += _products(_layer(64, 64, stride=2), DEFAULT)
+    found += _products(_layer(64, 64, stride=2), DEFAULT) + _products(_layer(64, 64, size=3), DEFAULT)
     for channels in (64, 32):
         found += _passes(_layer(channels, channels))
-    return [*found, _build("fold", norm.fold, {"BB": tiles.BLOCKS, "BC": 32}, ())]
+    found += [_build("fold", norm.fold, {"BB": tiles.BLOCKS, "BC": 32}, ())]
+    same: dict[Any, Shipped] = {}
+    for one in found:
+        same.setdefault((one.kernel, *sorted(one.constants.items(), key=str)), one)
+    return list(same.values())
 
 
-def _layer(channels: int, out: int, stride: int = 1) -> Geometry:
-    """A block; the sizes of its images do not matter to a build."""
-    window = Window((3, 3), (stride, stride), (1, 1))
-    return Geometry(
-        5, channels, (28, 28), out, window, (28, 28), Window((2, 2), (2, 2)), (14, 14), True, activation="relu"
-    )
+def _layer(channels: int, out: int, stride: int = 1, size: int = 28) -> Geometry:
+    """A block; of its images only matters whether they are small."""
+    window, sizes = Window((3, 3), (stride, stride), (1, 1)), (size, size)
+    return Geometry(5, channels, sizes, out, window, sizes, Window((2, 2), (2, 2)), sizes, True, activation="relu")
 
 
 def _name(g: Geometry) -> str:
-    return f"{g.channels}-{g.out}" + (" strided" if g.convolution.stride[0] > 1 else "")
+    kind = " strided" if g.convolution.stride[0] > 1 else " small" if g.size[0] < 28 else ""
+    return f"{g.channels}-{g.out}{kind}"
 
 
 def _products(g: Geometry, precision: str) -> list[Shipped]:
@@ -55,7 +59,7 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
     name = f"{_name(g)} {precision}"
     plain, other = ("Bias", "Z", "Mean", "Rstd"), ("A2", "B2")
     rest = ("Bias", "Partial", "Z", "Mean", "Rstd")
-    forward, transposed = (tiles.product_constants(g, transposed=turned) for turned in (False, True))
+    forward, transposed = (tiles.product_constants(g, TASKS, transposed=turned) for turned in (False, True))
     weight = tiles.correlation_constants(g)
 
     def product(label: str, constants: dict[str, Any], missing: Sequence[str]) -> Shipped:
@@ -110,7 +114,6 @@ def _passes(g: Geometry) -> list[Shipped]:
         _build(f"sums' tangents {g.out}", norm.window_sums, sums | {"Q": 4}, ()),
         _build(f"norm's cotangent {g.out}", norm.input_cotangent, elementwise | {"Q": 2}, dots),
         _build(f"norm's cotangent's tangent {g.out}", norm.input_cotangent, elementwise | {"Q": 4}, ()),
-        _build(f"norm's cotangent's tangent alone {g.out}", norm.input_cotangent, elementwise | {"Q": 4}, ("DZ",)),
     ]
 
 

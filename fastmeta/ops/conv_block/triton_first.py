@@ -11,10 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmeta.ops.conv_block.triton_norm import SIZES, TASKS, activated, channel, gathered, moved, normal, parameter
+from fastmeta.ops.conv_block.triton_norm import (
+    PARAMETERS,
+    SIZES,
+    activated,
+    channel,
+    gathered,
+    moved,
+    normal,
+    parameter,
+)
 from fastmeta.ops.conv_block.triton_products import dot, patch
 
-INPUT = ("in_height", "in_width")
+WEIGHTS = ("w_task", "w_dot_task", "in_height", "in_width")
 
 
 @triton.jit
@@ -25,7 +34,7 @@ def _weight(W, t, task, columns, PATCH: tl.constexpr, C: tl.constexpr, BK: tl.co
     return tl.load(W + t * task + f[:, None] * C + columns[None, :], mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["w_task", "w_dot_task", "bias_task", *INPUT, "images", "height", "width"])
+@triton.jit(do_not_specialize=[*WEIGHTS, *PARAMETERS, *SIZES])
 def moments(
     X,  # [T, N, in_height, in_width, CI]
     W,  # [T or 1, taps * CI, C]
@@ -86,19 +95,7 @@ def moments(
     tl.store(into + C, second, mask=columns < C)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "w_task",
-        "w_dot_task",
-        "bias_task",
-        *TASKS,
-        "shift_task",
-        "shift_dot_task",
-        *INPUT,
-        *SIZES,
-        "slope",
-    ]
-)
+@triton.jit(do_not_specialize=[*WEIGHTS, *PARAMETERS, *SIZES])
 def windows(
     X,  # [T, N, in_height, in_width, CI]
     W,  # [T or 1, taps * CI, C]
@@ -203,7 +200,7 @@ def windows(
         tl.store(Y + at, tl.where(where < 128, y_dot, y_dot * slope), mask=inside)
 
 
-@triton.jit(do_not_specialize=["w_task", "w_dot_task", "bias_task", *TASKS, *INPUT, *SIZES, "slope", "span"])
+@triton.jit(do_not_specialize=[*WEIGHTS, *PARAMETERS, *SIZES, "span"])
 def correlation(
     X,  # [T, N, in_height, in_width, CI]
     W,  # [T or 1, taps * CI, C]

@@ -20,9 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What differs from call to call: one build serves all values.
-SIZES = ("images", "height", "width", "rows_y", "rows_x")
-TASKS = ("scale_task", "scale_dot_task")
+# What differs from call to call: one build serves all sizes, and parameters wherever they lie in a packed vector.
+SIZES = ("images", "height", "width", "rows_y", "rows_x", "slope")
+VECTORS = ("Bias", "Scale", "Shift", "ScaleDot", "ShiftDot")
+PARAMETERS = (*VECTORS, "bias_task", "scale_task", "shift_task", "scale_dot_task", "shift_dot_task")
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def merge_moments(
     tl.store(into + C, tl.sum(gap + away * away * count[:, None], 0), mask=columns < C)
 
 
-@triton.jit(do_not_specialize=["rows", "span", "blocks", "old_task", "eps", "momentum"])
+@triton.jit(do_not_specialize=["OldMean", "OldVar", "rows", "span", "blocks", "old_task", "eps", "momentum"])
 def finish_moments(
     Partial,  # [T, blocks, 2, C]
     Mean,  # [T, C]
@@ -245,7 +246,7 @@ def normal(
     return d_z, d_z_dot
 
 
-@triton.jit(do_not_specialize=["scale_task", "shift_task", *SIZES, "slope"])
+@triton.jit(do_not_specialize=[*PARAMETERS, *SIZES])
 def activate(
     Z,  # [T, N, height, width, C]
     Mean,  # [T, C], or None without normalisation
@@ -309,7 +310,7 @@ def activate(
         tl.store(Peak + at, peak, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*TASKS, "shift_dot_task", *SIZES, "slope"])
+@triton.jit(do_not_specialize=[*PARAMETERS, *SIZES])
 def activate_tangent(
     ZDot,  # [T, N, height, width, C]
     Code,  # [T, N, rows_y, rows_x, C]
@@ -428,7 +429,7 @@ def window_sums(
         tl.store(into + 3 * C, tl.sum(turned_dot, 0), mask=columns < C)
 
 
-@triton.jit(do_not_specialize=[*TASKS, *SIZES, "slope"])
+@triton.jit(do_not_specialize=[*PARAMETERS, *SIZES])
 def input_cotangent(
     D,  # [T, N, rows_y, rows_x, C]
     DDot,  # like D, or None

@@ -136,7 +136,9 @@ def _accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["b_task", "b2_task", "bias_task", "images", "height", "width", "rows_y", "rows_x"])
+@triton.jit(
+    do_not_specialize=["Bias", "b_task", "b2_task", "bias_task", "images", "height", "width", "rows_y", "rows_x"]
+)
 def product(
     A,  # [T, N, height, width, CK]
     B,  # [T or 1, taps * I, O]
@@ -309,7 +311,7 @@ def correlation(
     tl.store(into + f[:, None] * CO + columns[None, :], acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["w_task"])
+@triton.jit(do_not_specialize=["W", "w_task"])
 def pack(
     W,  # [T or 1, O, I, taps]
     Out,  # [T or 1, taps * I, O]
