@@ -57,10 +57,11 @@ def product_constants(g: Geometry, tasks: int, *, transposed: bool) -> dict[str,
     return {"CK": ck, "CN": cn, **_windows(g.convolution), "TRANSPOSED": transposed, **tile}
 
 
-def correlation_constants(g: Geometry) -> dict[str, Any]:
-    """What a build of the weight's cotangent is made for."""
+def correlation_constants(g: Geometry, *, two: bool) -> dict[str, Any]:
+    """What a build of the weight's cotangent is made for, or of its tangent, which has two products."""
     fine = 64 if g.channels % 64 == 0 else _depth(g.channels, g.convolution.taps)
-    tile = {"BM": DEPTH, "BF": fine, "BN": width(g.out)}
+    deep = DEPTH // 2 if two else DEPTH  # more would not fit the registers of an older GPU
+    tile = {"BM": deep, "BF": fine, "BN": width(g.out)}
     return {"CI": g.channels, "CO": g.out, **_windows(g.convolution), **tile}
 
 
@@ -73,7 +74,7 @@ def first_constants(g: Geometry, *, pooled: bool, rows: int) -> dict[str, Any]:
 
 def split(g: Geometry, tasks: int) -> tuple[int, int, int]:
     """Programs of a weight's cotangent for one task, into how many pieces positions are cut, and positions of each."""
-    constants = correlation_constants(g)
+    constants = correlation_constants(g, two=False)
     programs = cdiv(g.patch, constants["BF"]) * cdiv(g.out, constants["BN"])
     most = min(cdiv(g.positions, 4 * DEPTH), SPLITS)
     pieces = max(1, min(cdiv(PROGRAMS, max(1, programs * tasks)), most))

@@ -303,12 +303,12 @@ def _correlate(
     pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None, g: Geometry, *, shared: bool
 ) -> Tensor:
     """``corr(x, d) (+ corr(x2, d2))``: ``[T, O, I, kh, kw]``, or summed over tasks."""
-    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g)
+    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g, two=other is not None)
     programs, pieces, span = tiles.split(g, tasks)
     partial = x.new_empty((tasks, pieces, g.patch, g.out))
     products.correlation[(programs, tasks, pieces)](
         *pair, *(other or (None, None)), partial, g.images, *g.size, *g.conv_size, span,
-        **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=2,
+        **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 

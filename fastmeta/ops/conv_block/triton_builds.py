@@ -60,13 +60,13 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
     plain, other = ("Bias", "Z", "Mean", "Rstd"), ("A2", "B2")
     rest = ("Bias", "Partial", "Z", "Mean", "Rstd")
     forward, transposed = (tiles.product_constants(g, TASKS, transposed=turned) for turned in (False, True))
-    weight = tiles.correlation_constants(g)
 
     def product(label: str, constants: dict[str, Any], missing: Sequence[str]) -> Shipped:
         return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, 3)
 
     def correlation(label: str, missing: Sequence[str]) -> Shipped:
-        return _build(f"{label} {name}", products.correlation, weight | {"PRECISION": precision}, missing, 2)
+        weight = tiles.correlation_constants(g, two=not missing) | {"PRECISION": precision}
+        return _build(f"{label} {name}", products.correlation, weight, missing, 3)
 
     return [
         product("forward", forward, (*plain, *other)),
