@@ -23,6 +23,8 @@ class Window:
 
 
 NO_POOL = Window((1, 1))
+SHALLOW_PATCH = 32  # elements that one step of a matrix product takes
+SHALLOW_WINDOW = 4  # positions of a pooling's window, for each of which a product is computed
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Geometry:
     def pooled(self) -> bool:
         """Whether there is a pooling."""
         return self.pool != NO_POOL
+
+    @property
+    def shallow(self) -> bool:
+        """Whether ``z`` is quicker computed anew from the input than read."""
+        return self.normalised and self.patch <= SHALLOW_PATCH and self.pool.taps <= SHALLOW_WINDOW
 
     @property
     def plain(self) -> bool:

@@ -127,7 +127,7 @@ class ConvBlock(TaskOp):
     def _maps(self, like: Tensor) -> tuple[Any, Any, Any]:
         """The module that computes tensors like this, and its records of what the maps keep."""
         maps: Any = reference
-        if like.numel() and select(self.name, self.backends(like.device, like.dtype)) == "triton":
+        if select(self.name, self.backends(like.device, like.dtype)) == "triton":
             from fastmeta.ops.conv_block import triton as maps
         return maps, maps.Saved, maps.SavedDot
 

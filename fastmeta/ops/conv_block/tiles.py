@@ -10,9 +10,11 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 ROWS = 64  # positions of a product's tile
 DEPTH = 32  # patch elements, or positions of a correlation, that are multiplied at a time
 PROGRAMS = 528  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
+FEW = 132  # programs that leave a large GPU idle
 SPLITS = 128  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
 ELEMENTS = 2048  # of an elementwise program
+FIRST = 32  # rows of a tile where ``z`` is computed anew
 SUMMED = 16  # windows that are summed at a time
 
 Grid = tuple[int, int, int]
@@ -45,26 +47,37 @@ def pool_constants(g: Geometry) -> dict[str, int]:
     return {"C": g.out, **_windows(g.pool)}
 
 
-def product_constants(g: Geometry, *, transposed: bool) -> dict[str, Any]:
+def product_constants(g: Geometry, tasks: int, *, transposed: bool) -> dict[str, Any]:
     """What a build of the convolution or its transpose is made for."""
-    ck, cn = (g.out, g.channels) if transposed else (g.channels, g.out)
-    tile = {"BM": ROWS, "BN": width(cn), "BK": _depth(ck, g.convolution.taps)}
+    ck, cn, size = (g.out, g.channels, g.size) if transposed else (g.channels, g.out, g.conv_size)
+    wide = width(cn)
+    if tasks * cdiv(g.images * size[0] * size[1], ROWS) * cdiv(cn, wide) < FEW:  # small images: more and narrower tiles
+        wide = 32
+    tile = {"BM": ROWS, "BN": wide, "BK": _depth(ck, g.convolution.taps)}
     return {"CK": ck, "CN": cn, **_windows(g.convolution), "TRANSPOSED": transposed, **tile}
 
 
-def correlation_constants(g: Geometry) -> dict[str, Any]:
-    """What a build of the weight's cotangent is made for."""
+def correlation_constants(g: Geometry, *, two: bool) -> dict[str, Any]:
+    """What a build of the weight's cotangent is made for, or of its tangent, which has two products."""
     fine = 64 if g.channels % 64 == 0 else _depth(g.channels, g.convolution.taps)
-    tile = {"BM": DEPTH, "BF": fine, "BN": width(g.out)}
+    deep = DEPTH // 2 if two else DEPTH  # more would not fit the registers of an older GPU
+    tile = {"BM": deep, "BF": fine, "BN": width(g.out)}
     return {"CI": g.channels, "CO": g.out, **_windows(g.convolution), **tile}
+
+
+def first_constants(g: Geometry, *, pooled: bool, rows: int) -> dict[str, Any]:
+    """What a build of ``triton_first`` is made for: with windows or without, for tiles of so many rows."""
+    tile = {"BM": rows, "BC": width(g.out), "BK": 16 if g.patch <= 16 else 32}
+    pool = {f"W{name.removeprefix('K')}": size for name, size in _windows(g.pool).items()} if pooled else {}
+    return {"CI": g.channels, "C": g.out, **_windows(g.convolution), **pool, **tile}
 
 
 def split(g: Geometry, tasks: int) -> tuple[int, int, int]:
     """Programs of a weight's cotangent for one task, into how many pieces positions are cut, and positions of each."""
-    constants = correlation_constants(g)
+    constants = correlation_constants(g, two=False)
     programs = cdiv(g.patch, constants["BF"]) * cdiv(g.out, constants["BN"])
     most = min(cdiv(g.positions, 4 * DEPTH), SPLITS)
-    pieces = max(1, min(cdiv(PROGRAMS, programs * tasks), most))
+    pieces = max(1, min(cdiv(PROGRAMS, max(1, programs * tasks)), most))
     span = cdiv(cdiv(g.positions, pieces), DEPTH) * DEPTH
     return programs, cdiv(g.positions, span), span
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmeta.core import triton_support
 from fastmeta.core.task_op import Need
 from fastmeta.ops.conv_block import tiles
+from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
 from fastmeta.ops.conv_block import triton_products as products
 from fastmeta.ops.conv_block.geometry import Geometry
@@ -27,10 +28,11 @@ class Saved:
     Attributes:
         x: ``[T, N, H, W, I]``.
         weight: packed, ``[T or 1, taps * I, O]``.
-        z: ``[T, N, h, w, O]``; ``None`` unless it is normalised.
-        mean, rstd: ``[T, O]``, likewise.
+        z: ``[T, N, h, w, O]``; ``None`` unless it is normalised, and where it is computed anew.
+        mean, rstd: ``[T, O]``; ``None`` unless ``z`` is normalised.
         scale: ``[T or 1, O]`` or ``None``.
         code, peak: of every window, see ``triton_norm``.
+        bias: ``[T or 1, O]`` where ``z`` is computed anew, see ``triton_first``; else ``None``.
     """
 
     x: Tensor
@@ -41,6 +43,7 @@ class Saved:
     scale: Tensor | None = None
     code: Tensor | None = None
     peak: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class SavedDot:
 
     Attributes:
         x_dot, weight_dot: like ``x``, and ``[T, taps * I, O]``; ``None`` for zero.
-        z_dot: like ``z``; with ``peak_dot`` and ``moves`` ``None`` unless it is normalised.
+        z_dot: like ``z``; ``None`` where it is. ``peak_dot`` and ``moves`` are ``None`` unless ``z`` is normalised.
         peak_dot: of every window.
         moves: ``[T, 2, O]``, sums of ``z_dot`` and of ``x z_dot``.
         scale_dot: ``[T, O]`` or ``None``.
@@ -74,6 +77,8 @@ def forward(
     """Result ``[T, N, O, ph, pw]``, new running statistics ``[T, O]`` and what is kept."""
     g = geometry
     kept = Saved(_last(x), _packed(weight, g))
+    if g.shallow:
+        return _first(replace(kept, bias=_rows(bias)), (_rows(affine[0]), _rows(affine[1])), running, g)
     z, partial = _convolve(kept, None, bias, g, moments=g.normalised)
     if g.plain:
         return z.movedim(-1, 2), None, kept
@@ -99,12 +104,16 @@ def backward(saved: Saved, d_y: Tensor, need: Sequence[Need], geometry: Geometry
     if saved.code is not None and (g.normalised or need[2]):
         sums = _window_sums(saved, None, d, None, g)
     d_z = d
-    if saved.code is not None and (need[0] or need[1]):
-        d_z = _positions(saved, None, d, None, sums, g)[0]
+    anew = g.shallow and not need[0]
+    if saved.code is not None and (need[0] or need[1]) and not anew:
+        saved = _formed(saved, g)
+        d_z, _ = _positions(saved, None, d, None, sums, g)
     results: dict[str, Tensor | None] = {}
     if need[0]:
         results["x"] = _spread(d_z, saved.weight, None, None, g)
-    if need[1]:
+    if need[1] and anew:
+        results["weight"] = _correlate_anew(saved, SavedDot(), d, None, sums, g, shared=need[1] is Need.SHARED)
+    elif need[1]:
         results["weight"] = _correlate((saved.x, d_z), None, g, shared=need[1] is Need.SHARED)
     results.update(_affine(need, g, d, sums, 0, 1))
     return results
@@ -121,6 +130,9 @@ def tangent(
     """``y_dot`` and what is kept; at least one tangent is given."""
     g, tasks = geometry, saved.x.shape[0]
     dot = SavedDot(None if x_dot is None else _last(x_dot), None if weight_dot is None else _packed(weight_dot, g))
+    if g.shallow and x_dot is None:
+        return _first_tangent(saved, dot, (_rows(affine_dot[0]), _rows(affine_dot[1])), g)
+    saved = _formed(saved, g)
     moves = None
     if x_dot is None and weight_dot is None:
         z_dot = saved.x.new_zeros((tasks, g.images, *g.conv_size, g.out))
@@ -155,12 +167,17 @@ def tangent_backward(
     if saved.code is not None and (g.normalised or need[2]):
         sums = _window_sums(saved, dot, d, d_dot, g) if g.normalised else _window_sums(saved, None, d_dot, None, g)
     d_z, d_z_dot = d, d_dot
-    if saved.code is not None and (need[0] or need[1]):
-        d_z, d_z_dot = _positions(saved, dot, d, d_dot, sums, g)
+    anew = g.shallow and not need[0] and dot.x_dot is None
+    if saved.code is not None and (need[0] or need[1]) and not anew:
+        saved, dot = _formed(saved, g), _formed_dot(saved, dot, g)
+        read = (need[0] and dot.weight_dot is not None) or (need[1] and dot.x_dot is not None)
+        d_z, d_z_dot = _positions(saved, dot, d, d_dot, sums, g, primal=bool(read))
     results: dict[str, Tensor | None] = {}
     if need[0]:
         results["x"] = _spread(d_z_dot, saved.weight, d_z, dot.weight_dot, g)
-    if need[1]:
+    if need[1] and anew:
+        results["weight"] = _correlate_anew(saved, dot, d, d_dot, sums, g, shared=need[1] is Need.SHARED)
+    elif need[1]:
         other = None if dot.x_dot is None else (dot.x_dot, d_z)
         results["weight"] = _correlate((saved.x, d_z_dot), other, g, shared=need[1] is Need.SHARED)
     results.update(_affine(need, g, d_dot, sums, 2, 3) if g.normalised else _affine(need, g, d_dot, sums, 0, 1))
@@ -220,7 +237,7 @@ def _precision() -> str:
 def _packed(weight: Tensor, g: Geometry) -> Tensor:
     """A weight ``[O, I, kh, kw]`` or ``[T, O, I, kh, kw]`` as the products read it, ``[1 or T, taps * I, O]``."""
     tasks = weight if weight.dim() == 5 else weight.unsqueeze(0)
-    if not tasks[0].is_contiguous():
+    if not tasks[:1].is_contiguous():
         tasks = tasks.contiguous()
     out = tasks.new_empty((tasks.shape[0], g.patch, g.out))
     grid, tile = tiles.reordered(g, tasks.shape[0])
@@ -228,11 +245,28 @@ def _packed(weight: Tensor, g: Geometry) -> Tensor:
     return out
 
 
+def _formed(saved: Saved, g: Geometry) -> Saved:
+    """With ``z``, where it was not kept and is read after all."""
+    if saved.z is not None or not g.normalised:
+        return saved
+    return replace(saved, z=_convolve(saved, None, saved.bias, g, moments=False)[0])
+
+
+def _formed_dot(saved: Saved, dot: SavedDot, g: Geometry) -> SavedDot:
+    """With ``z_dot``, likewise."""
+    if dot.z_dot is not None or not g.normalised:
+        return dot
+    if dot.x_dot is None and dot.weight_dot is None:
+        return replace(dot, z_dot=saved.x.new_zeros((saved.x.shape[0], g.images, *g.conv_size, g.out)))
+    return replace(dot, z_dot=_convolve(saved, dot, None, g, moments=False)[0])
+
+
 def _convolve(
     saved: Saved, dot: SavedDot | None, bias: Tensor | None, g: Geometry, *, moments: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``z = x * W + b``, or its tangent, with partial sums of every block of positions for the normalisation."""
-    x, constants, tasks = saved.x, tiles.product_constants(g, transposed=False), saved.x.shape[0]
+    x, tasks = saved.x, saved.x.shape[0]
+    constants = tiles.product_constants(g, tasks, transposed=False)
     pairs: list[Tensor | None] = [x, saved.weight]
     if dot is not None:
         terms = [(dot.x_dot, saved.weight), (x, dot.weight_dot)]
@@ -252,8 +286,8 @@ def _convolve(
 
 def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None, g: Geometry) -> Tensor:
     """``d_x = d *^T W`` and, with a second weight, ``+ d2 *^T W2``: ``[T, N, I, H, W]``."""
-    constants = tiles.product_constants(g, transposed=True)
     tasks = d.shape[0]
+    constants = tiles.product_constants(g, tasks, transposed=True)
     d_x = d.new_empty((tasks, g.images, *g.size, g.channels))
     if weight2 is None:
         d2 = None
@@ -269,18 +303,102 @@ def _correlate(
     pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None, g: Geometry, *, shared: bool
 ) -> Tensor:
     """``corr(x, d) (+ corr(x2, d2))``: ``[T, O, I, kh, kw]``, or summed over tasks."""
-    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g)
+    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g, two=other is not None)
     programs, pieces, span = tiles.split(g, tasks)
     partial = x.new_empty((tasks, pieces, g.patch, g.out))
     products.correlation[(programs, tasks, pieces)](
         *pair, *(other or (None, None)), partial, g.images, *g.size, *g.conv_size, span,
-        **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=2,
+        **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
     )  # fmt: skip
+    return _collected(partial, g, shared=shared)
+
+
+def _collected(partial: Tensor, g: Geometry, *, shared: bool) -> Tensor:
+    """The sum of a weight cotangent's pieces, ``[T, pieces, taps * I, O]``, in PyTorch's order."""
+    tasks, pieces = partial.shape[:2]
     kernel = (g.out, g.channels, *g.convolution.kernel)
-    out = x.new_empty(kernel if shared else (tasks, *kernel))
+    out = partial.new_empty(kernel if shared else (tasks, *kernel))
     grid, tile = tiles.reordered(g, 1 if shared else tasks)
     products.collect[grid](partial, out, tasks * pieces if shared else pieces, **tile, **tiles.OPTIONS, num_stages=1)
     return out
+
+
+def _first(
+    kept: Saved,
+    affine: tuple[Tensor | None, Tensor | None],
+    running: tuple[Tensor, Tensor] | None,
+    g: Geometry,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Saved]:
+    """:func:`forward` where ``z`` is computed anew."""
+    mean, rstd, new = _moments(_first_moments(kept, None, g), running, g)
+    kept = replace(kept, mean=mean, rstd=rstd, scale=affine[0])
+    y, peak, code = _windows(kept.x, g), _windows(kept.x, g), _windows(kept.x, g, torch.uint8)
+    kept = replace(kept, code=code, peak=peak)
+    _first_windows(kept, SavedDot(), affine[1], None, y, None, g)
+    return y.movedim(-1, 2), new, kept
+
+
+def _first_tangent(
+    saved: Saved, dot: SavedDot, affine_dot: tuple[Tensor | None, Tensor | None], g: Geometry
+) -> tuple[Tensor, SavedDot]:
+    """:func:`tangent` where ``z_dot`` is computed anew."""
+    weight_dot = dot.weight_dot if dot.weight_dot is not None else torch.zeros_like(saved.weight)
+    moves = _folded(_first_moments(saved, weight_dot, g))
+    y_dot, peak_dot = _windows(saved.x, g), _windows(saved.x, g)
+    dot = SavedDot(None, weight_dot, None, peak_dot, moves, affine_dot[0])
+    _first_windows(saved, dot, None, affine_dot[1], y_dot, peak_dot, g)
+    return y_dot.movedim(-1, 2), dot
+
+
+def _first_moments(saved: Saved, weight_dot: Tensor | None, g: Geometry) -> Tensor:
+    """Partial moments of ``z``, or sums for its tangent, ``[T, blocks, 2, O]``."""
+    constants, tasks = tiles.first_constants(g, pooled=False, rows=tiles.ROWS), saved.x.shape[0]
+    blocks = tiles.cdiv(g.positions, tiles.ROWS)
+    partial = saved.x.new_empty((tasks, blocks, 2, g.out))
+    statistics = (None, None) if weight_dot is None else (saved.mean, saved.rstd)
+    first.moments[(blocks, tasks, tiles.cdiv(g.out, constants["BC"]))](
+        saved.x, saved.weight, weight_dot, saved.bias, *statistics, partial, _stride(saved.weight), _stride(weight_dot),
+        _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=_precision(), **tiles.OPTIONS,
+        num_stages=1,
+    )  # fmt: skip
+    return partial
+
+
+def _first_windows(
+    saved: Saved,
+    dot: SavedDot,
+    shift: Tensor | None,
+    shift_dot: Tensor | None,
+    y: Tensor,
+    peak_dot: Tensor | None,
+    g: Geometry,
+) -> None:
+    """Write ``y``, codes and peaks, or with a tangent ``y_dot`` and the peaks' tangents."""
+    constants, tasks = tiles.first_constants(g, pooled=True, rows=tiles.FIRST), saved.x.shape[0]
+    first.windows[(tiles.cdiv(g.windows, tiles.FIRST), tasks, tiles.cdiv(g.out, constants["BC"]))](
+        saved.x, saved.weight, dot.weight_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
+        dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.weight), _stride(dot.weight_dot),
+        _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
+        *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=_precision(), **tiles.OPTIONS,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def _correlate_anew(
+    saved: Saved, dot: SavedDot, d: Tensor, d_dot: Tensor | None, sums: Tensor | None, g: Geometry, *, shared: bool
+) -> Tensor:
+    """``corr(x, d_z)``, or with a tangent ``corr(x, d_z_dot)``, where neither image exists."""
+    constants, tasks = tiles.first_constants(g, pooled=True, rows=tiles.FIRST), saved.x.shape[0]
+    _, pieces, span = tiles.split(g, tasks)
+    partial = saved.x.new_empty((tasks, pieces, g.patch, g.out))
+    weight_dot = None if d_dot is None else dot.weight_dot
+    first.correlation[(pieces, tasks, tiles.cdiv(g.out, constants["BC"]))](
+        saved.x, saved.weight, weight_dot, saved.bias, d, d_dot, saved.code, saved.mean, saved.rstd, saved.scale,
+        dot.scale_dot, dot.moves, sums, partial, _stride(saved.weight), _stride(weight_dot), _stride(saved.bias),
+        _stride(saved.scale), _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants,
+        Q=2 if d_dot is None else 4, PRECISION=_precision(), **tiles.OPTIONS, num_stages=1,
+    )  # fmt: skip
+    return _collected(partial, g, shared=shared)
 
 
 def _moments(
@@ -342,12 +460,20 @@ def _window_sums(saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | 
 
 
 def _positions(
-    saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | None, sums: Tensor | None, g: Geometry
-) -> tuple[Tensor, Any]:
-    """``d_z`` and, with a tangent, ``d_z_dot``: ``[T, N, h, w, O]``."""
+    saved: Saved,
+    dot: SavedDot | None,
+    d: Tensor,
+    d_dot: Tensor | None,
+    sums: Tensor | None,
+    g: Geometry,
+    *,
+    primal: bool = True,
+) -> tuple[Any, Any]:
+    """``d_z``, if it is read, and, with a tangent, ``d_z_dot``: ``[T, N, h, w, O]``."""
     tasks = d.shape[0]
-    d_z = d.new_empty((tasks, g.images, *g.conv_size, g.out))
-    d_z_dot = None if d_dot is None else torch.empty_like(d_z)
+    shape = (tasks, g.images, *g.conv_size, g.out)
+    d_z = d.new_empty(shape) if primal else None
+    d_z_dot = None if d_dot is None else d.new_empty(shape)
     z_dot, moves, scale_dot = (None,) * 3 if dot is None else (dot.z_dot, dot.moves, dot.scale_dot)
     q = 1 if sums is None or not g.normalised else sums.shape[1]
     grid, tile = tiles.elementwise(g.positions, tasks, g.out)

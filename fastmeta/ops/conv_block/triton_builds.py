@@ -10,11 +10,13 @@ from typing import Any
 
 from fastmeta.core.triton_support import PRECISIONS, Shipped
 from fastmeta.ops.conv_block import tiles
+from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
 from fastmeta.ops.conv_block import triton_products as products
 from fastmeta.ops.conv_block.geometry import Geometry, Window
 
 LAYERS = ((1, 64), (64, 64), (3, 32), (32, 32))  # channels of input and result: Omniglot, and 84x84 in colour
+TASKS = 32
 DEFAULT, WIDEST = "tf32x3", (64, 64)
 FLOATS = ("slope", "eps", "momentum")
 
@@ -29,50 +31,69 @@ def builds() -> list[Shipped]:
                 found += _products(layer, precision)
         found += [_build(f"pack {_name(layer)}", products.pack, tiles.reordered(layer, 1)[1], ())]
         found += [_build(f"collect {_name(layer)}", products.collect, tiles.reordered(layer, 1)[1], ())]
-    found += _products(_layer(64, 64, stride=2), DEFAULT)
+    found += _products(_layer(64, 64, stride=2), DEFAULT) + _products(_layer(64, 64, size=3), DEFAULT)
     for channels in (64, 32):
         found += _passes(_layer(channels, channels))
-    return [*found, _build("fold", norm.fold, {"BB": tiles.BLOCKS, "BC": 32}, ())]
+    found += [_build("fold", norm.fold, {"BB": tiles.BLOCKS, "BC": 32}, ())]
+    same: dict[Any, Shipped] = {}
+    for one in found:
+        same.setdefault((one.kernel, *sorted(one.constants.items(), key=str)), one)
+    return list(same.values())
 
 
-def _layer(channels: int, out: int, stride: int = 1) -> Geometry:
-    """A block; the sizes of its images do not matter to a build."""
-    window = Window((3, 3), (stride, stride), (1, 1))
-    return Geometry(
-        5, channels, (28, 28), out, window, (28, 28), Window((2, 2), (2, 2)), (14, 14), True, activation="relu"
-    )
+def _layer(channels: int, out: int, stride: int = 1, size: int = 28) -> Geometry:
+    """A block; of its images only matters whether they are small."""
+    window, sizes = Window((3, 3), (stride, stride), (1, 1)), (size, size)
+    return Geometry(5, channels, sizes, out, window, sizes, Window((2, 2), (2, 2)), sizes, True, activation="relu")
 
 
 def _name(g: Geometry) -> str:
-    return f"{g.channels}-{g.out}" + (" strided" if g.convolution.stride[0] > 1 else "")
+    kind = " strided" if g.convolution.stride[0] > 1 else " small" if g.size[0] < 28 else ""
+    return f"{g.channels}-{g.out}{kind}"
 
 
 def _products(g: Geometry, precision: str) -> list[Shipped]:
-    """The products of a layer's four maps; a first layer's input has neither tangent nor cotangent."""
-    first, name = g.channels < 16, f"{_name(g)} {precision}"
+    """The products of a layer's four maps."""
+    if g.shallow:
+        return _first(g, precision)
+    name = f"{_name(g)} {precision}"
     plain, other = ("Bias", "Z", "Mean", "Rstd"), ("A2", "B2")
     rest = ("Bias", "Partial", "Z", "Mean", "Rstd")
-    forward, transposed = (tiles.product_constants(g, transposed=turned) for turned in (False, True))
-    weight = tiles.correlation_constants(g)
+    forward, transposed = (tiles.product_constants(g, TASKS, transposed=turned) for turned in (False, True))
 
     def product(label: str, constants: dict[str, Any], missing: Sequence[str]) -> Shipped:
         return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, 3)
 
     def correlation(label: str, missing: Sequence[str]) -> Shipped:
-        return _build(f"{label} {name}", products.correlation, weight | {"PRECISION": precision}, missing, 2)
+        weight = tiles.correlation_constants(g, two=not missing) | {"PRECISION": precision}
+        return _build(f"{label} {name}", products.correlation, weight, missing, 3)
 
-    found = [
-        product("forward", forward, (*plain, *other)),
-        product("tangent", forward, ("Bias", *other) if first else ("Bias",)),
-        correlation("weight cotangent", ("A2", "D2")),
-    ]
-    if first:
-        return found
     return [
-        *found,
+        product("forward", forward, (*plain, *other)),
+        product("tangent", forward, ("Bias",)),
+        correlation("weight cotangent", ("A2", "D2")),
         product("input cotangent", transposed, (*rest, *other)),
         product("input cotangent's tangent", transposed, rest),
         correlation("weight cotangent's tangent", ()),
+    ]
+
+
+def _first(g: Geometry, precision: str) -> list[Shipped]:
+    """The maps of a block whose ``z`` is computed anew."""
+    name, chosen = f"{_name(g)} {precision}", {"PRECISION": precision}
+    whole, pooled = (
+        tiles.first_constants(g, pooled=of, rows=rows) | chosen
+        for of, rows in ((False, tiles.ROWS), (True, tiles.FIRST))
+    )
+    windows = pooled | {"ACTIVATION": g.activation}
+    dots, plain = ("WDot", "ScaleDot", "Moves", "Bias"), ("WDot", "Mean", "Rstd", "Bias")
+    return [
+        _build(f"first moments {name}", first.moments, whole, plain),
+        _build(f"first moments' tangent {name}", first.moments, whole, ("Bias",)),
+        _build(f"first windows {name}", first.windows, windows, (*dots, "ShiftDot", "PeakDot")),
+        _build(f"first windows' tangent {name}", first.windows, windows, ("Bias", "Shift")),
+        _build(f"first weight cotangent {name}", first.correlation, pooled | {"Q": 2}, (*dots, "DDot")),
+        _build(f"first weight cotangent's tangent {name}", first.correlation, pooled | {"Q": 4}, ("Bias",)),
     ]
 
 

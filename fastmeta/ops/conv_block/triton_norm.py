@@ -20,9 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What differs from call to call: one build serves all values.
-SIZES = ("images", "height", "width", "rows_y", "rows_x")
-TASKS = ("scale_task", "scale_dot_task")
+# What differs from call to call: one build serves all sizes, and parameters wherever they lie in a packed vector.
+SIZES = ("images", "height", "width", "rows_y", "rows_x", "slope")
+VECTORS = ("Bias", "Scale", "Shift", "ScaleDot", "ShiftDot")
+PARAMETERS = (*VECTORS, "bias_task", "scale_task", "shift_task", "scale_dot_task", "shift_dot_task")
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def merge_moments(
     tl.store(into + C, tl.sum(gap + away * away * count[:, None], 0), mask=columns < C)
 
 
-@triton.jit(do_not_specialize=["rows", "span", "blocks", "old_task", "eps", "momentum"])
+@triton.jit(do_not_specialize=["OldMean", "OldVar", "rows", "span", "blocks", "old_task", "eps", "momentum"])
 def finish_moments(
     Partial,  # [T, blocks, 2, C]
     Mean,  # [T, C]
@@ -131,12 +132,121 @@ def fold(
 
 
 @triton.jit
-def _channel(V, t, columns, C: tl.constexpr):
+def channel(V, t, columns, C: tl.constexpr):
     """One statistic or sum of every channel of a task, ``[C]``."""
     return tl.load(V + t * C + columns, mask=columns < C, other=0.0)
 
 
-@triton.jit(do_not_specialize=["scale_task", "shift_task", *SIZES, "slope"])
+@triton.jit
+def parameter(V, t, task, columns, C: tl.constexpr):
+    """A parameter of every channel; ``task`` elements lie between those of two tasks."""
+    return tl.load(V + t * task + columns, mask=columns < C, other=0.0)
+
+
+@triton.jit
+def activated(
+    z, t, columns, Mean, Rstd, Scale, scale_task, Shift, shift_task, slope, tap,
+    C: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """``act(c x + b)`` for one position of every window, and its code."""
+    v = z
+    if Mean is not None:
+        v = (z - channel(Mean, t, columns, C)[None, :]) * channel(Rstd, t, columns, C)[None, :]
+    if Scale is not None:
+        v = v * parameter(Scale, t, scale_task, columns, C)[None, :]
+    if Shift is not None:
+        v = v + parameter(Shift, t, shift_task, columns, C)[None, :]
+    u = v
+    code = tl.full(z.shape, tap, tl.int32)
+    if ACTIVATION == "relu":
+        u = tl.where(v <= 0.0, 0.0, v)
+        code = tl.where(v <= 0.0, tap + 128, code)
+    elif ACTIVATION == "leaky_relu":
+        u = tl.where(v <= 0.0, v * slope, v)
+        code = tl.where(v <= 0.0, tap + 128, code)
+    return u, code
+
+
+@triton.jit
+def moved(
+    z_dot, peak, t, columns, count, Mean, Rstd, Moves, Scale, scale_task, ScaleDot, scale_dot_task, ShiftDot,
+    shift_dot_task, C: tl.constexpr,
+):  # fmt: skip
+    """``c x_dot + c_dot x + b_dot`` of what is normalised, from ``z`` and ``z_dot`` of ``count`` positions."""
+    rstd = channel(Rstd, t, columns, C)
+    x = (peak - channel(Mean, t, columns, C)[None, :]) * rstd[None, :]
+    q1 = channel(Moves, 2 * t, columns, C) / count
+    q2 = channel(Moves, 2 * t + 1, columns, C) / count
+    v_dot = (z_dot - q1[None, :] - x * q2[None, :]) * rstd[None, :]
+    if Scale is not None:
+        v_dot = v_dot * parameter(Scale, t, scale_task, columns, C)[None, :]
+    if ScaleDot is not None:
+        v_dot += x * parameter(ScaleDot, t, scale_dot_task, columns, C)[None, :]
+    if ShiftDot is not None:
+        v_dot += parameter(ShiftDot, t, shift_dot_task, columns, C)[None, :]
+    return v_dot
+
+
+@triton.jit
+def gathered(
+    D, DDot, Code, base, n, down, right, inside, columns, rows_y, rows_x, slope,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """What positions ``(n, down, right)`` take from the windows whose maximum they are: ``g`` and ``g_dot``."""
+    g = tl.zeros((BM, BC), tl.float32)
+    g_dot = tl.zeros((BM, BC), tl.float32)
+    for a in tl.static_range((KH + SH - 1) // SH):
+        for b in tl.static_range((KW + SW - 1) // SW):
+            row = down // SH - a
+            column = right // SW - b
+            in_row = down - row * SH
+            in_column = right - column * SW
+            ok = (row >= 0) & (row < rows_y) & (in_row < KH) & (column >= 0) & (column < rows_x) & (in_column < KW)
+            ok = inside & ok[:, None]
+            at = base + (((n * rows_y + row) * rows_x + column) * C)[:, None] + columns[None, :]
+            code = tl.load(Code + at, mask=ok, other=255).to(tl.int32)
+            hit = ok & ((code & 127) == (in_row * KW + in_column)[:, None])
+            value = tl.load(D + at, mask=ok, other=0.0)
+            g += tl.where(hit, tl.where(code < 128, value, value * slope), 0.0)
+            if DDot is not None:
+                value = tl.load(DDot + at, mask=ok, other=0.0)
+                g_dot += tl.where(hit, tl.where(code < 128, value, value * slope), 0.0)
+    return g, g_dot
+
+
+@triton.jit
+def normal(
+    g, g_dot, z, z_dot, t, columns, count, Mean, Rstd, Scale, scale_task, ScaleDot, scale_dot_task, Moves, Sums,
+    C: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """``d_z`` and, with four sums, ``d_z_dot``."""
+    rstd = channel(Rstd, t, columns, C)
+    scale = rstd
+    if Scale is not None:
+        scale = rstd * parameter(Scale, t, scale_task, columns, C)
+    m1 = channel(Sums, Q * t, columns, C) / count
+    m2 = channel(Sums, Q * t + 1, columns, C) / count
+    x = (z - channel(Mean, t, columns, C)[None, :]) * rstd[None, :]
+    centred = g - m1[None, :] - x * m2[None, :]
+    d_z = scale[None, :] * centred
+    d_z_dot = d_z
+    if Q > 2:
+        q1 = channel(Moves, 2 * t, columns, C) / count
+        q2 = channel(Moves, 2 * t + 1, columns, C) / count
+        n1 = channel(Sums, Q * t + 2, columns, C) / count
+        n2 = channel(Sums, Q * t + 3, columns, C) / count
+        x_dot = (z_dot - q1[None, :] - x * q2[None, :]) * rstd[None, :]
+        # the tangents of c r, which is -c r (r q2) + c_dot r, and of what it multiplies
+        turn = -scale * rstd * q2
+        if ScaleDot is not None:
+            turn += rstd * parameter(ScaleDot, t, scale_dot_task, columns, C)
+        centred_dot = g_dot - n1[None, :] - x * n2[None, :] - x_dot * m2[None, :]
+        d_z_dot = turn[None, :] * centred + scale[None, :] * centred_dot
+    return d_z, d_z_dot
+
+
+@triton.jit(do_not_specialize=[*PARAMETERS, *SIZES])
 def activate(
     Z,  # [T, N, height, width, C]
     Mean,  # [T, C], or None without normalisation
@@ -186,21 +296,9 @@ def activate(
         ok = inside & ok[:, None]
         at = ((n * height + row) * width + column) * C
         z = tl.load(base + at[:, None] + columns[None, :], mask=ok, other=0.0)
-        v = z
-        if Mean is not None:
-            v = (z - _channel(Mean, t, columns, C)[None, :]) * _channel(Rstd, t, columns, C)[None, :]
-        if Scale is not None:
-            v = v * tl.load(Scale + t * scale_task + columns, mask=columns < C, other=0.0)[None, :]
-        if Shift is not None:
-            v = v + tl.load(Shift + t * shift_task + columns, mask=columns < C, other=0.0)[None, :]
-        u = v
-        code = tl.full((BM, BC), tap, tl.int32)
-        if ACTIVATION == "relu":
-            u = tl.where(v <= 0.0, 0.0, v)
-            code = tl.where(v <= 0.0, tap + 128, tap)
-        elif ACTIVATION == "leaky_relu":
-            u = tl.where(v <= 0.0, v * slope, v)
-            code = tl.where(v <= 0.0, tap + 128, tap)
+        u, code = activated(
+            z, t, columns, Mean, Rstd, Scale, scale_task, Shift, shift_task, slope, tap, C, ACTIVATION
+        )  # fmt: skip
         take = ok & ((u > best) | (u != u) | (where < 0))
         best = tl.where(take, u, best)
         peak = tl.where(take, z, peak)
@@ -212,7 +310,7 @@ def activate(
         tl.store(Peak + at, peak, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*TASKS, "shift_dot_task", *SIZES, "slope"])
+@triton.jit(do_not_specialize=[*PARAMETERS, *SIZES])
 def activate_tangent(
     ZDot,  # [T, N, height, width, C]
     Code,  # [T, N, rows_y, rows_x, C]
@@ -263,18 +361,10 @@ def activate_tangent(
         tl.store(PeakDot + at, z_dot, mask=inside)
     y_dot = z_dot
     if Mean is not None:
-        count = images * height * width
-        rstd = _channel(Rstd, t, columns, C)
-        x = (tl.load(Peak + at, mask=inside, other=0.0) - _channel(Mean, t, columns, C)[None, :]) * rstd[None, :]
-        q1 = _channel(Moves, 2 * t, columns, C) / count
-        q2 = _channel(Moves, 2 * t + 1, columns, C) / count
-        y_dot = (z_dot - q1[None, :] - x * q2[None, :]) * rstd[None, :]
-        if Scale is not None:
-            y_dot = y_dot * tl.load(Scale + t * scale_task + columns, mask=columns < C, other=0.0)[None, :]
-        if ScaleDot is not None:
-            y_dot += x * tl.load(ScaleDot + t * scale_dot_task + columns, mask=columns < C, other=0.0)[None, :]
-        if ShiftDot is not None:
-            y_dot += tl.load(ShiftDot + t * shift_dot_task + columns, mask=columns < C, other=0.0)[None, :]
+        y_dot = moved(
+            z_dot, tl.load(Peak + at, mask=inside, other=0.0), t, columns, images * height * width, Mean, Rstd, Moves,
+            Scale, scale_task, ScaleDot, scale_dot_task, ShiftDot, shift_dot_task, C,
+        )  # fmt: skip
     tl.store(YDot + at, tl.where(code < 128, y_dot, y_dot * slope), mask=inside)
 
 
@@ -308,11 +398,11 @@ def window_sums(
     plain_dot = tl.zeros((BM, BC), tl.float32)
     turned_dot = tl.zeros((BM, BC), tl.float32)
     if Q > 1:
-        mean = _channel(Mean, t, columns, C)[None, :]
-        rstd = _channel(Rstd, t, columns, C)[None, :]
+        mean = channel(Mean, t, columns, C)[None, :]
+        rstd = channel(Rstd, t, columns, C)[None, :]
     if Q > 2:
-        q1 = _channel(Moves, 2 * t, columns, C)[None, :] / count
-        q2 = _channel(Moves, 2 * t + 1, columns, C)[None, :] / count
+        q1 = channel(Moves, 2 * t, columns, C)[None, :] / count
+        q2 = channel(Moves, 2 * t + 1, columns, C)[None, :] / count
     for m0 in range(block * span, stop, BM):
         m = m0 + tl.arange(0, BM)
         inside = (m < stop)[:, None] & (columns < C)[None, :]
@@ -339,7 +429,7 @@ def window_sums(
         tl.store(into + 3 * C, tl.sum(turned_dot, 0), mask=columns < C)
 
 
-@triton.jit(do_not_specialize=[*TASKS, *SIZES, "slope"])
+@triton.jit(do_not_specialize=[*PARAMETERS, *SIZES])
 def input_cotangent(
     D,  # [T, N, rows_y, rows_x, C]
     DDot,  # like D, or None
@@ -352,7 +442,7 @@ def input_cotangent(
     ScaleDot,
     Moves,  # [T, 2, C], with ZDot
     Sums,  # [T, Q, C] of window_sums
-    DZ,  # like Z
+    DZ,  # like Z, or None
     DZDot,  # like Z, with DDot
     scale_task,
     scale_dot_task,
@@ -384,48 +474,20 @@ def input_cotangent(
     n = line // height
     inside = (m < count)[:, None] & (columns < C)[None, :]
     base = t * images * rows_y * rows_x * C
-    g = tl.zeros((BM, BC), tl.float32)
-    g_dot = tl.zeros((BM, BC), tl.float32)
-    for a in tl.static_range((KH + SH - 1) // SH):
-        for b in tl.static_range((KW + SW - 1) // SW):
-            row = down // SH - a
-            column = right // SW - b
-            in_row = down - row * SH
-            in_column = right - column * SW
-            ok = (row >= 0) & (row < rows_y) & (in_row < KH) & (column >= 0) & (column < rows_x) & (in_column < KW)
-            ok = inside & ok[:, None]
-            at = base + (((n * rows_y + row) * rows_x + column) * C)[:, None] + columns[None, :]
-            code = tl.load(Code + at, mask=ok, other=255).to(tl.int32)
-            hit = ok & ((code & 127) == (in_row * KW + in_column)[:, None])
-            value = tl.load(D + at, mask=ok, other=0.0)
-            g += tl.where(hit, tl.where(code < 128, value, value * slope), 0.0)
-            if DDot is not None:
-                value = tl.load(DDot + at, mask=ok, other=0.0)
-                g_dot += tl.where(hit, tl.where(code < 128, value, value * slope), 0.0)
+    g, g_dot = gathered(
+        D, DDot, Code, base, n, down, right, inside, columns, rows_y, rows_x, slope, C, KH, KW, SH, SW, BM, BC
+    )  # fmt: skip
     at = t * count * C + m[:, None] * C + columns[None, :]
-    if Mean is None:
+    if Mean is not None:
+        z = tl.load(Z + at, mask=inside, other=0.0)
+        z_dot = z
+        if DDot is not None:
+            z_dot = tl.load(ZDot + at, mask=inside, other=0.0)
+        g, g_dot = normal(
+            g, g_dot, z, z_dot, t, columns, count, Mean, Rstd, Scale, scale_task, ScaleDot, scale_dot_task, Moves,
+            Sums, C, Q,
+        )  # fmt: skip
+    if DZ is not None:
         tl.store(DZ + at, g, mask=inside)
-        if DDot is not None:
-            tl.store(DZDot + at, g_dot, mask=inside)
-    else:
-        rstd = _channel(Rstd, t, columns, C)
-        scale = rstd
-        if Scale is not None:
-            scale = rstd * tl.load(Scale + t * scale_task + columns, mask=columns < C, other=0.0)
-        m1 = _channel(Sums, Q * t, columns, C) / count
-        m2 = _channel(Sums, Q * t + 1, columns, C) / count
-        x = (tl.load(Z + at, mask=inside, other=0.0) - _channel(Mean, t, columns, C)[None, :]) * rstd[None, :]
-        centred = g - m1[None, :] - x * m2[None, :]
-        tl.store(DZ + at, scale[None, :] * centred, mask=inside)
-        if DDot is not None:
-            q1 = _channel(Moves, 2 * t, columns, C) / count
-            q2 = _channel(Moves, 2 * t + 1, columns, C) / count
-            n1 = _channel(Sums, Q * t + 2, columns, C) / count
-            n2 = _channel(Sums, Q * t + 3, columns, C) / count
-            x_dot = (tl.load(ZDot + at, mask=inside, other=0.0) - q1[None, :] - x * q2[None, :]) * rstd[None, :]
-            # the tangents of c r, which is -c r (r q2) + c_dot r, and of what it multiplies
-            turn = -scale * rstd * q2
-            if ScaleDot is not None:
-                turn += rstd * tl.load(ScaleDot + t * scale_dot_task + columns, mask=columns < C, other=0.0)
-            moved = g_dot - n1[None, :] - x * n2[None, :] - x_dot * m2[None, :]
-            tl.store(DZDot + at, turn[None, :] * centred + scale[None, :] * moved, mask=inside)
+    if DDot is not None:
+        tl.store(DZDot + at, g_dot, mask=inside)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a b``; ``rounded`` is what the interpreter, which cannot multiply bfloat16, does for ``bf16``."""
     if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
@@ -31,7 +31,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _patch(
+def patch(
     A,
     n,
     y,
@@ -120,7 +120,7 @@ def _accumulate(
     """``acc`` plus one convolution's product for these positions and columns."""
     k = tl.arange(0, BK)
     for f0 in range(0, KH * KW * CK, BK):
-        a = _patch(A, n, y, x, valid, f0, height, width, CK, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK)
+        a = patch(A, n, y, x, valid, f0, height, width, CK, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK)
         if TRANSPOSED:
             if CK % BK == 0:
                 at = (f0 // CK * CN + columns)[None, :] * CK + (f0 % CK + k)[:, None]
@@ -132,11 +132,13 @@ def _accumulate(
         if KH * KW * CK % BK != 0:
             inside = inside & (f0 + k < KH * KW * CK)[:, None]
         b = tl.load(B + at, mask=inside, other=0.0)
-        acc = _dot(a, b, acc, PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     return acc
 
 
-@triton.jit(do_not_specialize=["b_task", "b2_task", "bias_task", "images", "height", "width", "rows_y", "rows_x"])
+@triton.jit(
+    do_not_specialize=["Bias", "b_task", "b2_task", "bias_task", "images", "height", "width", "rows_y", "rows_x"]
+)
 def product(
     A,  # [T, N, height, width, CK]
     B,  # [T or 1, taps * I, O]
@@ -249,10 +251,10 @@ def _correlate(
         valid = m < stop
         x = m % rows_x
         line = m // rows_x
-        a = _patch(A, line // rows_y, line % rows_y, x, valid, f0, height, width, CI, KH, KW, SH, SW, PH, PW, False, BF)
+        a = patch(A, line // rows_y, line % rows_y, x, valid, f0, height, width, CI, KH, KW, SH, SW, PH, PW, False, BF)
         inside = valid[:, None] & (columns < CO)[None, :]
         d = tl.load(D + m[:, None] * CO + columns[None, :], mask=inside, other=0.0)
-        acc = _dot(tl.trans(a), d, acc, PRECISION)
+        acc = dot(tl.trans(a), d, acc, PRECISION)
     return acc
 
 
@@ -309,7 +311,7 @@ def correlation(
     tl.store(into + f[:, None] * CO + columns[None, :], acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["w_task"])
+@triton.jit(do_not_specialize=["W", "w_task"])
 def pack(
     W,  # [T or 1, O, I, taps]
     Out,  # [T or 1, taps * I, O]
