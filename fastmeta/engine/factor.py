@@ -112,11 +112,13 @@ class _Costs:
         self._formed_products = k * (first + again * later) + first
         self._shared = k * n * (1 + back) * (1 + again) + m * (1 + back) + m + again * k * n * (1 + back)
         self._shared_products = k * (1 + back) * (1 + again) + 3
-        # Rows that meet rows: those of all steps before; of one, where the input is the same at every step.
-        met, asked_of = (k * (k - 1) // 2, (1 + again) * k) if back else (max(k - 1, 0), min(k, 1) + again * k)
-        pairs = (1 + 3 * again) * met * n * n + asked_of * m * n
-        self._pair_products = (1 + 3 * again) * met + asked_of
+        pairs = (1 + 3 * again) * k * (k - 1) // 2 * n * n + (1 + again) * k * m * n  # rows that meet rows
+        self._pair_products = (1 + 3 * again) * k * (k - 1) // 2 + (1 + again) * k
         self._pairs = 2 * pairs * (op.fan_in + op.fan_out)
+        if not back:  # rows of an input that is the same at every step meet those of the others once
+            self._joined_products = (1 + 3 * again) * max(k - 1, 0) + min(k, 1) + again * k
+        else:
+            self._joined_products = self._pair_products
 
     def pays(self, device: torch.device) -> bool:
         """Whether factors take fewer operations; on a GPU, where calls are what is dear, less time."""
@@ -128,7 +130,7 @@ class _Costs:
         formed += self._formed_products / 2 * GPU.call_s  # two products at a time
         moved = self._elements * self._item * self._shared_products
         factored = max(self._tasks * self.factored_flops / GPU.flops, moved / GPU.bytes)
-        factored += (3 * self._pair_products + 2 * self._shared_products) * GPU.call_s  # scaled and added
+        factored += (3 * self._joined_products + 2 * self._shared_products) * GPU.call_s  # scaled and added
         return factored < formed
 
     @property
