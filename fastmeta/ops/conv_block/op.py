@@ -56,6 +56,7 @@ class ConvBlock(TaskOp):
     saved_names: ClassVar[tuple[str, ...]] = (
         "input",
         "packed weight",
+        "packed for the transpose",
         "convolution",
         "mean",
         "reciprocal deviation",

@@ -27,7 +27,7 @@ class Saved:
 
     Attributes:
         x: ``[T, N, H, W, I]``.
-        weight: packed, ``[T or 1, taps * I, O]``.
+        weight, turned: packed for the convolution, ``[T or 1, parts, taps, O, I]``, and for its transpose.
         z: ``[T, N, h, w, O]``; ``None`` unless it is normalised, and where it is computed anew.
         mean, rstd: ``[T, O]``; ``None`` unless ``z`` is normalised.
         scale: ``[T or 1, O]`` or ``None``.
@@ -37,6 +37,7 @@ class Saved:
 
     x: Tensor
     weight: Tensor
+    turned: Tensor
     z: Tensor | None = None
     mean: Tensor | None = None
     rstd: Tensor | None = None
@@ -51,7 +52,7 @@ class SavedDot:
     """What a tangent map keeps: tangents of the input and of the packed weight, and of what is normalised.
 
     Attributes:
-        x_dot, weight_dot: like ``x``, and ``[T, taps * I, O]``; ``None`` for zero.
+        x_dot, weight_dot, turned_dot: like ``x`` and the packed weights; ``None`` for zero.
         z_dot: like ``z``; ``None`` where it is. ``peak_dot`` and ``moves`` are ``None`` unless ``z`` is normalised.
         peak_dot: of every window.
         moves: ``[T, 2, O]``, sums of ``z_dot`` and of ``x z_dot``.
@@ -60,6 +61,7 @@ class SavedDot:
 
     x_dot: Tensor | None = None
     weight_dot: Tensor | None = None
+    turned_dot: Tensor | None = None
     z_dot: Tensor | None = None
     peak_dot: Tensor | None = None
     moves: Tensor | None = None
@@ -76,7 +78,7 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Saved]:
     """Result ``[T, N, O, ph, pw]``, new running statistics ``[T, O]`` and what is kept."""
     g = geometry
-    kept = Saved(_last(x), _packed(weight, g))
+    kept = Saved(_last(x), *_packed(weight, g))
     if g.shallow:
         return _first(replace(kept, bias=_rows(bias)), (_rows(affine[0]), _rows(affine[1])), running, g)
     z, partial = _convolve(kept, None, bias, g, moments=g.normalised)
@@ -110,7 +112,7 @@ def backward(saved: Saved, d_y: Tensor, need: Sequence[Need], geometry: Geometry
         d_z, _ = _positions(saved, None, d, None, sums, g)
     results: dict[str, Tensor | None] = {}
     if need[0]:
-        results["x"] = _spread(d_z, saved.weight, None, None, g)
+        results["x"] = _spread(d_z, saved.turned, None, None, g)
     if need[1] and anew:
         results["weight"] = _correlate_anew(saved, SavedDot(), d, None, sums, g, shared=need[1] is Need.SHARED)
     elif need[1]:
@@ -129,7 +131,8 @@ def tangent(
 ) -> tuple[Tensor, SavedDot]:
     """``y_dot`` and what is kept; at least one tangent is given."""
     g, tasks = geometry, saved.x.shape[0]
-    dot = SavedDot(None if x_dot is None else _last(x_dot), None if weight_dot is None else _packed(weight_dot, g))
+    packed = (None, None) if weight_dot is None else _packed(weight_dot, g)
+    dot = SavedDot(None if x_dot is None else _last(x_dot), *packed)
     if g.shallow and x_dot is None:
         return _first_tangent(saved, dot, (_rows(affine_dot[0]), _rows(affine_dot[1])), g)
     saved = _formed(saved, g)
@@ -170,11 +173,11 @@ def tangent_backward(
     anew = g.shallow and not need[0] and dot.x_dot is None
     if saved.code is not None and (need[0] or need[1]) and not anew:
         saved, dot = _formed(saved, g), _formed_dot(saved, dot, g)
-        read = (need[0] and dot.weight_dot is not None) or (need[1] and dot.x_dot is not None)
+        read = (need[0] and dot.turned_dot is not None) or (need[1] and dot.x_dot is not None)
         d_z, d_z_dot = _positions(saved, dot, d, d_dot, sums, g, primal=bool(read))
     results: dict[str, Tensor | None] = {}
     if need[0]:
-        results["x"] = _spread(d_z_dot, saved.weight, d_z, dot.weight_dot, g)
+        results["x"] = _spread(d_z_dot, saved.turned, d_z, dot.turned_dot, g)
     if need[1] and anew:
         results["weight"] = _correlate_anew(saved, dot, d, d_dot, sums, g, shared=need[1] is Need.SHARED)
     elif need[1]:
@@ -234,15 +237,17 @@ def _precision() -> str:
     return "rounded" if precision == "bf16" and triton_support.interpreted() else precision
 
 
-def _packed(weight: Tensor, g: Geometry) -> Tensor:
-    """A weight ``[O, I, kh, kw]`` or ``[T, O, I, kh, kw]`` as the products read it, ``[1 or T, taps * I, O]``."""
+def _packed(weight: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
+    """A weight ``[O, I, kh, kw]`` or ``[T, O, I, kh, kw]`` as products read it: :class:`Saved`'s two."""
     tasks = weight if weight.dim() == 5 else weight.unsqueeze(0)
     if not tasks[:1].is_contiguous():
         tasks = tasks.contiguous()
-    out = tasks.new_empty((tasks.shape[0], g.patch, g.out))
+    parts = tiles.weight_parts(g, triton_support.precision())
+    shape = tasks.shape[0], parts, g.convolution.taps
+    straight, turned = tasks.new_empty((*shape, g.out, g.channels)), tasks.new_empty((*shape, g.channels, g.out))
     grid, tile = tiles.reordered(g, tasks.shape[0])
-    products.pack[grid](tasks, out, tasks.stride(0), **tile, **tiles.OPTIONS, num_stages=1)
-    return out
+    products.pack[grid](tasks, straight, turned, tasks.stride(0), PARTS=parts, **tile, **tiles.OPTIONS, num_stages=1)
+    return straight, turned
 
 
 def _formed(saved: Saved, g: Geometry) -> Saved:
@@ -266,7 +271,7 @@ def _convolve(
 ) -> tuple[Tensor, Tensor | None]:
     """``z = x * W + b``, or its tangent, with partial sums of every block of positions for the normalisation."""
     x, tasks = saved.x, saved.x.shape[0]
-    constants = tiles.product_constants(g, tasks, transposed=False)
+    constants = tiles.product_constants(g, tasks, saved.weight.shape[1], transposed=False)
     pairs: list[Tensor | None] = [x, saved.weight]
     if dot is not None:
         terms = [(dot.x_dot, saved.weight), (x, dot.weight_dot)]
@@ -287,7 +292,7 @@ def _convolve(
 def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None, g: Geometry) -> Tensor:
     """``d_x = d *^T W`` and, with a second weight, ``+ d2 *^T W2``: ``[T, N, I, H, W]``."""
     tasks = d.shape[0]
-    constants = tiles.product_constants(g, tasks, transposed=True)
+    constants = tiles.product_constants(g, tasks, weight.shape[1], transposed=True)
     d_x = d.new_empty((tasks, g.images, *g.size, g.channels))
     if weight2 is None:
         d2 = None
@@ -303,12 +308,12 @@ def _correlate(
     pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None, g: Geometry, *, shared: bool
 ) -> Tensor:
     """``corr(x, d) (+ corr(x2, d2))``: ``[T, O, I, kh, kw]``, or summed over tasks."""
-    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g, two=other is not None)
+    x, tasks, constants = pair[0], pair[0].shape[0], tiles.correlation_constants(g)
     programs, pieces, span = tiles.split(g, tasks)
     partial = x.new_empty((tasks, pieces, g.patch, g.out))
     products.correlation[(programs, tasks, pieces)](
         *pair, *(other or (None, None)), partial, g.images, *g.size, *g.conv_size, span,
-        **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
+        **constants, PRECISION=_precision(), **tiles.correlation_options(g),
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 
@@ -342,22 +347,22 @@ def _first_tangent(
     saved: Saved, dot: SavedDot, affine_dot: tuple[Tensor | None, Tensor | None], g: Geometry
 ) -> tuple[Tensor, SavedDot]:
     """:func:`tangent` where ``z_dot`` is computed anew."""
-    weight_dot = dot.weight_dot if dot.weight_dot is not None else torch.zeros_like(saved.weight)
-    moves = _folded(_first_moments(saved, weight_dot, g))
+    turned_dot = dot.turned_dot if dot.turned_dot is not None else torch.zeros_like(saved.turned)
+    moves = _folded(_first_moments(saved, turned_dot, g))
     y_dot, peak_dot = _windows(saved.x, g), _windows(saved.x, g)
-    dot = SavedDot(None, weight_dot, None, peak_dot, moves, affine_dot[0])
+    dot = SavedDot(None, dot.weight_dot, turned_dot, None, peak_dot, moves, affine_dot[0])
     _first_windows(saved, dot, None, affine_dot[1], y_dot, peak_dot, g)
     return y_dot.movedim(-1, 2), dot
 
 
-def _first_moments(saved: Saved, weight_dot: Tensor | None, g: Geometry) -> Tensor:
+def _first_moments(saved: Saved, turned_dot: Tensor | None, g: Geometry) -> Tensor:
     """Partial moments of ``z``, or sums for its tangent, ``[T, blocks, 2, O]``."""
     constants, tasks = tiles.first_constants(g, pooled=False, rows=tiles.ROWS), saved.x.shape[0]
     blocks = tiles.cdiv(g.positions, tiles.ROWS)
     partial = saved.x.new_empty((tasks, blocks, 2, g.out))
-    statistics = (None, None) if weight_dot is None else (saved.mean, saved.rstd)
+    statistics = (None, None) if turned_dot is None else (saved.mean, saved.rstd)
     first.moments[(blocks, tasks, tiles.cdiv(g.out, constants["BC"]))](
-        saved.x, saved.weight, weight_dot, saved.bias, *statistics, partial, _stride(saved.weight), _stride(weight_dot),
+        saved.x, saved.turned, turned_dot, saved.bias, *statistics, partial, _stride(saved.turned), _stride(turned_dot),
         _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=_precision(), **tiles.OPTIONS,
         num_stages=1,
     )  # fmt: skip
@@ -376,8 +381,8 @@ def _first_windows(
     """Write ``y``, codes and peaks, or with a tangent ``y_dot`` and the peaks' tangents."""
     constants, tasks = tiles.first_constants(g, pooled=True, rows=tiles.FIRST), saved.x.shape[0]
     first.windows[(tiles.cdiv(g.windows, tiles.FIRST), tasks, tiles.cdiv(g.out, constants["BC"]))](
-        saved.x, saved.weight, dot.weight_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
-        dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.weight), _stride(dot.weight_dot),
+        saved.x, saved.turned, dot.turned_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
+        dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.turned), _stride(dot.turned_dot),
         _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
         *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=_precision(), **tiles.OPTIONS,
         num_stages=1,
@@ -391,10 +396,10 @@ def _correlate_anew(
     constants, tasks = tiles.first_constants(g, pooled=True, rows=tiles.FIRST), saved.x.shape[0]
     _, pieces, span = tiles.split(g, tasks)
     partial = saved.x.new_empty((tasks, pieces, g.patch, g.out))
-    weight_dot = None if d_dot is None else dot.weight_dot
+    turned_dot = None if d_dot is None else dot.turned_dot
     first.correlation[(pieces, tasks, tiles.cdiv(g.out, constants["BC"]))](
-        saved.x, saved.weight, weight_dot, saved.bias, d, d_dot, saved.code, saved.mean, saved.rstd, saved.scale,
-        dot.scale_dot, dot.moves, sums, partial, _stride(saved.weight), _stride(weight_dot), _stride(saved.bias),
+        saved.x, saved.turned, turned_dot, saved.bias, d, d_dot, saved.code, saved.mean, saved.rstd, saved.scale,
+        dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.bias),
         _stride(saved.scale), _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants,
         Q=2 if d_dot is None else 4, PRECISION=_precision(), **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip

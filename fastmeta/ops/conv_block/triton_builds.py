@@ -6,6 +6,7 @@ Other channels, kernels and windows are built when they are first met; their til
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastmeta.core.triton_support import PRECISIONS, Shipped
@@ -29,7 +30,8 @@ def builds() -> list[Shipped]:
         for precision in PRECISIONS.values():
             if precision == DEFAULT or channels == WIDEST:
                 found += _products(layer, precision)
-        found += [_build(f"pack {_name(layer)}", products.pack, tiles.reordered(layer, 1)[1], ())]
+        packed = tiles.reordered(layer, 1)[1] | {"PARTS": tiles.weight_parts(layer, DEFAULT)}
+        found += [_build(f"pack {_name(layer)}", products.pack, packed, ())]
         found += [_build(f"collect {_name(layer)}", products.collect, tiles.reordered(layer, 1)[1], ())]
     found += _products(_layer(64, 64, stride=2), DEFAULT) + _products(_layer(64, 64, size=3), DEFAULT)
     for channels in (64, 32):
@@ -59,14 +61,16 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
     name = f"{_name(g)} {precision}"
     plain, other = ("Bias", "Z", "Mean", "Rstd"), ("A2", "B2")
     rest = ("Bias", "Partial", "Z", "Mean", "Rstd")
-    forward, transposed = (tiles.product_constants(g, TASKS, transposed=turned) for turned in (False, True))
+    parts = tiles.weight_parts(g, precision)
+    forward, transposed = (tiles.product_constants(g, TASKS, parts, transposed=turned) for turned in (False, True))
 
     def product(label: str, constants: dict[str, Any], missing: Sequence[str]) -> Shipped:
         return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, 3)
 
     def correlation(label: str, missing: Sequence[str]) -> Shipped:
-        weight = tiles.correlation_constants(g, two=not missing) | {"PRECISION": precision}
-        return _build(f"{label} {name}", products.correlation, weight, missing, 3)
+        weight, options = tiles.correlation_constants(g) | {"PRECISION": precision}, tiles.correlation_options(g)
+        built = _build(f"{label} {name}", products.correlation, weight, missing, options["num_stages"])
+        return replace(built, num_warps=options["num_warps"])
 
     return [
         product("forward", forward, (*plain, *other)),

@@ -4,10 +4,11 @@
                   and transposed                      d_x = d_z *^T W;  d_x_dot = d_z_dot *^T W + d_z *^T W_dot
     correlation   out  = corr(A, D) (+ corr(A2, D2))  d_W;  d_W_dot = corr(x, d_z_dot) + corr(x_dot, d_z)
 
-Memory: images ``[T, N, H, W, C]``; a weight ``[T or 1, taps * I, O]``, tap-major with channels inside (:func:`pack`),
-so that every operand of a matrix product is read along its channels. A patch element ``f`` is ``tap * C + channel``.
-Where the channels fill whole tiles, a tile lies in one tap; else (the first layer: 9 or 27 elements a patch) tap and
-channel are found for each column, which is im2col on the way in.
+Memory: images ``[T, N, H, W, C]``; a weight ``[T or 1, parts, taps, O, I]``, or ``[..., I, O]`` for the transpose
+(:func:`pack`): what a product sums over lies side by side, as tensor cores want it of float32. Of two parts, the first
+is the weight rounded to tf32 and the second what is left of it, which spares every program the splitting. A patch
+element ``f`` is ``tap * C + channel``. Where the channels fill whole tiles, a tile lies in one tap; else (the first
+layer: 9 or 27 elements a patch) tap and channel are found for each column, which is im2col on the way in.
 
 Task offsets are int64, offsets within a task int32. No sum is shared by programs: each is in a fixed order.
 """
@@ -28,6 +29,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def parts(a):
+    """``a`` cut to tf32's 10 bits of mantissa, and the rest: their sum is ``a``."""
+    first = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return first, a - first
 
 
 @triton.jit
@@ -115,33 +123,39 @@ def _accumulate(
     PW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``acc`` plus one convolution's product for these positions and columns."""
     k = tl.arange(0, BK)
     for f0 in range(0, KH * KW * CK, BK):
         a = patch(A, n, y, x, valid, f0, height, width, CK, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK)
-        if TRANSPOSED:
-            if CK % BK == 0:
-                at = (f0 // CK * CN + columns)[None, :] * CK + (f0 % CK + k)[:, None]
-            else:
-                at = (((f0 + k) // CK * CN)[:, None] + columns[None, :]) * CK + ((f0 + k) % CK)[:, None]
+        if CK % BK == 0:
+            at = (f0 // CK * CN + columns)[None, :] * CK + (f0 % CK + k)[:, None]
         else:
-            at = (f0 + k)[:, None] * CN + columns[None, :]
+            at = (((f0 + k) // CK * CN)[:, None] + columns[None, :]) * CK + ((f0 + k) % CK)[:, None]
         inside = (columns < CN)[None, :]
         if KH * KW * CK % BK != 0:
             inside = inside & (f0 + k < KH * KW * CK)[:, None]
         b = tl.load(B + at, mask=inside, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        if PARTS == 1:
+            acc = dot(a, b, acc, PRECISION)
+        else:
+            rest = tl.load(B + KH * KW * CK * CN + at, mask=inside, other=0.0)
+            if PRECISION == "tf32x3":
+                large, small = parts(a)
+                acc = tl.dot(small, b, acc, input_precision="tf32")
+                acc = tl.dot(large, rest, acc, input_precision="tf32")
+                acc = tl.dot(large, b, acc, input_precision="tf32")
+            else:
+                acc = dot(a, b + rest, acc, PRECISION)
     return acc
 
 
-@triton.jit(
-    do_not_specialize=["Bias", "b_task", "b2_task", "bias_task", "images", "height", "width", "rows_y", "rows_x"]
-)
+@triton.jit(do_not_specialize=["Bias", "bias_task", "images", "height", "width", "rows_y", "rows_x"])
 def product(
     A,  # [T, N, height, width, CK]
-    B,  # [T or 1, taps * I, O]
+    B,  # [T or 1, parts, taps, CN, CK]
     A2,  # like A and B, or None
     B2,
     Bias,  # [T or 1, CN] or None
@@ -170,6 +184,7 @@ def product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A convolution or its transpose for ``BM`` positions of a task and ``BN`` channels.
@@ -191,12 +206,12 @@ def product(
     acc = tl.zeros((BM, BN), tl.float32)
     acc = _accumulate(
         acc, A + t * size, B + t * b_task, n, y, x, valid, columns, height, width,
-        CK, CN, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK, PRECISION,
+        CK, CN, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK, PARTS, PRECISION,
     )  # fmt: skip
     if A2 is not None:
         acc = _accumulate(
             acc, A2 + t * size, B2 + t * b2_task, n, y, x, valid, columns, height, width,
-            CK, CN, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK, PRECISION,
+            CK, CN, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK, PARTS, PRECISION,
         )  # fmt: skip
     if Bias is not None:
         acc += tl.load(Bias + t * bias_task + columns, mask=columns < CN, other=0.0)[None, :]
@@ -314,22 +329,33 @@ def correlation(
 @triton.jit(do_not_specialize=["W", "w_task"])
 def pack(
     W,  # [T or 1, O, I, taps]
-    Out,  # [T or 1, taps * I, O]
+    Straight,  # [T or 1, parts, taps, O, I]
+    Turned,  # [T or 1, parts, taps, I, O]
     w_task,
     CI: tl.constexpr,
     CO: tl.constexpr,
     TAPS: tl.constexpr,
+    PARTS: tl.constexpr,
     BQ: tl.constexpr,
     BO: tl.constexpr,
 ):
-    """A weight in PyTorch's order as the products read it."""
+    """A weight in PyTorch's order as a convolution reads it, and as its transpose does."""
     q = tl.program_id(0) * BQ + tl.arange(0, BQ)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     t = tl.program_id(2).to(tl.int64)
     inside = (q < CI * TAPS)[:, None] & (o < CO)[None, :]
     value = tl.load(W + t * w_task + o[None, :] * (CI * TAPS) + q[:, None], mask=inside, other=0.0)
-    f = q % TAPS * CI + q // TAPS
-    tl.store(Out + t * (CI * TAPS * CO) + f[:, None] * CO + o[None, :], value, mask=inside)
+    tap = q % TAPS
+    i = q // TAPS
+    size = CI * TAPS * CO
+    straight = Straight + t * (PARTS * size) + (tap[:, None] * CO + o[None, :]) * CI + i[:, None]
+    turned = Turned + t * (PARTS * size) + (tap * CI + i)[:, None] * CO + o[None, :]
+    if PARTS == 2:
+        value, rest = parts(value)
+        tl.store(straight + size, rest, mask=inside)
+        tl.store(turned + size, rest, mask=inside)
+    tl.store(straight, value, mask=inside)
+    tl.store(turned, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pieces"])

@@ -46,7 +46,8 @@ def slope(curve: Curve, s: Tensor) -> Tensor:
     if curve.kind == "identity":
         return torch.ones_like(s)
     if curve.kind in ("relu", "leaky_relu"):
-        return torch.where(s > 0, 1.0, curve.below if curve.kind == "leaky_relu" else 0.0).to(s.dtype)
+        below = curve.below if curve.kind == "leaky_relu" else 0.0
+        return torch.where(s > 0, s.new_ones(()), s.new_full((), below))
     if curve.kind == "tanh":
         return 1 - s * s
     if curve.kind == "sigmoid":
