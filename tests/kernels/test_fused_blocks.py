@@ -24,6 +24,12 @@ WAYS, LR, STEPS = 3, 0.1, 2
 SLACK = 2e-6  # rounding of float32 through a few sums of some hundred terms
 
 
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts multiply float32 as such on a GPU too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def network(**options: Any) -> nn.Sequential:
     return conv_net(2, WAYS, filters=6, image_size=8, blocks=2, **options)
 
@@ -75,7 +81,7 @@ def compare(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -
     for name, error in errors[0].items():
         assert error <= 2 * errors[1][name] + SLACK, (name, error, errors[1][name])
     for name in ours.keys() - right.keys():
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
@@ -150,11 +156,11 @@ class Branches(nn.Module):
 def test_what_others_read_is_not_fused_away(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Branches().eval()
-    rows = explained(copy.deepcopy(model), torch.float32, monkeypatch)
+    with monkeypatch.context() as patch:
+        rows = explained(copy.deepcopy(model), torch.float32, patch)
     assert [row.op for row in rows].count("conv_block") == 2
     assert [row.op for row in rows].count("activation") == 2
     assert [row.reason for row in rows if row.op == "batch_norm"] == ["conv_block: batch norm by running statistics"]
-    monkeypatch.undo()
     compare(model, monkeypatch)
 
 

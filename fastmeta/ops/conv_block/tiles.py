@@ -15,6 +15,7 @@ SPLITS = 128  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
 ELEMENTS = 2048  # of an elementwise program
 FIRST = 32  # rows of a tile where ``z`` is computed anew
+WHOLE = 256  # windows that one program sums
 SUMMED = 16  # windows that are summed at a time
 
 Grid = tuple[int, int, int]
@@ -101,6 +102,15 @@ def elementwise(positions: int, tasks: int, channels: int) -> tuple[Grid, dict[s
 def weight_parts(g: Geometry, precision: str) -> int:
     """In how many parts a weight is packed: in two where a product is made of three, and tiles are large."""
     return 2 if precision == "tf32x3" and not g.shallow else 1
+
+
+def sums(windows: int, tasks: int, channels: int) -> tuple[Grid, int, dict[str, int]]:
+    """Grid, windows of a program and tile of the sums over windows; one program sums a few windows whole."""
+    if windows <= WHOLE:
+        return (1, tasks, cdiv(channels, 32)), windows, {"BM": 4 * SUMMED, "BC": 32}
+    span = cdiv(cdiv(windows, BLOCKS), SUMMED) * SUMMED
+    wide = width(channels)
+    return (cdiv(windows, span), tasks, cdiv(channels, wide)), span, {"BM": SUMMED, "BC": wide}
 
 
 def reordered(g: Geometry, tasks: int) -> tuple[Grid, dict[str, int]]:

@@ -451,15 +451,13 @@ def _folded(partial: Tensor) -> Tensor:
 
 def _window_sums(saved: Saved, dot: SavedDot | None, d: Tensor, d_dot: Tensor | None, g: Geometry) -> Tensor:
     """Sums of ``triton_norm.window_sums``, ``[T, Q, C]``."""
-    tasks, wide = d.shape[0], tiles.width(g.out)
     q = 4 if dot is not None else 2 if g.normalised else 1
-    span = tiles.cdiv(tiles.cdiv(g.windows, tiles.BLOCKS), tiles.SUMMED) * tiles.SUMMED
-    blocks = tiles.cdiv(g.windows, span)
-    partial = d.new_empty((tasks, blocks, q, g.out))
+    grid, span, tile = tiles.sums(g.windows, d.shape[0], g.out)
+    partial = d.new_empty((d.shape[0], grid[0], q, g.out))
     peak_dot, moves = (None, None) if dot is None else (dot.peak_dot, dot.moves)
-    norm.window_sums[(blocks, tasks, tiles.cdiv(g.out, wide))](
+    norm.window_sums[grid](
         d, d_dot, saved.code, saved.peak, peak_dot, saved.mean, saved.rstd, moves, partial, g.windows, span, g.slope,
-        g.positions, C=g.out, Q=q, BM=tiles.SUMMED, BC=wide, **tiles.OPTIONS, num_stages=1,
+        g.positions, C=g.out, Q=q, **tile, **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return _folded(partial)
 

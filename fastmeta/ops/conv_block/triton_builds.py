@@ -105,7 +105,8 @@ def _passes(g: Geometry) -> list[Shipped]:
     """What follows the products, for normalised and pooled images."""
     elementwise = tiles.pool_constants(g) | tiles.elementwise(1, 1, g.out)[1]
     moments = {"C": g.out, "BB": tiles.BLOCKS, "BC": tiles.width(g.out)}
-    sums = {"C": g.out, "BM": tiles.SUMMED, "BC": tiles.width(g.out)}
+    few, many = ({"C": g.out, **tiles.sums(count, 1, g.out)[2]} for count in (tiles.WHOLE, 1 << 16))
+    of_x = ("DDot", "PeakDot", "Moves")
     running = ("OldMean", "OldVar", "NewMean", "NewVar")
     dots = ("DDot", "ZDot", "ScaleDot", "Moves", "DZDot")
     return [
@@ -114,8 +115,10 @@ def _passes(g: Geometry) -> list[Shipped]:
         _build(f"moments, running statistics {g.out}", norm.finish_moments, moments, ()),
         _build(f"activate {g.out}", norm.activate, elementwise | {"ACTIVATION": g.activation}, ()),
         _build(f"activate's tangent {g.out}", norm.activate_tangent, elementwise, ()),
-        _build(f"sums {g.out}", norm.window_sums, sums | {"Q": 2}, ("DDot", "PeakDot", "Moves")),
-        _build(f"sums' tangents {g.out}", norm.window_sums, sums | {"Q": 4}, ()),
+        _build(f"sums {g.out}", norm.window_sums, many | {"Q": 2}, of_x),
+        _build(f"sums' tangents {g.out}", norm.window_sums, many | {"Q": 4}, ()),
+        _build(f"sums of few {g.out}", norm.window_sums, few | {"Q": 2}, of_x),
+        _build(f"sums' tangents of few {g.out}", norm.window_sums, few | {"Q": 4}, ()),
         _build(f"norm's cotangent {g.out}", norm.input_cotangent, elementwise | {"Q": 2}, dots),
         _build(f"norm's cotangent's tangent {g.out}", norm.input_cotangent, elementwise | {"Q": 4}, ()),
     ]
