@@ -148,7 +148,7 @@ class TaskOp(ABC):
     """
 
     name: ClassVar[str]
-    backend: ClassVar[str] = "reference"  # who computes its maps, for ``explain()``
+    backend: str = "reference"  # who computes its maps, for ``explain()``
     targets: ClassVar[tuple[str, ...]] = ()  # ATen overloads it covers, e.g. ``"aten.linear.default"``
     shares: ClassVar[tuple[str, ...]] = ()  # schema names of arguments it takes without a task axis, too
     fixed: ClassVar[tuple[str, ...]] = ()  # floating arguments it has no derivative for: generic where one is wanted

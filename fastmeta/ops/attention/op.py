@@ -102,7 +102,8 @@ class Attention(TaskOp):
 
     def _maps(self, q: Tensor) -> Any:
         """The module whose maps run tensors like ``q``."""
-        if select(self.name, backends(q.device, q.dtype, *self.widths)) == "reference":
+        self.backend = select(self.name, backends(q.device, q.dtype, *self.widths))
+        if self.backend == "reference":
             return reference
         from fastmeta.ops.attention import triton
 

@@ -50,7 +50,7 @@ class ConvBlock(TaskOp):
     """
 
     name: ClassVar[str] = "conv_block"
-    backend: ClassVar[str] = "triton"
+    backend: str = "triton"
     shares: ClassVar[tuple[str, ...]] = (*NAMES[1:], *STATISTICS)
     fixed: ClassVar[tuple[str, ...]] = STATISTICS
     saved_names: ClassVar[tuple[str, ...]] = (

@@ -39,6 +39,7 @@ class LayerNorm(TaskOp):
         if self._on_gpu(x[0]):
             from fastmeta.ops.layer_norm import triton
 
+            self.backend = "triton"
             y, normalised, r = triton.forward(self._rows(x[0]), c, b, self.eps)
         else:
             normalised, r = reference.normalise(self._rows(x[0]), self.eps)
