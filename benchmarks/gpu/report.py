@@ -35,7 +35,9 @@ def steps_of(found: dict[str, Any], prefix: str = "step ") -> list[dict[str, Any
 
 def best_peer(result: dict[str, Any]) -> dict[str, Any] | None:
     """The quickest row that is not fastmeta's and whose error is at most ten times fastmeta's or 1e-5."""
-    ours = next(row for row in result["rows"] if row["variant"] == MAIN)
+    ours = next((row for row in result["rows"] if row["variant"] == MAIN), None)
+    if ours is None:
+        return None
     bound = max(1e-5, 10 * ours["error"])
     peers = [row for row in result["rows"] if row["variant"] not in OURS and row["error"] <= bound]
     return min(peers, key=lambda row: row["ms"], default=None)
@@ -70,7 +72,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _step_rows(result: dict[str, Any]) -> list[str]:
-    ours = next(row for row in result["rows"] if row["variant"] == MAIN)
+    ours = next((row for row in result["rows"] if row["variant"] == MAIN), {"ms": float("nan")})
     lines = ["| variant | ms | 20 % | 80 % | / fastmeta | error | MiB |", "|---|---:|---:|---:|---:|---:|---:|"]
     for row in sorted(result["rows"], key=lambda row: row["ms"]):
         memory = f"{row['mib']:.1f}" if "mib" in row else ""

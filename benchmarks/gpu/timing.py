@@ -42,6 +42,12 @@ def interleaved(
     return {name: _summed_up(times) for name, times in turns.items()}
 
 
+def once(call: Callable[[], Any]) -> Timed:
+    """One call, for what takes seconds."""
+    time = _turn(call, 1)
+    return Timed(time, time, time)
+
+
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     """Replays of ``call``, captured once; raises what capturing raises."""
     stream = torch.cuda.Stream()
