@@ -79,6 +79,9 @@ def _step_rows(result: dict[str, Any]) -> list[str]:
         times = f"{row['ms']:.4g} | {row['low']:.4g} | {row['high']:.4g} | {row['ms'] / ours['ms']:.2f}"
         lines.append(f"| {row['variant']} | {times} | {row['error']:.1e} | {memory} |")
     lines += [f"| {variant} | {reason} | | | | | |" for variant, reason in result["reasons"].items()]
+    peer = best_peer(result)
+    if peer is not None:
+        lines += ["", f"Best peer / fastmeta: {peer['ms'] / ours['ms']:.2f} ({peer['variant']})."]
     return lines
 
 

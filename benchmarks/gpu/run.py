@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import attention, conv, peaks, report, steps
-from fastmeta.core import environment, files
+from fastmeta.core import environment, files, triton_support
 
 PARTS = ("steps", "conv", "attention", "tf32", "jax")
 TF32 = ("omniglot_5way", "omniglot_20way", "conv4_84")
@@ -75,9 +75,11 @@ def main() -> None:
     for name in arguments.workload or steps.WORKLOADS:
         kinds = [v for v in steps.VARIANTS if v != "torch.compile" or name in WITH_COMPILE]
         part("steps", f"step {name}", lambda name=name, kinds=kinds: steps.compare(name, kinds, say))
-    for key, rows in (("conv", conv.rows), ("attention", attention.rows)):
-        part(key, key, lambda rows=rows: rows(measured))
-        say(f"{key}: done")
+    rates = {"flops": measured.of(triton_support.precision()), "bytes": measured.bytes}
+    part("conv", "conv", lambda: conv.rows(rates))
+    say("conv: done")
+    part("attention", "attention", lambda: attention.rows(measured))
+    say("attention: done")
     for name in TF32:
         kinds = ["fastmeta", "torch.func, graph", "torch.func, graph, channels last"]
         part("tf32", f"tf32 {name}", lambda name=name, kinds=kinds: steps.compare(name, kinds, say, with_tf32=True))
