@@ -25,7 +25,8 @@ LARGEST = 227 << 10  # bytes of shared memory, as a Hopper GPU's block has
 def build(folder: Path, sources: Path = ROOT) -> Path:
     """Compile the library from the ``csrc`` and ``tests`` below ``sources``."""
     target = folder / "resident.so"
-    words = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-clobbered", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+    words = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared"]
+    words += ["-Wall", "-Wextra", "-Wno-clobbered", "-Wno-unknown-pragmas"]
     words += [f"-I{sources / 'csrc'}", f"-I{sources / 'tests' / 'csrc'}"]
     words += [str(sources / "tests" / "csrc" / "resident_shim.cpp"), "-o", str(target)]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -98,8 +99,8 @@ class Net:
             if self.ignored >= 0:
                 y[:, 0] = (self.ignored + 1) % self.widths[-1]  # one that counts
             return x.to(dtype), y
-        shape = (tasks, n, self.widths[-1])
-        y = torch.rand(shape, dtype=torch.float64) if self.loss == "binary_cross_entropy" else torch.randn(shape).double()
+        draw = torch.rand if self.loss == "binary_cross_entropy" else torch.randn
+        y = draw(tasks, n, self.widths[-1], dtype=torch.float64)
         return x.to(dtype), y.to(dtype)
 
 
