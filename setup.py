@@ -1,11 +1,13 @@
-"""Builds the extension ``fastmeta._C``: C++17 and pybind11, no PyTorch header, a few files once per instruction set.
+"""Builds the extensions: C++17, CUDA and pybind11, no PyTorch header.
 
-``FASTMETA_BUILD`` says what to build:
+``fastmeta._C`` has the CPU kernels, a few files once per instruction set; ``fastmeta._cuda`` what stands in folders
+with a ``.cu``, linked with the static CUDA runtime. ``FASTMETA_BUILD`` says what to build:
 
-* ``auto`` (the default): the CPU kernels; without a C++ compiler the package installs and runs on its reference
-  implementations, and ``fastmeta doctor`` shows what it lost and why;
+* ``auto`` (the default): the CPU kernels, and the CUDA kernels where nvcc is found and compiles them; without a C++
+  compiler the package installs and runs on its reference implementations; ``fastmeta doctor`` shows what it lost, and
+  why;
 * ``cpu``: the CPU kernels, or an error;
-* ``cuda``: the CUDA kernels as well, or an error (this version has none);
+* ``cuda``: the CPU kernels and the CUDA kernels, or an error;
 * ``none``: nothing.
 """
 
@@ -14,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +51,11 @@ UNIX_FLAGS = [
 # Without contraction to fused multiply-adds every instruction set returns the same bits (csrc/inner_update/math.h).
 SAME_BITS = "inner_update"
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
+CUDA_MODULE = ROOT / "csrc" / "cuda_module.cpp"
+CAPABILITIES = ("80", "90")  # machine code for these; other devices translate what they are given for the last
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "--threads", "0"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{c},code=sm_{c}" for c in CAPABILITIES]
+NVCC_FLAGS += [f"-gencode=arch=compute_{CAPABILITIES[-1]},code=compute_{CAPABILITIES[-1]}"]
 
 
 def build_mode() -> str:
@@ -54,25 +63,39 @@ def build_mode() -> str:
     mode = os.environ.get("FASTMETA_BUILD", "auto")
     if mode not in MODES:
         sys.exit(f"setup: FASTMETA_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
-        sys.exit(
-            "setup: FASTMETA_BUILD=cuda cannot be met: this version of fastmeta has no CUDA sources. "
-            "Use FASTMETA_BUILD=auto or cpu; on a GPU the operations run through torch."
-        )
     return mode
 
 
-def write_record(folder: Path, mode: str, instruction_sets: list[str], reason: str) -> None:
-    """Note beside the package what was built, for ``fastmeta doctor``."""
-    record = {"mode": mode, "instruction_sets": instruction_sets, "reason": reason}
+def write_record(folder: Path, mode: str, instruction_sets: list[str], reason: str, cuda_reason: str) -> None:
+    """Note beside the package what was built, and why not the rest, for ``fastmeta doctor``."""
+    cuda = {"capabilities": [] if cuda_reason else list(CAPABILITIES), "reason": cuda_reason}
+    record = {"mode": mode, "instruction_sets": instruction_sets, "reason": reason, "cuda": cuda}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def remove_extension(folder: Path) -> None:
+def remove_extension(folder: Path, name: str) -> None:
     """Remove what an earlier build left, which would be used in spite of the record."""
-    for stale in folder.glob("_C.*"):
+    for stale in folder.glob(f"{name}.*"):
         stale.unlink()
+
+
+def nvcc() -> str:
+    """The CUDA compiler: what ``NVCC`` names, else on the path, else below ``CUDA_HOME``; empty where there is none."""
+    named = os.environ.get("NVCC") or "nvcc"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which(named) or shutil.which(str(Path(home) / "bin" / named)) or ""
+
+
+def call(*command: str) -> None:
+    """Run a compiler; raises ``CompileError`` with its last words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompileError(str(error)) from error
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()
+        raise CompileError(f"{command[0]} failed: {' / '.join(words[-3:])}")
 
 
 class BuildPython(build_py):
@@ -83,8 +106,10 @@ class BuildPython(build_py):
         super().run()
         if build_mode() == "none":
             package = ROOT / "fastmeta" if self.editable_mode else Path(self.build_lib) / "fastmeta"
-            remove_extension(package)
-            write_record(package, "none", [], "the package was installed with FASTMETA_BUILD=none")
+            reason = "the package was installed with FASTMETA_BUILD=none"
+            for name in ("_C", "_cuda"):
+                remove_extension(package, name)
+            write_record(package, "none", [], reason, reason)
 
 
 class BuildExtension(build_ext):
@@ -105,16 +130,50 @@ class BuildExtension(build_ext):
         self.instruction_sets = []
         fault = self.fault(PROBE, self.flags())
         if not fault:
+            cuda = self.cuda_fault(mode)
             super().build_extensions()
-            write_record(self.folder, mode, self.instruction_sets, "")
+            write_record(self.folder, mode, self.instruction_sets, "", cuda)
             return
         if mode != "auto":
             sys.exit(f"setup: FASTMETA_BUILD={mode} needs GCC or Clang with C++17, and Python's headers: {fault}")
         reason = f"neither GCC nor Clang with C++17 and Python's headers was found at installation ({fault})"
         self.warn(f"fastmeta will run on its reference implementations: {reason}")
-        remove_extension(self.folder)
+        for name in ("_C", "_cuda"):
+            remove_extension(self.folder, name)
         self.extensions = []
-        write_record(self.folder, mode, [], reason)
+        write_record(self.folder, mode, [], reason, reason)
+
+    def cuda_fault(self, mode: str) -> str:
+        """Build the CUDA kernels, and take them off the list; why they are missing where they are."""
+        wanted = [e for e in self.extensions if e.name == "fastmeta._cuda"]
+        if not wanted:
+            remove_extension(self.folder, "_cuda")
+            return f"the package was installed with FASTMETA_BUILD={mode}"
+        try:
+            self.build_cuda(wanted[0])
+        except CompileError as error:
+            if mode == "cuda":
+                sys.exit(f"setup: FASTMETA_BUILD=cuda cannot be met: {error}")
+            remove_extension(self.folder, "_cuda")
+            self.extensions = [e for e in self.extensions if e is not wanted[0]]
+            if nvcc():
+                self.warn(f"fastmeta will run without its CUDA kernels: {error}")
+            return f"no CUDA kernels were built at installation ({error})"
+        return ""
+
+    def build_cuda(self, extension: Extension) -> None:
+        """Compile and link the CUDA kernels."""
+        compiler = nvcc()
+        if not compiler:
+            raise CompileError("nvcc was not found; NVCC or CUDA_HOME can name it")
+        target, objects = Path(self.get_ext_fullpath(extension.name)), []
+        for folder in (target.parent, Path(self.build_temp) / "cuda"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for source in extension.sources:
+            objects.append(str(Path(self.build_temp) / "cuda" / f"{Path(source).parent.name}_{Path(source).name}.o"))
+            includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *extension.include_dirs)]
+            call(compiler, *NVCC_FLAGS, *includes, "-c", source, "-o", objects[-1])
+        call(compiler, "-shared", "-cudart", "static", *objects, "-o", str(target), "-Xlinker", "--strip-all")
 
     def flags(self) -> list[str]:
         """Options for every file."""
@@ -138,7 +197,9 @@ class BuildExtension(build_ext):
         return ""
 
     def build_extension(self, extension: Extension) -> None:
-        """Compile and link one extension."""
+        """Compile and link the CPU kernels."""
+        if extension.name == "fastmeta._cuda":
+            return  # cuda_fault has built it
         msvc = self.compiler.compiler_type == "msvc"
         flags = self.flags()
         x86 = platform.machine().lower() in ("x86_64", "amd64") and not msvc
@@ -175,22 +236,31 @@ class BuildExtension(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """The one extension, or none where nothing is to be compiled."""
-    if build_mode() == "none":
+    """What is to be compiled."""
+    mode = build_mode()
+    if mode == "none":
         return []
     import pybind11
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
-    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
-    return [
-        Extension(
-            "fastmeta._C",
-            sources=sources,
+    csrc = ROOT / "csrc"
+    of_cuda = {path.parent for path in csrc.rglob("*.cu")}
+
+    def extension(name: str, *patterns: str, cuda: bool) -> Extension:
+        found = sorted(path for pattern in patterns for path in csrc.rglob(pattern))
+        sources = [path for path in found if cuda == (path.parent in of_cuda or path == CUDA_MODULE)]
+        headers = sorted(str(p.relative_to(ROOT)) for pattern in ("*.h", "*.cuh") for p in csrc.rglob(pattern))
+        return Extension(
+            name,
+            sources=[str(path.relative_to(ROOT)) for path in sources],
             include_dirs=[pybind11.get_include()],
             depends=[*headers, "setup.py"],
             language="c++",
         )
-    ]
+
+    wanted = [extension("fastmeta._C", "*.cpp", cuda=False)]
+    if mode in ("auto", "cuda"):
+        wanted.append(extension("fastmeta._cuda", "*.cpp", "*.cu", cuda=True))
+    return wanted
 
 
 setup(ext_modules=extensions(), cmdclass={"build_py": BuildPython, "build_ext": BuildExtension})

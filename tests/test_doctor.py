@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["threads"]["torch"] == torch.get_num_threads()
     assert bool(report["gpu"]["devices"]) == torch.cuda.is_available()
     assert bool(report["gpu"]["reason"]) != torch.cuda.is_available()
+    assert report["cuda"]["available"] == (native.cuda_extension() is not None)
+    assert bool(report["cuda"]["reason"]) != report["cuda"]["available"]
     assert [b["name"] for b in report["backends"]["inner_update"]] == ["native", "reference"]
     assert set(report["native"]["compiled"]) >= ({"plain"} if native.extension() else set())
 
@@ -47,6 +50,7 @@ def test_text_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         report["machine"]["processor"],
         f"{report['machine']['cores']} cores",
         report["gpu"]["reason"],
+        report["cuda"]["reason"],
         *(backend["reason"] for table in report["backends"].values() for backend in table),
     ):
         assert words in out
@@ -59,6 +63,18 @@ def test_a_missing_extension_is_shown_with_its_reason(
     _, out, _ = call(capsys, "doctor")
     assert out.count("missing: no compiler was found") == 2  # the build, and inner_update's row
     assert "no native kernels" in environment.machine_line()
+
+
+def test_cuda_kernels_without_a_device_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = SimpleNamespace(devices=lambda: (0, "no CUDA-capable device is detected"))
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(native, "_load_cuda", native._load_cuda.__wrapped__)
+    assert native.cuda_extension() is None
+    _, out, _ = call(capsys, "doctor")
+    assert "CUDA kernels" in out
+    assert "missing: no CUDA-capable device is detected" in out
 
 
 def fresh(code: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -118,9 +120,10 @@ def test_wheel_builds_in_isolation_without_torch(tmp_path: Path) -> None:
     code = "import fastmeta, fastmeta._C as c; print(fastmeta.__version__, 'plain' in c.compiled_instruction_sets())"
     found = run(str(bare), "-c", code, cwd=site)
     assert found.stdout.strip() == f"{fastmeta.__version__} True", found.stderr
-    report = doctor(site)["native"]
-    assert report["available"]
-    assert report["build_mode"] == "cpu"
+    report = doctor(site)
+    assert report["native"]["available"]
+    assert report["native"]["build_mode"] == "cpu"
+    assert "FASTMETA_BUILD=cpu" in report["cuda"]["reason"]
 
 
 def test_build_none_installs_and_says_what_it_lost(tmp_path: Path) -> None:
@@ -130,6 +133,8 @@ def test_build_none_installs_and_says_what_it_lost(tmp_path: Path) -> None:
     report = doctor(unpack(wheels[0], tmp_path / "site"))
     assert not report["native"]["available"]
     assert "FASTMETA_BUILD=none" in report["native"]["reason"]
+    assert not report["cuda"]["available"]
+    assert "FASTMETA_BUILD=none" in report["cuda"]["reason"]
     native, reference = report["backends"]["inner_update"]
     assert native == {"name": "native", "available": False, "reason": report["native"]["reason"]}
     assert reference["available"]
@@ -158,7 +163,12 @@ def test_without_a_compiler_auto_installs_and_says_what_it_lost(tmp_path: Path) 
     ("mode", "more", "message"),
     [
         ("cpu", {"CC": "no-such-cc", "CXX": "no-such-c++"}, "FASTMETA_BUILD=cpu needs GCC or Clang with C++17"),
-        ("cuda", {}, "this version of fastmeta has no CUDA sources"),
+        (
+            "cuda",
+            {"NVCC": "no-such-nvcc", "CUDA_HOME": "nowhere"},
+            "FASTMETA_BUILD=cuda cannot be met: nvcc was not found",
+        ),
+        ("cuda", {"NVCC": "false"}, "FASTMETA_BUILD=cuda cannot be met: "),
         ("gpu", {}, "FASTMETA_BUILD must be one of auto, cpu, cuda, none, got 'gpu'"),
     ],
 )
@@ -167,6 +177,37 @@ def test_a_build_that_cannot_be_met_fails(tmp_path: Path, mode: str, more: dict[
     assert done.returncode != 0
     assert not wheels
     assert message in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_the_cuda_kernels_are_built_and_load_without_a_driver(tmp_path: Path) -> None:
+    done, wheels = build_wheel(tmp_path, "--no-build-isolation", FASTMETA_BUILD="cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(name.startswith("fastmeta/_cuda.") for name in zipfile.ZipFile(wheels[0]).namelist())
+    site = unpack(wheels[0], tmp_path / "site")
+    report = doctor(site)["cuda"]
+    assert report["compiled"] == ["sm_80", "sm_90"]
+    found = elsewhere(site, "import fastmeta._cuda as c; print(c.devices())")  # neither torch nor a driver is needed
+    assert found.returncode == 0, found.stderr
+    count, reason = ast.literal_eval(found.stdout)
+    assert bool(count) != bool(reason)
+    assert report["reason"] == reason
+
+
+@pytest.mark.slow
+def test_without_nvcc_auto_says_so(tmp_path: Path) -> None:
+    done, wheels = build_wheel(
+        tmp_path, "--no-build-isolation", FASTMETA_BUILD="auto", NVCC="no-such-nvcc", CUDA_HOME="nowhere"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = doctor(unpack(wheels[0], tmp_path / "site"))
+    assert report["native"]["available"]
+    assert report["cuda"] == {
+        "available": False,
+        "reason": "no CUDA kernels were built at installation (nvcc was not found; NVCC or CUDA_HOME can name it)",
+        "compiled": [],
+    }
 
 
 def test_python_m_fastmeta() -> None:

@@ -68,6 +68,10 @@ def render(report: dict[str, Any]) -> str:
     lines += ["gpu"]
     lines += [f"  {device['name']} ({device['capability']})" for device in report["gpu"]["devices"]]
     lines += [f"  none: {report['gpu']['reason']}"] if not report["gpu"]["devices"] else []
+    cuda = report["cuda"]
+    lines += ["CUDA kernels"]
+    lines += [f"  compiled: {', '.join(cuda['compiled'])}"] if cuda["compiled"] else []
+    lines += [] if cuda["available"] else [f"  missing: {cuda['reason']}"]
     lines += ["rates that plans are compared by", *_rates(report["rates"])]
     lines += ["backends, best first"]
     for op, table in report["backends"].items():

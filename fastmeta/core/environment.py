@@ -23,6 +23,7 @@ def gather() -> dict[str, Any]:
         "native": native_build(),
         "threads": threads(),
         "gpu": gpu(),
+        "cuda": cuda_build(),
     }
 
 
@@ -93,6 +94,13 @@ def native_build() -> dict[str, Any]:
     except RuntimeError as error:  # FASTMETA_ISA asks for what cannot be
         found["reason"] = str(error)
     return found
+
+
+def cuda_build() -> dict[str, Any]:
+    """The CUDA kernels: whether they can run, why not, and the compute capabilities they are compiled for."""
+    compiled = native.build_record().get("cuda", {}).get("capabilities", [])
+    reason = native.cuda_missing_reason()
+    return {"available": not reason, "reason": reason, "compiled": [f"sm_{name}" for name in compiled]}
 
 
 def threads() -> dict[str, Any]:

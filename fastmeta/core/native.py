@@ -1,4 +1,4 @@
-"""The compiled extension ``fastmeta._C``: loaded on first use, with the reason where it is missing."""
+"""The compiled extensions ``_C`` (CPU) and ``_cuda``: loaded on first use, with the reason where one is missing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ from typing import Any
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
+    return _import("_C", build_record())
+
+
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    module, reason = _import("_cuda", build_record().get("cuda", {}))
+    if module is not None:
+        count, reason = module.devices()
+        if count == 0:
+            return None, reason
+    return module, reason
+
+
+def _import(name: str, record: dict[str, Any]) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("fastmeta._C"), ""
+        return importlib.import_module(f"fastmeta.{name}"), ""
     except ImportError as error:
-        reason = build_record().get("reason") or f"fastmeta._C cannot be imported: {error}"
-        return None, reason
+        return None, record.get("reason") or f"fastmeta.{name} cannot be imported: {error}"
 
 
 def extension() -> ModuleType | None:
@@ -27,6 +40,16 @@ def extension() -> ModuleType | None:
 def missing_reason() -> str:
     """Why :func:`extension` is ``None``; empty where it is not."""
     return _load()[1]
+
+
+def cuda_extension() -> ModuleType | None:
+    """The CUDA kernels, ``None`` where they were not built, cannot be loaded, or find no device."""
+    return _load_cuda()[0]
+
+
+def cuda_missing_reason() -> str:
+    """Why :func:`cuda_extension` is ``None``; empty where it is not."""
+    return _load_cuda()[1]
 
 
 def require(op: str) -> ModuleType:

@@ -20,8 +20,11 @@ from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.plan import chunk_size, plan
 from fastmeta.engine.program import Program
+from fastmeta.engine.resident import ResidentStep
 from fastmeta.engine.trace import Graph, NotTraceable, trace
 from fastmeta.engine.work import Work, task_of
+
+Compiled = NativeStep | ResidentStep
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Programs:
     planned_chunk: int
     captures: Captures
     room: Room
-    native: NativeStep | str = "there is no query set"  # or why there is none
+    native: Compiled | str = "there is no query set"  # what runs them, or why nothing does
 
     @property
     def chunk_size(self) -> int:
@@ -86,7 +89,7 @@ class Compiler:
     def __init__(self) -> None:
         self._graphs: dict[Any, Graph | NotTraceable] = {}
         self._programs: dict[Any, Program] = {}
-        self._steps: dict[tuple[int, int], NativeStep | str] = {}  # by the programs, which are never dropped alone
+        self._steps: dict[tuple[int, int], Compiled | str] = {}  # by the programs, which are never dropped alone
         self._factors: dict[tuple[int, frozenset[str]], Program] = {}  # likewise
         self._blocks: dict[int, Program] = {}  # likewise
         self._captures = Captures()
@@ -118,10 +121,16 @@ class Compiler:
             names = choose(support, query, work)
             if isinstance(native, NativeStep) and work.executor == "auto":
                 native = native.objection(work, rates.known()) or native
-            runs_natively = isinstance(native, NativeStep)
+            if isinstance(native, ResidentStep):
+                native = native.refusal(work, outputs=False) or native
+            runs_natively = not isinstance(native, str)
             if runs_natively and any(plan_of(work.plan, name) == "factored" for name in names):
                 native, runs_natively = "weights that no task forms are asked for", False
-            if runs_natively and work.executor == "auto" and quicker(support, query, work, names, rates.known()):
+            if (
+                isinstance(native, NativeStep)
+                and work.executor == "auto"
+                and quicker(support, query, work, names, rates.known())
+            ):
                 native, runs_natively = "weights that no task forms take less time", False
             if not runs_natively:
                 support, query = self._factored(support, names), self._factored(query, names)
@@ -148,18 +157,16 @@ class Compiler:
             self._blocks[id(program)] = joined(program, device)
         return self._blocks[id(program)]
 
-    def _native(self, work: Work, support: Program, query: Program | None) -> NativeStep | str:
-        """The lowered meta-step, or the reason why there is none; either is remembered."""
+    def _native(self, work: Work, support: Program, query: Program | None) -> Compiled | str:
+        """The lowered meta-step for the device it is on, or why there is none; either is remembered."""
         if query is None:
             return "there is no query set"
         if work.executor == "reference":
             return "the reference executor was asked for"
-        if work.alpha.device.type != "cpu":
-            return f"the native executor runs on a CPU, and the parameters are on {work.alpha.device}"
         key = id(support), id(query)
         if key not in self._steps:
             try:
-                self._steps[key] = NativeStep(support, query)
+                self._steps[key] = (ResidentStep if work.alpha.is_cuda else NativeStep)(support, query)
             except NotLowered as reason:
                 self._steps[key] = str(reason)
         return self._steps[key]

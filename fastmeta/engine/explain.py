@@ -13,6 +13,7 @@ from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.program import Instruction
+from fastmeta.engine.resident import ResidentStep
 from fastmeta.engine.work import Work, leaves
 
 
@@ -27,8 +28,8 @@ class Row:
         shape: of one task's result.
         plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
             or ``shared`` where no task has its own.
-        backend: who runs it: ``native``, ``reference``, ``triton``, or ``callback`` for what the native executor has
-            the operation's own maps for.
+        backend: who runs it: ``native``, ``cuda``, ``triton``, ``reference``, or ``callback`` for what the native executor
+            has the operation's own maps for.
         flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
@@ -148,6 +149,11 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     if isinstance(native, str) or refusal:
         rows, kept, once = _by_reference(work, programs)
         executor = f"reference{_captured(work, programs)}, because {refusal}"
+    elif isinstance(native, ResidentStep):
+        calls = cost.paired(programs.support, programs.query)
+        rows = [_row(call, "cuda", cost.flops(work, call, query), 0, 0) for call, query in calls]
+        kept, once = {}, 0
+        executor = f"resident, {native.describe(work)}"
     else:
         calls = cost.paired(programs.support, programs.query)
         collected = {id(call) for call in native.collected(work, learned=work.alpha.requires_grad)}

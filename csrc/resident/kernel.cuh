@@ -1,0 +1,372 @@
+// A block takes one task through its whole meta-step, eq. (1)-(8') of docs/maths.md; sums.cuh sums over tasks.
+//
+// Warps own rows and go through the network without waiting for each other; the block waits before and after what all
+// rows add to: the step of the parameters, and lam - H u of the adjoint. So a step has two barriers each way.
+#pragma once
+
+#include "passes.cuh"
+
+namespace fastmeta::resident {
+
+// One task's state in shared memory.
+template <class R>
+struct Block {
+  R* memory;
+  int lane, warp, warps;
+  std::int64_t task;
+
+  FASTMETA_DEVICE Set<R> set(const Plan& plan, int which) const {
+    const R* target = memory + plan.target[which];
+    return {memory + plan.x[which], target, reinterpret_cast<const int*>(target), plan.n[which],
+            memory[plan.scale + which]};
+  }
+  FASTMETA_DEVICE Rows<R> rows(int place, int count, int first) const { return {memory + place, count, first, lane}; }
+  FASTMETA_DEVICE R rate(const Plan& plan, int k, int layer, int bias) const {
+    return memory[plan.rates + (k * plan.layers + layer) * 2 + bias];
+  }
+};
+
+// Where a tile lies: its layer, and the row and column of its first element.
+struct Place {
+  int layer, row, column;
+};
+
+FASTMETA_DEVICE Place place_of(const Plan& plan, int tile) {
+  int layer = 0;
+  while (layer + 1 < plan.layers && tile >= plan.layer[layer + 1].first_tile) ++layer;
+  const int within = tile - plan.layer[layer].first_tile, row = within / plan.layer[layer].quads;
+  return {layer, 4 * row, 4 * (within - row * plan.layer[layer].quads)};
+}
+
+// What element `i` of the staged part of shared memory is: copied from the address, or else a constant.
+template <class R>
+struct Source {
+  const R* from;
+  R constant;
+};
+
+template <class R>
+FASTMETA_DEVICE Source<R> parameter_source(const Plan& plan, const Tensors<R>& io, int i) {
+  int layer = 0;
+  while (layer + 1 < plan.layers && i >= plan.layer[layer + 1].w) ++layer;
+  const Layer& l = plan.layer[layer];
+  const int row = (i - l.w) / l.stride, column = (i - l.w) - row * l.stride;
+  if (row >= l.out || column >= l.in + l.bias) return {nullptr, R(0)};
+  if (column == l.in) return {io.parameter[layer][1] + row, R(0)};
+  return {io.parameter[layer][0] + row * l.in + column, R(0)};
+}
+
+// Rates of what does not adapt are 0: its step is none, and lam - H u is its gradient, eq. (8').
+template <class R>
+FASTMETA_DEVICE Source<R> rate_source(const Plan& plan, const Tensors<R>& io, int i) {
+  const int k = i / (2 * plan.layers), layer = (i - 2 * k * plan.layers) / 2;
+  const int parameter = plan.layer[layer].parameter[i & 1];
+  if (k >= plan.steps || parameter == absent || parameter >= plan.adapted) return {nullptr, R(0)};
+  const int row = plan.rate_rows > 1 ? k : 0, column = plan.rate_columns > 1 ? parameter : 0;
+  return {io.alpha + row * plan.rate_columns + column, R(0)};
+}
+
+template <class R>
+FASTMETA_DEVICE Source<R> source_of(const Plan& plan, const Tensors<R>& io, std::int64_t task, int i) {
+  if (i >= plan.phi) return parameter_source(plan, io, i - plan.phi);
+  if (i >= plan.rates) return rate_source(plan, io, i - plan.rates);
+  const Layer &first = plan.layer[0], &last = plan.layer[plan.layers - 1];
+  if (i >= plan.target[0]) {
+    const int which = i >= plan.target[1], count = plan.n[which] * last.out;
+    i -= plan.target[which];
+    if (plan.loss == Loss::cross_entropy || i >= count) return {nullptr, R(0)};  // stage_labels reads those
+    return {static_cast<const R*>(io.target[which]) + task * count + i, R(0)};
+  }
+  const int which = i >= plan.x[1];
+  i -= plan.x[which];
+  const int row = i / first.stride, column = i - row * first.stride;
+  if (row >= plan.n[which] || column > first.in) return {nullptr, R(0)};
+  if (column == first.in) return {nullptr, first.bias ? R(1) : R(0)};
+  return {io.x[which] + (task * plan.n[which] + row) * first.in + column, R(0)};
+}
+
+// Copies everything the task reads to shared memory; several reads are under way at once.
+template <class R>
+FASTMETA_DEVICE void stage(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+  constexpr int batch = 8;
+  const bool labels = plan.loss == Loss::cross_entropy;
+  for (int begin = threadIdx.x; begin < plan.staged; begin += batch * blockDim.x) {
+    R values[batch];
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      const int i = begin + b * blockDim.x;
+      if (i >= plan.staged) continue;
+      const Source<R> source = source_of(plan, io, block.task, i);
+      values[b] = source.from == nullptr ? source.constant : *source.from;
+    }
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      const int i = begin + b * blockDim.x;
+      const bool label = labels && i >= plan.target[0] && i < plan.rates;
+      if (i < plan.staged && !label) block.memory[i] = values[b];
+    }
+  }
+}
+
+// Labels and what the sums of losses are multiplied by; a label that is no class makes the loss NaN.
+template <class R>
+FASTMETA_DEVICE void stage_labels(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+  const int which = block.warp, n = plan.n[which], classes = plan.layer[plan.layers - 1].out;
+  int count = n * classes;
+  if (plan.loss == Loss::cross_entropy) {
+    const std::int64_t* given = static_cast<const std::int64_t*>(io.target[which]) + block.task * n;
+    int* labels = reinterpret_cast<int*>(block.memory + plan.target[which]);
+    count = 0;
+    for (int i = block.lane; i < n; i += warp_size) {
+      const std::int64_t label = given[i];
+      const bool counts = label != plan.ignored, right = label >= 0 && label < classes;
+      labels[i] = !counts ? ignored_label : right ? static_cast<int>(label) : wrong_label;
+      count += counts;
+    }
+    count = warp_sum(count);
+  }
+  if (block.lane == 0) block.memory[plan.scale + which] = plan.mean ? R(1) / static_cast<R>(count) : R(1);
+}
+
+// The inner loss or the query's, and all cotangents, of every row.
+template <class R>
+FASTMETA_DEVICE void pass(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
+  const int which = k == plan.steps;
+  const Set<R> set = block.set(plan, which);
+  const R* phi = block.memory + plan.phi_at(k);
+  const int place = which ? plan.query : plan.pass_at(k);
+  const bool curvatures = !which && plan.second_order;
+  R factor = 1;
+  if (which) factor = io.d_losses == nullptr ? R(1) / static_cast<R>(io.tasks) : io.d_losses[block.task];
+  for (int first = rows_at_once * block.warp; first < plan.rows[which]; first += rows_at_once * block.warps) {
+    const Rows<R> rows = block.rows(place, plan.rows[which], first);
+    forward(plan, phi, set.x, rows, curvatures);
+    loss(plan, set, rows, factor, block.memory + plan.row_loss, curvatures);
+    if (!which || plan.gradient) backward(plan, phi, rows, curvatures);
+    if (!which || io.outputs == nullptr) continue;
+    const Layer& last = plan.layer[plan.layers - 1];
+    for (int r = 0; r < rows_at_once && first + r < set.n; ++r)
+      for (int j = block.lane; j < last.out; j += warp_size)
+        io.outputs[(block.task * set.n + first + r) * last.out + j] = rows.a(last)[r * last.a_stride + j];
+  }
+}
+
+// The mean or sum of the rows' losses, by the last warp.
+template <class R>
+FASTMETA_DEVICE void put_loss(const Plan& plan, const Block<R>& block, int which, R* to) {
+  if (to == nullptr || block.warp != block.warps - 1) return;
+  const R sum = warp_sum_of(block.memory + plan.row_loss, plan.n[which], 1, block.lane);
+  if (block.lane == 0) *to = sum * block.memory[plan.scale + which];
+}
+
+// What a layer reads, in a pass of the set `which` or in its tangents; `x` for the first one.
+template <class R>
+FASTMETA_DEVICE void add_outer(const Plan& plan, Outer<R>& sums, const Place& at, int which, const R* d_pass,
+                               const R* a_pass, const R* x) {
+  const Layer& l = plan.layer[at.layer];
+  const int count = plan.rows[which];
+  const R* a = x;
+  if (at.layer > 0) a = a_pass + count * plan.layer[at.layer - 1].a;
+  if (a == nullptr) return;
+  sums.add(d_pass + count * l.d + at.row, l.d_stride, a + at.column, l.stride, plan.n[which]);
+}
+
+// f(place, layer, first element in a packed vector, sums) for the tiles of this thread.
+template <class R, class Add, class Use>
+FASTMETA_DEVICE void for_tiles(const Plan& plan, Add add, Use use) {
+  for (int tile = threadIdx.x; tile < plan.tiles; tile += blockDim.x) {
+    const Place at = place_of(plan, tile);
+    Outer<R> sums;
+    add(at, sums);
+    use(tile, at, sums);
+  }
+}
+
+template <class R>
+FASTMETA_DEVICE int element(const Layer& l, const Place& at, int i) {
+  return l.w + (at.row + i) * l.stride + at.column;
+}
+
+// phi_(k+1) = phi_k - alpha_k g_k, eq. (2) and (3).
+template <class R>
+FASTMETA_DEVICE void step(const Plan& plan, const Block<R>& block, int k) {
+  const R *pass = block.memory + plan.pass_at(k), *x = block.memory + plan.x[0];
+  const R* now = block.memory + plan.phi_at(k);
+  R* next = block.memory + plan.phi_at(k + 1);
+  for_tiles<R>(
+      plan, [&](const Place& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
+      [&](int, const Place& at, const Outer<R>& g) {
+        const Layer& l = plan.layer[at.layer];
+        const R rates[2] = {block.rate(plan, k, at.layer, 0), block.rate(plan, k, at.layer, 1)};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          Quad<R> phi = quad(now + element<R>(l, at, i));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) phi.v[j] -= (at.column + j == l.in ? rates[1] : rates[0]) * g.sum[i][j];
+          put(next + element<R>(l, at, i), phi);
+        }
+      });
+}
+
+// lam of some elements is put where the adjoint's next step finds it, with u = alpha_k lam, eq. (5); or among the results.
+template <class R>
+FASTMETA_DEVICE void put_lam(const Plan& plan, const Tensors<R>& io, const Block<R>& block, const Place& at, int i, int k,
+                             const Quad<R>& lam) {
+  const Layer& l = plan.layer[at.layer];
+  const int place = element<R>(l, at, i);
+  if (k < 0 || !plan.second_order) put(io.task_gradients + block.task * plan.packed + place, lam);
+  if (k < 0) return;
+  put(block.memory + plan.lam() + place, lam);
+  if (!plan.second_order) return;
+  const R rates[2] = {block.rate(plan, k, at.layer, 0), block.rate(plan, k, at.layer, 1)};
+  Quad<R> u;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) u.v[j] = (at.column + j == l.in ? rates[1] : rates[0]) * lam.v[j];
+  put(block.memory + plan.u + place, u);
+}
+
+// lam_K, the query loss's gradient.
+template <class R>
+FASTMETA_DEVICE void begin_adjoint(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+  const R *pass = block.memory + plan.query, *x = block.memory + plan.x[1];
+  for_tiles<R>(
+      plan, [&](const Place& at, Outer<R>& g) { add_outer(plan, g, at, 1, pass, pass, x); },
+      [&](int, const Place& at, const Outer<R>& g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          put_lam(plan, io, block, at, i, plan.kept ? plan.steps - 1 : -1,
+                  Quad<R>{{g.sum[i][0], g.sum[i][1], g.sum[i][2], g.sum[i][3]}});
+      });
+}
+
+// Tangents of every row's activations and cotangents in the direction u_k.
+template <class R>
+FASTMETA_DEVICE void tangent_pass(const Plan& plan, const Block<R>& block, int k) {
+  const Set<R> set = block.set(plan, 0);
+  const R *phi = block.memory + plan.phi_at(k), *u = block.memory + plan.u;
+  for (int first = rows_at_once * block.warp; first < plan.rows[0]; first += rows_at_once * block.warps) {
+    const Rows<R> rows = block.rows(plan.pass_at(k), plan.rows[0], first);
+    const Rows<R> dots = block.rows(plan.query, plan.rows[0], first);
+    tangent(plan, phi, u, set.x, rows, dots);
+    loss_tangent(plan, set, rows, dots);
+    tangent_backward(plan, phi, u, rows, dots);
+  }
+}
+
+// lam_k = lam_(k+1) - H_k u_k, eq. (6).
+template <class R>
+FASTMETA_DEVICE void adjoint_step(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
+  const R *pass = block.memory + plan.pass_at(k), *x = block.memory + plan.x[0];
+  const R *dots = block.memory + plan.query, *lam = block.memory + plan.lam();
+  for_tiles<R>(
+      plan,
+      [&](const Place& at, Outer<R>& h) {
+        add_outer(plan, h, at, 0, dots, pass, x);
+        add_outer<R>(plan, h, at, 0, pass, dots, nullptr);
+      },
+      [&](int, const Place& at, const Outer<R>& h) {
+        const Layer& l = plan.layer[at.layer];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          Quad<R> value = quad(lam + element<R>(l, at, i));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) value.v[j] -= h.sum[i][j];
+          put_lam(plan, io, block, at, i, k - 1, value);
+        }
+      });
+}
+
+// <g_k, lam_(k+1)> of each tile's weights and biases, eq. (7).
+template <class R>
+FASTMETA_DEVICE void tile_products(const Plan& plan, const Block<R>& block, int k) {
+  const R *pass = block.memory + plan.pass_at(k), *x = block.memory + plan.x[0];
+  const R* lam = block.memory + plan.lam();
+  R* partial = block.memory + plan.partial;
+  for_tiles<R>(
+      plan, [&](const Place& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
+      [&](int tile, const Place& at, const Outer<R>& g) {
+        const Layer& l = plan.layer[at.layer];
+        R weight = 0, bias = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Quad<R> value = quad(lam + element<R>(l, at, i));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const R product = g.sum[i][j] * value.v[j];
+            if (at.column + j == l.in) bias += product;
+            else weight += product;
+          }
+        }
+        partial[2 * tile] = weight, partial[2 * tile + 1] = bias;
+      });
+}
+
+// Their sums over tiles.
+template <class R>
+FASTMETA_DEVICE void put_rate_products(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
+  for (int i = block.warp; i < 2 * plan.layers; i += block.warps) {
+    const int begin = plan.layer[i / 2].first_tile;
+    const int end = i / 2 + 1 < plan.layers ? plan.layer[i / 2 + 1].first_tile : plan.tiles;
+    const R* first = block.memory + plan.partial + 2 * begin + (i & 1);
+    const R sum = warp_sum_of(first, end - begin, 2, block.lane);
+    if (block.lane == 0) io.rate_products[(block.task * plan.steps + k) * 2 * plan.layers + i] = sum;
+  }
+}
+
+// Parameters and pass of a step, to global memory and back.
+template <class R>
+FASTMETA_DEVICE void spill(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k, bool back) {
+  R* tape = io.tape + (block.task * plan.steps + k) * plan.tape();
+  const int sizes[2] = {plan.packed, plan.rows[0] * plan.pass}, places[2] = {plan.phi, plan.passes};
+  for (int part = 0; part < 2; ++part) {
+    R* here = block.memory + places[part];
+    R* there = tape + (part ? plan.packed : 0);
+    for (int i = 4 * threadIdx.x; i < sizes[part]; i += 4 * blockDim.x) {
+      if (back) put(here + i, quad<R>(there + i));
+      else put(there + i, quad<R>(here + i));
+    }
+  }
+  __syncthreads();
+}
+
+template <class R>
+FASTMETA_DEVICE void adjoint(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+  for (int k = plan.steps - 1; k >= 0; --k) {
+    if (plan.spilled) spill(plan, io, block, k, true);
+    if (plan.second_order) tangent_pass(plan, block, k);
+    __syncthreads();
+    if (plan.learned) tile_products(plan, block, k);  // of lam before this thread changes it
+    if (plan.second_order) adjoint_step(plan, io, block, k);
+    if (plan.learned || k > 0) __syncthreads();
+    if (plan.learned) put_rate_products(plan, io, block, k);
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(most_threads, 1)
+    meta_step(const __grid_constant__ Plan plan, const __grid_constant__ Tensors<R> io) {
+  FASTMETA_SHARED(memory);
+  const Block<R> block{reinterpret_cast<R*>(memory), static_cast<int>(threadIdx.x) % warp_size,
+                       static_cast<int>(threadIdx.x) / warp_size, static_cast<int>(blockDim.x) / warp_size,
+                       static_cast<std::int64_t>(blockIdx.x)};
+  stage(plan, io, block);
+  if (block.warp < 2) stage_labels(plan, io, block);
+  __syncthreads();
+  for (int k = 0; k <= plan.steps; ++k) {
+    pass(plan, io, block, k);
+    __syncthreads();
+    if (k == plan.steps) break;
+    if (plan.spilled) spill(plan, io, block, k, false);
+    step(plan, block, k);
+    put_loss(plan, block, 0, io.support_losses == nullptr ? nullptr : io.support_losses + k * io.tasks + block.task);
+    __syncthreads();
+  }
+  put_loss(plan, block, 1, io.losses + block.task);
+  if (!plan.gradient) return;
+  begin_adjoint(plan, io, block);
+  if (!plan.kept) return;
+  __syncthreads();
+  adjoint(plan, io, block);
+}
+
+}  // namespace fastmeta::resident
