@@ -28,8 +28,8 @@ class Row:
         shape: of one task's result.
         plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
             or ``shared`` where no task has its own.
-        backend: who runs it: ``native``, ``cuda``, ``triton``, ``reference``, or ``callback`` for what the native executor
-            has the operation's own maps for.
+        backend: who runs it: ``native``, ``cuda``, ``triton``, ``reference``, or ``callback`` for what the native
+            executor has the operation's own maps for.
         flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.

@@ -34,8 +34,8 @@ def builds() -> list[Shipped]:
         found += [_build(f"pack {_name(layer)}", products.pack, packed, ())]
         found += [_build(f"collect {_name(layer)}", products.collect, tiles.reordered(layer, 1)[1], ())]
     found += _products(_layer(64, 64, stride=2), DEFAULT) + _products(_layer(64, 64, size=3), DEFAULT)
-    for channels in (64, 32):
-        found += _passes(_layer(channels, channels))
+    for wide in (64, 32):
+        found += _passes(_layer(wide, wide))
     found += [_build("fold", norm.fold, {"BB": tiles.BLOCKS, "BC": 32}, ())]
     same: dict[Any, Shipped] = {}
     for one in found:

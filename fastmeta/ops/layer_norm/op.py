@@ -62,8 +62,8 @@ class LayerNorm(TaskOp):
         if self._on_gpu(x) and any(dot is not None for dot in x_dot):
             from fastmeta.ops.layer_norm import triton
 
-            y_dot, normalised_dot, turn = triton.tangent(x, r, c, self._rows(x_dot[0]), c_dot, b_dot)
-            return (y_dot.reshape(x.shape[0], *self.shape),), (normalised_dot, turn, c_dot)
+            on_gpu, *kept = triton.tangent(x, r, c, self._rows(x_dot[0]), c_dot, b_dot)
+            return (on_gpu.reshape(x.shape[0], *self.shape),), (*kept, c_dot)
         if x_dot[0] is not None:
             z_dot = self._rows(x_dot[0])
             normalised_dot, turn = reference.project(z_dot, x, r), reference.mean(z_dot * x) * r

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.product import product
-from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported
+from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, plus
 from fastmeta.ops.linear_block import reference
 from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
 
@@ -91,11 +91,15 @@ class LinearBlock(TaskOp):
         first, second = (dot, weight), (x if weight_dot is not None else None, weight_dot)
         if dot is None:  # then the one product is x W_dot^T, or none
             first, second = second, (None, None)
-        if first[0] is None:
+        y_dot: Tensor
+        z_dot: Tensor | None
+        if first[0] is not None:
+            y_dot, z_dot = triton.rows(self.curve, *first, bias_dot, *second, s=s, keep=bent)
+        elif bias_dot is not None:
             z_dot = bias_dot.unsqueeze(1).expand_as(s)
             y_dot = reference.slope(self.curve, s) * z_dot
         else:
-            y_dot, z_dot = triton.rows(self.curve, *first, bias_dot, *second, s=s, keep=bent)
+            return (None,), (None, None, None)
         return (self._shaped(y_dot, self.y_shape),), (dot, weight_dot, z_dot if bent else None)
 
     def tangent_backward(
@@ -116,7 +120,7 @@ class LinearBlock(TaskOp):
             d_w, d_b = self._over_tasks(d_z_dot, x, d_w, d_b, need)
             if need[1] is Need.SHARED and x_dot is not None and d is not None:
                 d_z = reference.slope(self.curve, s) * d
-                d_w = d_w + product(d_z.flatten(0, 1).t(), x_dot.flatten(0, 1))
+                d_w = plus(d_w, product(d_z.flatten(0, 1).t(), x_dot.flatten(0, 1)))
         return self._wanted(d_x, d_w, d_b, need)
 
     def flops(self) -> int:
