@@ -69,7 +69,7 @@ def test_cuda_kernels_without_a_device_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = SimpleNamespace(devices=lambda: (0, "no CUDA-capable device is detected"))
-    monkeypatch.setattr(native.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(native, "_import", lambda name, record: (module, ""))
     monkeypatch.setattr(native, "_load_cuda", native._load_cuda.__wrapped__)
     assert native.cuda_extension() is None
     _, out, _ = call(capsys, "doctor")

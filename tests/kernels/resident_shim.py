@@ -22,10 +22,10 @@ LOSSES = ("squared_error", "cross_entropy", "binary_cross_entropy")
 LARGEST = 227 << 10  # bytes of shared memory, as a Hopper GPU's block has
 
 
-def build(folder: Path, sources: Path = ROOT) -> Path:
+def build(folder: Path, sources: Path = ROOT, level: str = "-O1") -> Path:
     """Compile the library from the ``csrc`` and ``tests`` below ``sources``."""
     target = folder / "resident.so"
-    words = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared"]
+    words = ["g++", "-std=c++17", level, "-fPIC", "-shared"]
     words += ["-Wall", "-Wextra", "-Wno-clobbered", "-Wno-unknown-pragmas"]
     words += [f"-I{sources / 'csrc'}", f"-I{sources / 'tests' / 'csrc'}"]
     words += [str(sources / "tests" / "csrc" / "resident_shim.cpp"), "-o", str(target)]
