@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -95,7 +96,8 @@ class _Blocks:
             if i < 0 or str(self._nodes[i].call.target) not in targets or self._nodes[i].inputs[0] != slot:
                 continue
             follower = self._nodes[i]
-            more = replace(parts, **{kind: follower.call})
+            named: dict[str, Any] = {kind: follower.call}
+            more = replace(parts, **named)
             statistics: list[int] = []
             if kind == "norm":
                 statistics = self._statistics(follower)

@@ -12,6 +12,8 @@ channel are found for each column, which is im2col on the way in.
 Task offsets are int64, offsets within a task int32. No sum is shared by programs: each is in a fixed order.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
