@@ -96,8 +96,8 @@ class _Blocks:
             if i < 0 or str(self._nodes[i].call.target) not in targets or self._nodes[i].inputs[0] != slot:
                 continue
             follower = self._nodes[i]
-            taken: dict[str, Any] = {kind: follower.call}
-            more = replace(parts, **taken)
+            named: dict[str, Any] = {kind: follower.call}
+            more = replace(parts, **named)
             statistics: list[int] = []
             if kind == "norm":
                 statistics = self._statistics(follower)

@@ -118,11 +118,11 @@ def test_tangents_and_cotangents_that_are_missing(name: str, monkeypatch: pytest
         for first, second in ((True, True), (True, False), (False, True)):
             drawn = Drawn(layer, moving=(alone,))
             options = {"first": first, "second": second}
-            for key, value in drawn.truth(**options).flat().items():
-                assert distance(drawn.maps(**options).flat()[key], value) <= FLOAT64_BOUND, (alone, key)
+            truth, reference = drawn.truth(**options), drawn.maps(**options).flat()
+            for key, value in truth.flat().items():
+                assert distance(reference[key], value) <= FLOAT64_BOUND, (alone, key)
             torchs = on_reference(drawn, torch.float32, monkeypatch, **options)
-            got = drawn.maps(torch.float32, where, **options)
-            check(got, drawn.truth(**options), torchs, layer.length)
+            check(drawn.maps(torch.float32, where, **options), truth, torchs, layer.length)
 
 
 @pytest.mark.parametrize("name", ["bias before norm", "no norm"])
@@ -146,15 +146,13 @@ def test_partial_sums_of_many_blocks(monkeypatch: pytest.MonkeyPatch, nan_poison
     """Small tiles stand for large images: sums are merged in groups, a weight's cotangent comes in pieces."""
     for name, size in (("ROWS", 16), ("BLOCKS", 2), ("DEPTH", 16), ("SUMMED", 4), ("WHOLE", 4)):
         monkeypatch.setattr(tiles, name, size)
-    layer = Layer(channels=2, out=5, size=(13, 14), images=1)
-    drawn = Drawn(layer)
-    assert tiles.split(drawn.op.geometry, 2)[1] > 1
-    assert drawn.op.geometry.positions / tiles.ROWS > 4 * tiles.BLOCKS
-    torchs = on_reference(drawn, torch.float32, monkeypatch)
-    check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, layer.length)
-    summed = Drawn(layer, shared=("weight",), summed=True)
-    torchs = on_reference(summed, torch.float32, monkeypatch)
-    check(summed.maps(torch.float32, device()), summed.truth(), torchs, layer.length)
+    layer = Layer(channels=2, out=5, size=(9, 16), images=1)
+    for moving, tasks in ((NAMES, 1), (NAMES[1:], 2)):
+        drawn = Drawn(layer, tasks, shared=("weight",), summed=True, moving=moving, wanted=moving)
+        assert tiles.split(drawn.op.geometry, tasks)[1] > 1
+        assert drawn.op.geometry.positions / tiles.ROWS > 4 * tiles.BLOCKS
+        torchs = on_reference(drawn, torch.float32, monkeypatch)
+        check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, layer.length)
 
 
 def test_images_of_any_layout() -> None:

@@ -75,7 +75,7 @@ def forward(
             v = v + _broad(affine[1])
     slope = None
     if g.activation != "identity":
-        slope = torch.where(v > 0, 1.0, g.slope).to(v.dtype)
+        slope = torch.ones_like(v).masked_fill_(v <= 0, g.slope)
         v = torch.relu(v) if g.activation == "relu" else F.leaky_relu(v, g.slope)
     where = None
     if g.pooled:

@@ -14,7 +14,6 @@ FEW = 132  # programs that leave a large GPU idle
 SPLITS = 128  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
 ELEMENTS = 2048  # of an elementwise program
-FIRST = 32  # rows of a tile where ``z`` is computed anew
 WHOLE = 256  # windows that one program sums
 SUMMED = 16  # windows that are summed at a time
 
@@ -75,9 +74,14 @@ def correlation_options(g: Geometry) -> dict[str, Any]:
     return {"num_warps": 2 if few else 4, "num_stages": 1 if few else 2, "enable_fp_fusion": True}
 
 
-def first_constants(g: Geometry, *, pooled: bool, rows: int) -> dict[str, Any]:
-    """What a build of ``triton_first`` is made for: with windows or without, for tiles of so many rows."""
-    tile = {"BM": rows, "BC": width(g.out), "BK": 16 if g.patch <= 16 else 32}
+def first_rows(g: Geometry) -> int:
+    """Rows of a tile where ``z`` is computed anew: the operands of longer patches take more registers."""
+    return 32 if g.patch <= 16 else 16
+
+
+def first_constants(g: Geometry, *, pooled: bool) -> dict[str, Any]:
+    """What a build of ``triton_first`` is made for: with windows or without."""
+    tile = {"BM": first_rows(g) if pooled else ROWS, "BC": width(g.out), "BK": 16 if g.patch <= 16 else 32}
     pool = {f"W{name.removeprefix('K')}": size for name, size in _windows(g.pool).items()} if pooled else {}
     return {"CI": g.channels, "C": g.out, **_windows(g.convolution), **pool, **tile}
 

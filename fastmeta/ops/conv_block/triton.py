@@ -357,7 +357,7 @@ def _first_tangent(
 
 def _first_moments(saved: Saved, turned_dot: Tensor | None, g: Geometry) -> Tensor:
     """Partial moments of ``z``, or sums for its tangent, ``[T, blocks, 2, O]``."""
-    constants, tasks = tiles.first_constants(g, pooled=False, rows=tiles.ROWS), saved.x.shape[0]
+    constants, tasks = tiles.first_constants(g, pooled=False), saved.x.shape[0]
     blocks = tiles.cdiv(g.positions, tiles.ROWS)
     partial = saved.x.new_empty((tasks, blocks, 2, g.out))
     statistics = (None, None) if turned_dot is None else (saved.mean, saved.rstd)
@@ -379,8 +379,8 @@ def _first_windows(
     g: Geometry,
 ) -> None:
     """Write ``y``, codes and peaks, or with a tangent ``y_dot`` and the peaks' tangents."""
-    constants, tasks = tiles.first_constants(g, pooled=True, rows=tiles.FIRST), saved.x.shape[0]
-    first.windows[(tiles.cdiv(g.windows, tiles.FIRST), tasks, tiles.cdiv(g.out, constants["BC"]))](
+    constants, tasks = tiles.first_constants(g, pooled=True), saved.x.shape[0]
+    first.windows[(tiles.cdiv(g.windows, constants["BM"]), tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, dot.turned_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
         dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.turned), _stride(dot.turned_dot),
         _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
@@ -393,7 +393,7 @@ def _correlate_anew(
     saved: Saved, dot: SavedDot, d: Tensor, d_dot: Tensor | None, sums: Tensor | None, g: Geometry, *, shared: bool
 ) -> Tensor:
     """``corr(x, d_z)``, or with a tangent ``corr(x, d_z_dot)``, where neither image exists."""
-    constants, tasks = tiles.first_constants(g, pooled=True, rows=tiles.FIRST), saved.x.shape[0]
+    constants, tasks = tiles.first_constants(g, pooled=True), saved.x.shape[0]
     _, pieces, span = tiles.split(g, tasks)
     partial = saved.x.new_empty((tasks, pieces, g.patch, g.out))
     turned_dot = None if d_dot is None else dot.turned_dot
@@ -410,9 +410,8 @@ def _moments(
     partial: Tensor, running: tuple[Tensor, Tensor] | None, g: Geometry
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Mean, reciprocal deviation and new running statistics, ``[T, O]``."""
-    tasks, blocks, span, wide = partial.shape[0], partial.shape[1], tiles.ROWS, tiles.width(g.out)
-    columns = tiles.cdiv(g.out, wide)
-    tile = {"C": g.out, "BB": tiles.BLOCKS, "BC": wide}
+    tasks, blocks, span = partial.shape[0], partial.shape[1], tiles.ROWS
+    columns, tile = tiles.cdiv(g.out, 32), {"C": g.out, "BB": tiles.BLOCKS, "BC": 32}
     while blocks > 4 * tiles.BLOCKS:
         groups = tiles.cdiv(blocks, tiles.BLOCKS)
         merged = partial.new_empty((tasks, groups, 2, g.out))

@@ -25,10 +25,10 @@ FLOATS = ("slope", "eps", "momentum")
 def builds() -> list[Shipped]:
     """Every build, each by a name of its own."""
     found = []
-    for channels in LAYERS:
-        layer = _layer(*channels)
+    for pair in LAYERS:
+        layer = _layer(*pair)
         for precision in PRECISIONS.values():
-            if precision == DEFAULT or channels == WIDEST:
+            if precision == DEFAULT or pair == WIDEST:
                 found += _products(layer, precision)
         packed = tiles.reordered(layer, 1)[1] | {"PARTS": tiles.weight_parts(layer, DEFAULT)}
         found += [_build(f"pack {_name(layer)}", products.pack, packed, ())]
@@ -85,10 +85,7 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
 def _first(g: Geometry, precision: str) -> list[Shipped]:
     """The maps of a block whose ``z`` is computed anew."""
     name, chosen = f"{_name(g)} {precision}", {"PRECISION": precision}
-    whole, pooled = (
-        tiles.first_constants(g, pooled=of, rows=rows) | chosen
-        for of, rows in ((False, tiles.ROWS), (True, tiles.FIRST))
-    )
+    whole, pooled = (tiles.first_constants(g, pooled=of) | chosen for of in (False, True))
     windows = pooled | {"ACTIVATION": g.activation}
     dots, plain = ("WDot", "ScaleDot", "Moves", "Bias"), ("WDot", "Mean", "Rstd", "Bias")
     return [
@@ -104,7 +101,7 @@ def _first(g: Geometry, precision: str) -> list[Shipped]:
 def _passes(g: Geometry) -> list[Shipped]:
     """What follows the products, for normalised and pooled images."""
     elementwise = tiles.pool_constants(g) | tiles.elementwise(1, 1, g.out)[1]
-    moments = {"C": g.out, "BB": tiles.BLOCKS, "BC": tiles.width(g.out)}
+    moments = {"C": g.out, "BB": tiles.BLOCKS, "BC": 32}
     few, many = ({"C": g.out, **tiles.sums(count, 1, g.out)[2]} for count in (tiles.WHOLE, 1 << 16))
     of_x = ("DDot", "PeakDot", "Moves")
     running = ("OldMean", "OldVar", "NewMean", "NewVar")

@@ -6,6 +6,8 @@ the windows. That holds where no cotangent of the input is wanted and it has no 
 kernels of ``triton_products`` and ``triton_norm`` do the rest.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

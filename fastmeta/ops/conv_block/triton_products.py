@@ -13,6 +13,8 @@ layer: 9 or 27 elements a patch) tap and channel are found for each column, whic
 Task offsets are int64, offsets within a task int32. No sum is shared by programs: each is in a fixed order.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
