@@ -147,7 +147,7 @@ def _compile(kernels: Any) -> None:
     small = Problem(1, 2, 64, SHAPES[0][-1])
     q, k, v, d_o, q_dot, k_dot, v_dot, d_o_dot = small.tensors
     row = torch.zeros_like(q[..., 0])
-    saved, dot = Saved(q, k, v, None, q, row), SavedDot(q_dot, k_dot, v_dot, q, row)
+    saved, dot = Saved(q, k, v, None, q, row, row), SavedDot(q_dot, k_dot, v_dot, q, row)
     calls = [
         partial(kernels.forward, q, k, v, None, small.setting),
         partial(kernels.tangent, saved, q_dot, k_dot, v_dot, small.setting),

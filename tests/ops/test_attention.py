@@ -94,6 +94,7 @@ ONES = torch.ones(2, 3, 4, 4)
     [
         ((ONES, ONES, ONES, None, 0.1), {}, "dropout_p must be 0, got 0.1"),
         ((ONES, ONES[:, :1], ONES[:, :1]), {"enable_gqa": True}, "enable_gqa must be False"),
+        ((ONES, ONES[:, :, :0], ONES[:, :, :0]), {}, "there must be a key, got none"),
         ((ONES, ONES[:1], ONES), {}, r"must agree in all but the last two axes, got \(2, 3, 4, 4\), \(1, 3, 4, 4\)"),
     ],
 )

@@ -43,7 +43,7 @@ class Attention(TaskOp):
     name: ClassVar[str] = "attention"
     targets: ClassVar[tuple[str, ...]] = ("aten.scaled_dot_product_attention.default",)
     fixed: ClassVar[tuple[str, ...]] = ("attn_mask",)
-    saved_names: ClassVar[tuple[str, ...]] = ("queries", "keys", "values", "mask", "result", "logsumexp")
+    saved_names: ClassVar[tuple[str, ...]] = ("queries", "keys", "values", "mask", "result", "logsumexp in two parts")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -63,6 +63,8 @@ class Attention(TaskOp):
             raise Unsupported(f"attention: attn_mask must be boolean or of query's dtype, got {mask.dtype}")
         if mask is not None and call["is_causal"]:
             raise Unsupported("attention: attn_mask must be None where is_causal is set")
+        if not k.shape[-2]:
+            raise Unsupported("attention: there must be a key, got none")
         self.batch = q.shape[:-2]
         self.scores = (*self.batch, q.shape[-2], k.shape[-2])
         self.widths = q.shape[-1], v.shape[-1]

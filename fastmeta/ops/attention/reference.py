@@ -6,11 +6,14 @@ With ``S = c q k^T + mask`` over the keys of each query, ``l = logsumexp S``, ``
     tangent            l_dot = rowsum(P S_dot),  o_dot = (P S_dot) v + P v_dot - l_dot o
     tangent_backward   the tangents of the backward's products, with P_dot = P (S_dot - l_dot)
 
-where ``delta = rowsum(d_o o) = rowsum(P (d_o v^T))``. A query that attends to nothing has ``l = inf``, so that ``P``
-and the result are zero, as in PyTorch.
+where ``delta = rowsum(d_o o) = rowsum(P (d_o v^T))``. What is kept of ``l`` are its two parts, the largest of ``S`` and
+the logarithm of ``sum exp(S - peak)``: where a mask adds the least finite number to every score of a query, their sum
+would lose the second. A query that attends to nothing has ``peak = inf``, so that ``P`` and the result are zero, as in
+PyTorch.
 
 Shapes: ``q`` ``[T, B, H, S_q, D]``, ``k`` ``[T, B, H, S_k, D]``, ``v`` ``[T, B, H, S_k, D_v]``, ``o`` as ``q`` with
-``D_v``, ``lse`` (``l``) ``[T, B, H, S_q]``, ``mask`` ``[T, B, H, S_q, S_k]``: boolean (``False`` attends not) or added.
+``D_v``, ``peak``, ``log_sum`` and ``lse_dot`` (``l_dot``) ``[T, B, H, S_q]``, ``mask`` ``[T, B, H, S_q, S_k]``: boolean
+(``False`` attends not) or added.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ class Saved(NamedTuple):
     v: Tensor
     mask: Tensor | None
     o: Tensor
-    lse: Tensor
+    peak: Tensor
+    log_sum: Tensor
 
 
 class SavedDot(NamedTuple):
@@ -54,17 +58,20 @@ Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
-    """``o`` and ``lse`` beside the operands."""
+    """``o``, ``peak`` and ``log_sum`` beside the operands."""
     scores = _scores(q, k, mask, setting)
-    lse = scores.logsumexp(-1)
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    o = torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), v)
-    return Saved(q, k, v, mask, o, lse)
+    peak = scores.amax(-1, keepdim=True)
+    peak = torch.where(peak == -torch.inf, torch.inf, peak)
+    p = torch.exp(scores - peak)
+    total = p.sum(-1, keepdim=True)
+    total = torch.where(total > 0, total, 1.0)
+    o = torch.matmul(p / total, v)
+    return Saved(q, k, v, mask, o, peak.squeeze(-1), total.log().squeeze(-1))
 
 
 def backward(saved: Saved, d_o: Tensor, setting: Setting, need: Need) -> Cotangents:
     """``d_q``, ``d_k``, ``d_v``."""
-    q, k, v, _, o, _ = saved
+    q, k, v, _, o, *_ = saved
     p = _probabilities(saved, setting)
     d_s = p * (torch.matmul(d_o, v.mT) - _rowsum(d_o, o)) * setting.scale
     d_q = torch.matmul(d_s, k) if need[0] else None
@@ -79,7 +86,7 @@ def tangent(
     p = _probabilities(saved, setting)
     s_dot = _scores_dot(saved, q_dot, k_dot, setting)
     if s_dot is None:
-        lse_dot, o_dot = torch.zeros_like(saved.lse), torch.zeros_like(saved.o)
+        lse_dot, o_dot = torch.zeros_like(saved.peak), torch.zeros_like(saved.o)
     else:
         weighted = p * s_dot
         lse_dot = weighted.sum(-1)
@@ -93,7 +100,7 @@ def tangent_backward(
     saved: Saved, dot: SavedDot, d_o: Tensor, d_o_dot: Tensor | None, setting: Setting, need: Need
 ) -> Cotangents:
     """The tangents of ``d_q``, ``d_k``, ``d_v``; ``None`` for ``d_o_dot`` is zero."""
-    q, k, v, _, o, _ = saved
+    q, k, v, _, o, *_ = saved
     c = setting.scale
     p = _probabilities(saved, setting)
     s_dot = _scores_dot(saved, dot.q, dot.k, setting)
@@ -128,7 +135,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, setting: Setting) -> Tens
 
 def _probabilities(saved: Saved, setting: Setting) -> Tensor:
     scores = _scores(saved.q, saved.k, saved.mask, setting)
-    return torch.exp(scores - saved.lse.unsqueeze(-1))
+    return torch.exp(scores - saved.peak.unsqueeze(-1) - saved.log_sum.unsqueeze(-1))
 
 
 def _scores_dot(saved: Saved, q_dot: Tensor | None, k_dot: Tensor | None, setting: Setting) -> Tensor | None:

@@ -79,12 +79,11 @@ def tile(kernel: str, width: int, precision: str) -> Tile:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
-    """``o`` and ``lse`` beside the operands, as :func:`fastmeta.ops.attention.reference.forward`."""
+    """``o``, ``peak`` and ``log_sum`` beside the operands, as :func:`fastmeta.ops.attention.reference.forward`."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    lse = q.new_empty(q.shape[:-1])
-    saved = Saved(q, k, v, mask, _result(q), lse)
+    saved = Saved(q, k, v, mask, _result(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1]))
     _Launch(saved, setting).over_queries("forward", _operands(saved))
     return saved
 
@@ -94,7 +93,7 @@ def backward(saved: Saved, d_o: Tensor, setting: Setting, need: Need) -> Cotange
     launch = _Launch(saved, setting)
     q, k, v = saved.q, saved.k, saved.v
     d_q, d_k, d_v = (_result(x) if wanted else None for x, wanted in zip((q, k, v), need, strict=True))
-    read = {**_operands(saved), "d_o": _heads_last(d_o), "delta": torch.empty_like(saved.lse)}
+    read = {**_operands(saved), "d_o": _heads_last(d_o), "delta": torch.empty_like(saved.peak)}
     launch.over_queries("backward_queries", {**read, "d_q": d_q}, WANTED=need[0])
     if need[1] or need[2]:
         launch.over_keys("backward_keys", {**read, "d_k": d_k, "d_v": d_v}, WANT_K=need[1], WANT_V=need[2])
@@ -106,7 +105,7 @@ def tangent(
 ) -> SavedDot:
     """``o_dot`` and ``lse_dot``, as :func:`fastmeta.ops.attention.reference.tangent`."""
     q_dot, k_dot, v_dot = _laid(q_dot, saved.q), _laid(k_dot, saved.k), _laid(v_dot, saved.v)
-    dot = SavedDot(q_dot, k_dot, v_dot, _result(saved.q), torch.empty_like(saved.lse))
+    dot = SavedDot(q_dot, k_dot, v_dot, _result(saved.q), torch.empty_like(saved.peak))
     _Launch(saved, setting).over_queries("tangent", {**_operands(saved), **_operands_dot(dot)}, **_present(dot))
     return dot
 
@@ -123,8 +122,8 @@ def tangent_backward(
         **_operands_dot(dot),
         "d_o": _heads_last(d_o),
         "d_o_dot": None if d_o_dot is None else _heads_last(d_o_dot),
-        "delta": torch.empty_like(saved.lse),
-        "delta_dot": torch.empty_like(saved.lse),
+        "delta": torch.empty_like(saved.peak),
+        "delta_dot": torch.empty_like(saved.peak),
     }
     present = {**_present(dot), "D_O_DOT": d_o_dot is not None}
     launch.over_queries("tangent_backward_queries", {**read, "d_q_dot": d_q_dot}, WANTED=need[0], **present)
@@ -138,7 +137,7 @@ class _Launch:
     """The arguments that the kernels of one call share, and their launches."""
 
     def __init__(self, saved: Saved, setting: Setting) -> None:
-        q, k, v, mask, _, _ = saved
+        q, k, v, mask, *_ = saved
         tasks, batch, heads, S_q, width = q.shape
         self.rows, self.lengths = tasks * batch * heads, (S_q, k.shape[-2])
         self.device = q.device
@@ -174,7 +173,7 @@ class _Launch:
         programs = self.rows * -(-self.lengths[side] // (sizes.queries, sizes.keys)[side])
         if not programs:
             return
-        absent = tensors["lse"]  # stands where a build reads nothing
+        absent = tensors["peak"]  # stands where a build reads nothing
         given = {n: absent if t is None else t for n, t in tensors.items() if n in kernel.arg_names}
         with _on(self.device):
             kernel[(programs,)](

@@ -103,7 +103,7 @@ def masked(s, mask, queries, keys, m_q, m_k, S_q, S_k, MASK: tl.constexpr, CAUSA
 
 @triton.jit(do_not_specialize=INTEGERS)
 def forward(
-    q, k, v, mask, o, lse,
+    q, k, v, mask, o, peak, log_sum,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
     batch, heads, S_q, S_k, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -132,24 +132,25 @@ def forward(
         k_tile = operand(load(k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
         s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
         s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
-        peak = tl.maximum(largest, tl.max(s, 1))
-        level = tl.where(peak == float("-inf"), 0.0, peak)
+        larger = tl.maximum(largest, tl.max(s, 1))
+        level = tl.where(larger == float("-inf"), 0.0, larger)
         p = tl.exp(s - level[:, None])
         fade = tl.exp(largest - level)
         norm = norm * fade + tl.sum(p, 1)
         v_tile = operand(load(v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
         total = product(operand(p, PRECISION), v_tile, total * fade[:, None], PRECISION)
-        largest = peak
+        largest = larger
     attends = norm > 0
     norm = tl.where(attends, norm, 1.0)
     store(o, queries, heads * D, S_q, total / norm[:, None], D, WIDTH, ALIGNED)
-    level = tl.where(attends, largest + tl.log(norm), float("inf"))
-    tl.store(lse + row.to(tl.int64) * S_q + queries, level, mask=queries < S_q)
+    of_rows = row.to(tl.int64) * S_q
+    tl.store(peak + of_rows + queries, tl.where(attends, largest, float("inf")), mask=queries < S_q)
+    tl.store(log_sum + of_rows + queries, tl.log(norm), mask=queries < S_q)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_queries(
-    q, k, v, mask, o, lse, d_o, delta, d_q,
+    q, k, v, mask, o, peak, log_sum, d_o, delta, d_q,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
     batch, heads, S_q, S_k, scale,
     WANTED: tl.constexpr,
@@ -173,7 +174,8 @@ def backward_queries(
         at = q + start(row, batch, heads, q_t, q_b, q_h, ALIGNED)
         q_tile = operand(load(at, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
         d_o_tile = operand(d_o_tile, PRECISION)
-        level = tl.load(lse + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
         zeros = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
         total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
         stop = S_k
@@ -186,14 +188,14 @@ def backward_queries(
             s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
             s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
             d_p = product(d_o_tile, tl.trans(v_tile), zeros, PRECISION)
-            d_s = tl.exp(s - level[:, None]) * (d_p - shift[:, None])
+            d_s = tl.exp(s - level[:, None] - spread[:, None]) * (d_p - shift[:, None])
             total = product(operand(d_s, PRECISION), k_tile, total, PRECISION)
         store(d_q + of_result, queries, heads * D, S_q, total * scale, D, WIDTH, ALIGNED)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_keys(
-    q, k, v, mask, lse, d_o, delta, d_k, d_v,
+    q, k, v, mask, peak, log_sum, d_o, delta, d_k, d_v,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
     batch, heads, S_q, S_k, scale,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
@@ -223,10 +225,11 @@ def backward_keys(
         queries = first + tl.arange(0, BLOCK_Q)
         q_tile = operand(load(q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
         d_o_tile = operand(load(d_o, queries, heads * D, S_q, D, WIDTH, ALIGNED), PRECISION)
-        level = tl.load(lse + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
         s = product(k_tile, tl.trans(q_tile), zeros, PRECISION) * scale
         s = masked(s, mask, queries[None, :], keys[:, None], m_q, m_k, S_q, S_k, MASK, CAUSAL)
-        p = tl.exp(s - level[None, :])
+        p = tl.exp(s - level[None, :] - spread[None, :])
         if WANT_V:
             total_v = product(operand(p, PRECISION), d_o_tile, total_v, PRECISION)
         if WANT_K:

@@ -26,7 +26,7 @@ from fastmeta.ops.attention.triton_kernels import (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def tangent(
-    q, k, v, mask, o, lse, q_dot, k_dot, v_dot, o_dot, lse_dot,
+    q, k, v, mask, o, peak, log_sum, q_dot, k_dot, v_dot, o_dot, lse_dot,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
     batch, heads, S_q, S_k, scale,
     Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr,
@@ -43,7 +43,8 @@ def tangent(
         mask += start(row, batch, heads, m_t, m_b, m_h, False)
     of_rows = row.to(tl.int64) * S_q
     queries = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    level = tl.load(lse + of_rows + queries, mask=queries < S_q, other=float("inf"))
+    level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
+    spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
     q_tile = operand(load(q + of_q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
     if Q_DOT:
         q_dot_tile = operand(load(q_dot + of_q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
@@ -58,7 +59,7 @@ def tangent(
         k_tile = operand(load(k + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
         s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
         s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
-        p = tl.exp(s - level[:, None])
+        p = tl.exp(s - level[:, None] - spread[:, None])
         if Q_DOT or K_DOT:
             s_dot = zeros
             if Q_DOT:
@@ -81,7 +82,7 @@ def tangent(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def tangent_backward_queries(
-    q, k, v, mask, o, lse, d_o, q_dot, k_dot, v_dot, o_dot, lse_dot, d_o_dot, delta, delta_dot, d_q_dot,
+    q, k, v, mask, o, peak, log_sum, d_o, q_dot, k_dot, v_dot, o_dot, lse_dot, d_o_dot, delta, delta_dot, d_q_dot,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
     batch, heads, S_q, S_k, scale,
     WANTED: tl.constexpr, Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr, D_O_DOT: tl.constexpr,
@@ -109,7 +110,8 @@ def tangent_backward_queries(
         of_v = start(row, batch, heads, v_t, v_b, v_h, ALIGNED)
         if MASK != "none":
             mask += start(row, batch, heads, m_t, m_b, m_h, False)
-        level = tl.load(lse + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
         drift = tl.load(lse_dot + of_rows + queries, mask=queries < S_q, other=0.0)
         q_tile = operand(load(q + of_q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
         if Q_DOT:
@@ -130,7 +132,7 @@ def tangent_backward_queries(
                 k_dot_tile = operand(load(k_dot + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
             s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
             s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
-            p = tl.exp(s - level[:, None])
+            p = tl.exp(s - level[:, None] - spread[:, None])
             centred = product(d_o_tile, tl.trans(v_tile), zeros, PRECISION) - shift[:, None]
             centred_dot = zeros
             if D_O_DOT:
@@ -154,7 +156,7 @@ def tangent_backward_queries(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def tangent_backward_keys(
-    q, k, v, mask, lse, d_o, q_dot, k_dot, v_dot, lse_dot, d_o_dot, delta, delta_dot, d_k_dot, d_v_dot,
+    q, k, v, mask, peak, log_sum, d_o, q_dot, k_dot, v_dot, lse_dot, d_o_dot, delta, delta_dot, d_k_dot, d_v_dot,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
     batch, heads, S_q, S_k, scale,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
@@ -189,10 +191,11 @@ def tangent_backward_keys(
         queries = first + tl.arange(0, BLOCK_Q)
         q_tile = operand(load(q + of_q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
         d_o_tile = operand(load(d_o + of_d_o, queries, heads * D, S_q, D, WIDTH, ALIGNED), PRECISION)
-        level = tl.load(lse + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
+        spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
         s = product(k_tile, tl.trans(q_tile), zeros, PRECISION) * scale
         s = masked(s, mask, queries[None, :], keys[:, None], m_q, m_k, S_q, S_k, MASK, CAUSAL)
-        p = tl.exp(s - level[None, :])
+        p = tl.exp(s - level[None, :] - spread[None, :])
         p_dot = zeros
         if Q_DOT or K_DOT:
             s_dot = zeros
