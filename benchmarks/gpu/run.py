@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON, table and pictures")
     parser.add_argument("--part", action="append", choices=PARTS, help="only these parts; may be repeated")
     parser.add_argument("--workload", action="append", choices=steps.WORKLOADS, help="only these workloads")
+    parser.add_argument("--variant", action="append", choices=steps.VARIANTS, help="only these ways to a meta-step")
     parser.add_argument("--seconds", type=float, default=400, help="begin no further part after so long")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def main() -> None:
     found["peaks"] = asdict(measured)
     say(str(measured))
     for name in arguments.workload or steps.WORKLOADS:
-        kinds = [v for v in steps.VARIANTS if v != "torch.compile" or name in WITH_COMPILE]
+        kinds = [v for v in arguments.variant or steps.VARIANTS if v != "torch.compile" or name in WITH_COMPILE]
         part("steps", f"step {name}", lambda name=name, kinds=kinds: steps.compare(name, kinds, say))
     rates = {"flops": measured.of(triton_support.precision()), "bytes": measured.bytes}
     part("conv", "conv", lambda: conv.rows(rates))

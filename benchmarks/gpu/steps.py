@@ -92,6 +92,7 @@ def channels_last(problem: Problem) -> Problem:
 VARIANTS: dict[str, Callable[[Problem], Call]] = {
     "fastmeta": value_and_grad,
     "fastmeta, backward()": backward,
+    "fastmeta, graph": lambda p: graphed(value_and_grad(p)),
     "fastmeta, eager": functools.partial(value_and_grad, cuda_graph=False),
     "loop": lambda p: torch_loop.prepare(p).run,
     "torch.func": vmapped,
@@ -99,7 +100,7 @@ VARIANTS: dict[str, Callable[[Problem], Call]] = {
     "torch.func, graph, channels last": lambda p: graphed(vmapped(channels_last(p))),
     "torch.compile": lambda p: torch_compile.prepare_vmap(p).run,
 }
-OURS = ("fastmeta", "fastmeta, backward()", "fastmeta, eager")
+OURS = ("fastmeta", "fastmeta, backward()", "fastmeta, graph", "fastmeta, eager")
 
 
 def compare(name: str, variants: list[str], say: Callable[[str], None], *, with_tf32: bool = False) -> dict[str, Any]:
