@@ -134,8 +134,8 @@ class Captures:
                 result = execute(work, cotangents)
         except RuntimeError as error:
             torch.cuda.synchronize(device)
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())  # its state still believes in the capture
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the generator believes in a capture until one succeeds
+                torch.zeros((), device=device)
             kind.reason = f"it cannot be captured: {str(error).splitlines()[0]}"
             return
         kind.results, kind.together = result.apart()

@@ -232,7 +232,7 @@ def _row(
     factored = Need.FACTORS in route.need
     if factored and not reason:
         reason = "fewer operations: the weight of each task is the shared one and products of few rows"
-    formed = "resident" if backend in ("native", "callback") else "shared" if route.single else "dense"
+    formed = "resident" if backend in ("native", "callback", "cuda") else "shared" if route.single else "dense"
     return Row(
         instruction.module,
         instruction.op.name,

@@ -35,8 +35,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def parts(a):
-    """``a`` cut to tf32's 10 bits of mantissa, and the rest: their sum is ``a``."""
-    first = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """``a`` rounded to tf32's 10 bits of mantissa, and the rest, of either sign: their sum is ``a``."""
+    first = ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     return first, a - first
 
 

@@ -50,7 +50,8 @@ class CrossEntropy(TaskOp):
         self.weight = call.position("weight")
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        if self._on_gpu(x[0]):
+        self.backend = "triton" if self._on_gpu(x[0]) else "reference"
+        if self.backend == "triton":
             from fastmeta.ops.cross_entropy import triton
 
             rows, given = self._rows(x[0]), x[1].reshape(-1, self.rows)

@@ -39,6 +39,7 @@ class LinearBlock(TaskOp):
     """
 
     name: ClassVar[str] = "linear_block"
+    backend: str = "triton"
     shares: ClassVar[tuple[str, ...]] = ("weight", "bias")
     saved_names: ClassVar[tuple[str, ...]] = ("input", "weight", "result or its argument")
 
