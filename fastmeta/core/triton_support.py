@@ -28,6 +28,7 @@ class Shipped:
         constants: values of the ``constexpr`` arguments.
         num_warps, num_stages: of the launch.
         tensor_cores: whether it must use them.
+        capabilities: compute capabilities, ten times, of the GPUs it is for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Shipped:
     num_warps: int
     num_stages: int
     tensor_cores: bool = False
+    capabilities: tuple[int, ...] = (80, 90)
 
 
 @functools.cache

@@ -81,6 +81,7 @@ def gather(names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
         for module in names
         for shipped in importlib.import_module(module).shipped()
         for capability in CAPABILITIES
+        if capability in shipped.capabilities
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(lambda job: read(job[1], job[2]), jobs))

@@ -42,47 +42,60 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By kernel and width of a head, for three tf32 products and for one of bfloat16; one tf32 product takes the first.
-# Larger tiles spill registers (tests/kernels/resources.py).
+class Tiles(NamedTuple):
+    """A kernel's tiles for products of tf32 and of bfloat16 operands; the second two for Hopper's tensor cores."""
+
+    tf32: Tile
+    bf16: Tile
+    tf32_hopper: Tile
+    bf16_hopper: Tile
+
+
+# By kernel and width of a head. Larger tiles spill registers, into which three tf32 products split both operands
+# (tests/kernels/resources.py). Where Hopper's have 64 rows of a kernel's own side they multiply from shared memory.
 TILES = {
-    ("forward", 16): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("forward", 32): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("forward", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("forward", 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("backward_queries", 16): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("backward_queries", 32): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("backward_queries", 64): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("backward_queries", 128): (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("backward_keys", 16): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("backward_keys", 32): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("backward_keys", 64): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("backward_keys", 128): (Tile(32, 32, 8, 1), Tile(32, 64, 8, 1)),
-    ("tangent", 16): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("tangent", 32): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("tangent", 64): (Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)),
-    ("tangent", 128): (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("tangent_backward_queries", 16): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("tangent_backward_queries", 32): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("tangent_backward_queries", 64): (Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ("tangent_backward_queries", 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    ("tangent_backward_keys", 16): (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
-    ("tangent_backward_keys", 32): (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
-    ("tangent_backward_keys", 64): (Tile(32, 32, 4, 1), Tile(32, 64, 4, 1)),
-    ("tangent_backward_keys", 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("forward", 16): Tiles(*(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)) * 2),
+    ("forward", 32): Tiles(*(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)) * 2),
+    ("forward", 64): Tiles(*(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)) * 2),
+    ("forward", 128): Tiles(*(Tile(32, 32, 8, 2), Tile(64, 32, 4, 2)) * 2),
+    ("backward_queries", 16): Tiles(*(Tile(32, 16, 4, 1), Tile(64, 64, 8, 2)) * 2),
+    ("backward_queries", 32): Tiles(*(Tile(32, 16, 4, 1), Tile(64, 64, 8, 2)) * 2),
+    ("backward_queries", 64): Tiles(Tile(32, 32, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
+    ("backward_queries", 128): Tiles(*(Tile(16, 32, 8, 1), Tile(64, 32, 8, 1)) * 2),
+    ("backward_keys", 16): Tiles(*(Tile(32, 16, 4, 1), Tile(64, 64, 4, 2)) * 2),
+    ("backward_keys", 32): Tiles(*(Tile(32, 16, 4, 1), Tile(64, 64, 4, 2)) * 2),
+    ("backward_keys", 64): Tiles(*(Tile(32, 32, 4, 1), Tile(64, 64, 4, 2)) * 2),
+    ("backward_keys", 128): Tiles(*(Tile(32, 16, 8, 1), Tile(32, 64, 8, 1)) * 2),
+    ("tangent", 16): Tiles(Tile(32, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
+    ("tangent", 32): Tiles(Tile(32, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
+    ("tangent", 64): Tiles(Tile(16, 32, 8, 1), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
+    ("tangent", 128): Tiles(Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(64, 32, 4, 1)),
+    ("tangent_backward_queries", 16): Tiles(*(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)) * 2),
+    ("tangent_backward_queries", 32): Tiles(*(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)) * 2),
+    ("tangent_backward_queries", 64): Tiles(
+        Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(64, 32, 4, 1)
+    ),
+    ("tangent_backward_queries", 128): Tiles(*(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)) * 2),
+    ("tangent_backward_keys", 16): Tiles(*(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)) * 2),
+    ("tangent_backward_keys", 32): Tiles(*(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)) * 2),
+    ("tangent_backward_keys", 64): Tiles(
+        Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 64, 4, 1)
+    ),
+    ("tangent_backward_keys", 128): Tiles(*(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)) * 2),
 }
 
 
-def tile(kernel: str, width: int, precision: str) -> Tile:
+def tile(kernel: str, width: int, precision: str, *, hopper: bool) -> Tile:
     """The tile of a kernel for heads of ``width`` columns, a power of two."""
-    wide, narrow = TILES[kernel, width]
-    return narrow if precision.startswith("bf16") else wide
+    tiles = TILES[kernel, width]
+    if precision.startswith("bf16"):
+        return tiles.bf16_hopper if hopper else tiles.bf16
+    return tiles.tf32_hopper if hopper else tiles.tf32
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
     """``o``, ``peak`` and ``log_sum`` beside the operands, as :func:`fastmeta.ops.attention.reference.forward`."""
     q, k, v = _readable(q), _readable(k), _readable(v)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
     saved = Saved(q, k, v, mask, _result(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1]))
     _Launch(saved, setting).over_queries("forward", _operands(saved))
     return saved
@@ -141,6 +154,7 @@ class _Launch:
         tasks, batch, heads, S_q, width = q.shape
         self.rows, self.lengths = tasks * batch * heads, (S_q, k.shape[-2])
         self.device = q.device
+        self.hopper = _is_hopper(q.device)
         self.precision = triton_support.precision()
         if self.precision == "bf16" and triton_support.interpreted():
             self.precision = "bf16 rounded"
@@ -154,7 +168,7 @@ class _Launch:
         self.constants = {
             "D": width,
             "WIDTH": max(NARROWEST, next_power_of_2(width)),
-            "MASK": "none" if mask is None else "boolean" if mask.dtype == torch.uint8 else "added",
+            "MASK": "none" if mask is None else "boolean" if mask.dtype == torch.bool else "added",
             "CAUSAL": setting.causal,
             "ALIGNED": aligned,
             "PRECISION": self.precision,
@@ -169,7 +183,7 @@ class _Launch:
         self._run(name, 1, tensors, flags)
 
     def _run(self, name: str, side: int, tensors: dict[str, Tensor | None], flags: dict[str, bool]) -> None:
-        kernel, sizes = KERNELS[name], tile(name, self.constants["WIDTH"], self.precision)
+        kernel, sizes = KERNELS[name], tile(name, self.constants["WIDTH"], self.precision, hopper=self.hopper)
         programs = self.rows * -(-self.lengths[side] // (sizes.queries, sizes.keys)[side])
         if not programs:
             return
@@ -192,12 +206,20 @@ class _Launch:
 
 def shipped() -> list[Shipped]:
     """Builds of every kernel for the usual widths of a head, all operands varying, without a mask."""
-    builds = [(width, "tf32x3") for width in (32, 64, 128)] + [(64, "bf16")]
-    return [_build(name, width, precision) for name in KERNELS for width, precision in builds]
+    builds = [(32, "tf32x3"), (64, "tf32x3"), (64, "bf16"), (128, "bf16")]
+    found = []
+    for name in KERNELS:
+        for width, precision in builds:
+            older, hopper = (tile(name, width, precision, hopper=new) for new in (False, True))
+            if older == hopper:
+                found.append(_build(name, width, precision, older, (80, 90)))
+            else:
+                found += [_build(name, width, precision, older, (80,)), _build(name, width, precision, hopper, (90,))]
+    return found
 
 
-def _build(name: str, width: int, precision: str) -> Shipped:
-    kernel, sizes = KERNELS[name], tile(name, width, precision)
+def _build(name: str, width: int, precision: str, sizes: Tile, capabilities: tuple[int, ...]) -> Shipped:
+    kernel = KERNELS[name]
     flags = {"WANTED", "WANT_K", "WANT_V", "Q_DOT", "K_DOT", "V_DOT", "D_O_DOT"}
     constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
     constants |= {"D": width, "WIDTH": width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
@@ -207,12 +229,15 @@ def _build(name: str, width: int, precision: str) -> Shipped:
         n: "constexpr" if n in constants else "*fp32" if n not in numbers else "fp32" if n == "scale" else "i32"
         for n in kernel.arg_names
     }
-    label = f"attention {name} {width} {precision}"
-    return Shipped(label, kernel, signature, constants, sizes.warps, sizes.stages, tensor_cores=True)
+    label = f"attention {name}, {width} wide, {precision}, {sizes.queries} by {sizes.keys}"
+    return Shipped(label, kernel, signature, constants, sizes.warps, sizes.stages, True, capabilities)
 
 
 def _operands(saved: Saved) -> dict[str, Tensor | None]:
-    return {**saved._asdict(), "o": _heads_last(saved.o)}
+    mask = saved.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return {**saved._asdict(), "mask": mask, "o": _heads_last(saved.o)}
 
 
 def _operands_dot(dot: SavedDot) -> dict[str, Tensor | None]:
@@ -262,6 +287,11 @@ def _result(x: Tensor) -> Tensor:
     """An uninitialised result of the shape of ``x``, heads last in memory."""
     tasks, batch, heads, rows, width = x.shape
     return x.new_empty(tasks, batch, rows, heads, width).transpose(2, 3)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether tensor cores multiply from shared memory, 64 rows at a time: of capability 9.0 alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @contextlib.contextmanager

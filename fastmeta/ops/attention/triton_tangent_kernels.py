@@ -127,12 +127,20 @@ def tangent_backward_queries(
         for first in range(0, stop, BLOCK_K):
             keys = first + tl.arange(0, BLOCK_K)
             k_tile = operand(load(k + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-            v_tile = operand(load(v + of_v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
             if K_DOT:
                 k_dot_tile = operand(load(k_dot + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
             s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
             s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
             p = tl.exp(s - level[:, None] - spread[:, None])
+            p_dot = zeros
+            if Q_DOT or K_DOT:
+                s_dot = zeros
+                if Q_DOT:
+                    s_dot = product(q_dot_tile, tl.trans(k_tile), s_dot, PRECISION)
+                if K_DOT:
+                    s_dot = product(q_tile, tl.trans(k_dot_tile), s_dot, PRECISION)
+                p_dot = p * (s_dot * scale - drift[:, None])
+            v_tile = operand(load(v + of_v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
             centred = product(d_o_tile, tl.trans(v_tile), zeros, PRECISION) - shift[:, None]
             centred_dot = zeros
             if D_O_DOT:
@@ -140,14 +148,7 @@ def tangent_backward_queries(
             if V_DOT:
                 v_dot_tile = operand(load(v_dot + of_v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
                 centred_dot = product(d_o_tile, tl.trans(v_dot_tile), centred_dot, PRECISION)
-            d_s_dot = p * (centred_dot - shift_dot[:, None])
-            if Q_DOT or K_DOT:
-                s_dot = zeros
-                if Q_DOT:
-                    s_dot = product(q_dot_tile, tl.trans(k_tile), s_dot, PRECISION)
-                if K_DOT:
-                    s_dot = product(q_tile, tl.trans(k_dot_tile), s_dot, PRECISION)
-                d_s_dot += p * (s_dot * scale - drift[:, None]) * centred
+            d_s_dot = p_dot * centred + p * (centred_dot - shift_dot[:, None])
             total = product(operand(d_s_dot, PRECISION), k_tile, total, PRECISION)
             if K_DOT:
                 total = product(operand(p * centred, PRECISION), k_dot_tile, total, PRECISION)

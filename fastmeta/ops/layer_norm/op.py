@@ -58,6 +58,7 @@ class LayerNorm(TaskOp):
     def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
         x, r, c = saved
         c_dot, b_dot = self._parameter(x_dot, self.scale), self._parameter(x_dot, self.shift)
+        y_dot: Tensor | None
         normalised_dot = turn = None
         if self._on_gpu(x) and any(dot is not None for dot in x_dot):
             from fastmeta.ops.layer_norm import triton
