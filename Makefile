@@ -10,7 +10,7 @@ WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test check lint types demo bench clean
@@ -61,6 +61,6 @@ bench: $(VENV)/.package ## Time the meta-step against its peers
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
 
 clean: ## Remove what was built; the virtual environment stays
-	rm -rf build dist *.egg-info fastmeta/_C.* fastmeta/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fastmeta/_C.* fastmeta/_cuda.* fastmeta/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.package
 	find fastmeta tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
