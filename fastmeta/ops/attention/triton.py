@@ -229,7 +229,7 @@ def _build(name: str, width: int, precision: str, sizes: Tile, capabilities: tup
         n: "constexpr" if n in constants else "*fp32" if n not in numbers else "fp32" if n == "scale" else "i32"
         for n in kernel.arg_names
     }
-    label = f"attention {name}, {width} wide, {precision}, {sizes.queries} by {sizes.keys}"
+    label = f"attention {name}, {width} wide, {precision}, {sizes.queries} by {sizes.keys}, {sizes.warps} warps"
     return Shipped(label, kernel, signature, constants, sizes.warps, sizes.stages, True, capabilities)
 
 
