@@ -54,8 +54,8 @@ MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 CUDA_MODULE = ROOT / "csrc" / "cuda_module.cpp"
 CAPABILITIES = ("80", "90")  # machine code for these; other devices translate what they are given for the last
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "--threads", "0"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{c},code=sm_{c}" for c in CAPABILITIES]
-NVCC_FLAGS += [f"-gencode=arch=compute_{CAPABILITIES[-1]},code=compute_{CAPABILITIES[-1]}"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{c},code=sm_{c}" for c in CAPABILITIES[:-1]]
+NVCC_FLAGS += ["-gencode=arch=compute_{0},code=[sm_{0},compute_{0}]".format(CAPABILITIES[-1])]
 
 
 def build_mode() -> str:

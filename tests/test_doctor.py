@@ -37,7 +37,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert bool(report["gpu"]["reason"]) != torch.cuda.is_available()
     assert report["cuda"]["available"] == (native.cuda_extension() is not None)
     assert bool(report["cuda"]["reason"]) != report["cuda"]["available"]
-    assert [b["name"] for b in report["backends"]["inner_update"]] == ["native", "reference"]
+    assert [b["name"] for b in report["backends"]["inner_update"]] == ["native", "triton", "reference"]
     assert set(report["native"]["compiled"]) >= ({"plain"} if native.extension() else set())
 
 

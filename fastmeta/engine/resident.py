@@ -114,11 +114,8 @@ class ResidentStep:
     def describe(self, work: Work) -> str:
         """What a block of threads holds, for ``explain()``."""
         made = self._native(work, gradient=work.differentiate, learned=work.alpha.requires_grad)
-        kept = "global memory" if made.spilled else "shared memory"
-        return (
-            f"one block of {made.threads} threads a task, with {made.shared_bytes / 1024:.1f} KiB of shared memory; "
-            f"inner steps are kept in {kept}"
-        )
+        block = f"one block of {made.threads} threads a task, with {made.shared_bytes / 1024:.1f} KiB of shared memory"
+        return f"{block}; inner steps are kept in global memory" if made.spilled else block
 
     def _native(self, work: Work, *, gradient: bool, learned: bool) -> Any:
         key = ResidentStep, gradient, learned
