@@ -22,6 +22,8 @@ from fastmeta.core import environment, native
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {word for word in os.environ.get("FASTMETA_REQUIRE", "").split(",") if word}
 
+torch.manual_seed(0)  # what tests draw while they are collected is the same in every process that runs them
+
 # The same examples in every run: a failure is a property of the code, not of the day.
 hypothesis.settings.register_profile("fastmeta", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("fastmeta")
