@@ -135,7 +135,7 @@ def test_build_none_installs_and_says_what_it_lost(tmp_path: Path) -> None:
     assert "FASTMETA_BUILD=none" in report["native"]["reason"]
     assert not report["cuda"]["available"]
     assert "FASTMETA_BUILD=none" in report["cuda"]["reason"]
-    native, reference = report["backends"]["inner_update"]
+    native, _, reference = report["backends"]["inner_update"]
     assert native == {"name": "native", "available": False, "reason": report["native"]["reason"]}
     assert reference["available"]
 
