@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmeta.core.triton_support import Shipped
 from fastmeta.ops.cross_entropy.reference import MEAN, Kept
 
-ELEMENTS = 4096  # of a block of rows
+ELEMENTS = 2048  # of a block of rows
 WARPS = 4
 
 

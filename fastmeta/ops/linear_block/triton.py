@@ -17,6 +17,7 @@ from fastmeta.core.triton_support import Shipped, precision
 from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
 
 BLOCK_IN = 32  # of the contraction over a layer's inputs or outputs
+BLOCK_TWO = 16  # of any contraction, with two products: more does not fit the registers
 STAGES = 3
 
 
@@ -285,7 +286,8 @@ def rows(
         a, v, a2, v2, b, y if s is None else s.contiguous(), y, y if z is None else z, v_task, v2_task, b_task,
         count, wide, out, curve.below, KIND=curve.kind, TANGENT=s is not None,
         FIRST=x is not None and weight is not None, SECOND=x2 is not None and weight2 is not None,
-        BIAS=bias is not None, KEEP=keep, BR=block_rows, BO=block_out, BI=BLOCK_IN, PRECISION=precision(),
+        BIAS=bias is not None, KEEP=keep, BR=block_rows, BO=block_out,
+        BI=BLOCK_IN if x2 is None else BLOCK_TWO, PRECISION=precision(),
         num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return y, z
@@ -313,7 +315,7 @@ def columns(
     columns_kernel[grid](
         *_each(some, s, d, d_dot, z_dot), v, v2, x, v_task, v2_task, count, wide, out, curve.below,
         **_flags(curve, d, d_dot, z_dot, tangent), SECOND=weight_dot is not None and d is not None,
-        BR=block_rows, BI=block_in, BO=BLOCK_IN, PRECISION=precision(),
+        BR=block_rows, BI=block_in, BO=BLOCK_TWO if tangent else BLOCK_IN, PRECISION=precision(),
         num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return x
@@ -337,13 +339,13 @@ def weights(
     wide = x.shape[-1]
     w = some.new_empty(tasks, out, wide)
     b = some.new_empty(tasks, out) if bias else None
-    block_out, block_in = _block(out), 64 if wide >= 64 else _block(wide)
+    block_out, block_in = _block(out), 64 if wide >= 64 and not tangent else _block(wide)
     grid = (triton.cdiv(wide, block_in), triton.cdiv(out, block_out), tasks)
     weights_kernel[grid](
         *_each(some, s, d, d_dot, z_dot), _rows(x, some), _rows(x_dot, some), w, w if b is None else b,
         count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent),
         SECOND=x_dot is not None and d is not None, BIAS=bias,
-        BO=block_out, BI=block_in, BR=_block(count), PRECISION=precision(),
+        BO=block_out, BI=block_in, BR=BLOCK_TWO if tangent else _block(count), PRECISION=precision(),
         num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return w, b
@@ -406,13 +408,14 @@ def shipped() -> list[Shipped]:
             name = f"linear_block {kind} {'tangent' if tangent else 'primal'}"
             common = {"KIND": kind, "TANGENT": tangent, "PRECISION": "tf32x3"}
             bent = tangent and kind in BENT
+            deep = BLOCK_TWO if tangent else BLOCK_IN
             rows_constants = common | {
                 "FIRST": True, "SECOND": tangent, "BIAS": True, "KEEP": bent or (kind in BY_INPUT and not tangent),
-                "BR": 32, "BO": 32, "BI": BLOCK_IN,
+                "BR": 32, "BO": 32, "BI": deep,
             }  # fmt: skip
             reads = {"HAS_D": True, "HAS_DD": tangent, "HAS_ZD": bent, "SECOND": tangent}
-            columns_constants = common | reads | {"BR": 32, "BI": 32, "BO": BLOCK_IN}
-            weights_constants = common | reads | {"BIAS": True, "BO": 32, "BI": 64, "BR": 32}
+            columns_constants = common | reads | {"BR": 32, "BI": 32, "BO": deep}
+            weights_constants = common | reads | {"BIAS": True, "BO": 32, "BI": 32 if tangent else 64, "BR": deep}
             for part, kernel, constants in (
                 ("rows", rows_kernel, rows_constants),
                 ("columns", columns_kernel, columns_constants),
