@@ -59,8 +59,8 @@ def table(found: dict[str, Any]) -> str:
         "percentile of turns taken in a random order; caches are warm. The error is that of all gradients together",
         "against float64 autodiff. *graph* is a CUDA graph that the caller captures, of fixed inputs, for fastmeta as",
         "for its peers; fastmeta by itself copies new tasks in and results out. Memory is what a call allocates at the",
-        "most; a replayed graph holds its own before. With ReLU and max-pooling, errors of 1e-3 and more are those of",
-        "decisions that rounding turns over, which happens to everyone's float32.",
+        "most; a replayed graph holds its own before. Rounding can turn over decisions of ReLU and max-pooling, which",
+        "moves a gradient by 1e-3 and more; the error of all tasks together does not tell that from a fault.",
     ]
     for prefix in ("step ", "tf32 "):
         for result in steps_of(found, prefix):
