@@ -9,6 +9,9 @@ with a ``.cu``, linked with the static CUDA runtime. ``FASTMETA_BUILD`` says wha
 * ``cpu``: the CPU kernels, or an error;
 * ``cuda``: the CPU kernels and the CUDA kernels, or an error;
 * ``none``: nothing.
+
+An optimisation level in ``CXXFLAGS`` takes the place of the kernels' own: ``-O0`` builds in a third of
+the time what is many times slower.
 """
 
 from __future__ import annotations
@@ -41,7 +44,6 @@ V larger(V a, V b) { return a > b ? a : b; }
 """
 UNIX_FLAGS = [
     "-std=c++17",
-    "-O3",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-g0",
@@ -177,7 +179,10 @@ class BuildExtension(build_ext):
 
     def flags(self) -> list[str]:
         """Options for every file."""
-        return MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS
+        if self.compiler.compiler_type == "msvc":
+            return MSVC_FLAGS
+        asked = [word for word in os.environ.get("CXXFLAGS", "").split() if word.startswith("-O")]
+        return [*UNIX_FLAGS, *(asked or ["-O3"])]
 
     def contraction(self, source: str) -> list[str]:
         """Whether products and sums of ``source`` may become fused multiply-adds, as an option."""

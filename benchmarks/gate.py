@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +87,19 @@ class Gate:
         refusal = "" if error <= EXACT else f"error in float64 {error:.1e} is over {EXACT:.0e}"
         return dataclasses.replace(errors, float64=error), refusal
 
+    def of_a_task(self, tasks: int, gradients: Callable[[Problem], Gradients]) -> tuple[float, float]:
+        """Median error of ``gradients`` over batches that repeat one task, and what it may be at the most."""
+        each = [total_error(gradients(single.problem.repeated(tasks)), single.truth) for single in self.singles]
+        return statistics.median_low(each), FACTOR * statistics.median_low(s.float32 for s in self.singles)
+
     def _by_task(self, variant: Variant, tasks: int, step: Step, errors: Errors) -> tuple[Errors, str]:
         again = step.again or (lambda problem: variant.prepare(_own(problem)))
-        each = []
-        for single in self.singles:
-            other = again(single.problem.repeated(tasks))
-            each.append(total_error(other.gradients(other.run()), single.truth))
-        error, bound = statistics.median_low(each), FACTOR * statistics.median_low(s.float32 for s in self.singles)
+
+        def gradients(problem: Problem) -> Gradients:
+            other = again(problem)
+            return other.gradients(other.run())
+
+        error, bound = self.of_a_task(tasks, gradients)
         refusal = "" if error <= bound else f"median error of a task {error:.1e} is over {bound:.1e}, twice float32's"
         return dataclasses.replace(errors, task=error), refusal
 

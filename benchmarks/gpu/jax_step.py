@@ -10,8 +10,9 @@ import statistics
 import sys
 import time
 
-from benchmarks.gpu.steps import WORKLOADS, distance
+from benchmarks.gpu.steps import WORKLOADS
 from benchmarks.peers import jax_jit, torch_loop
+from tests.oracle import total_error
 
 ROUNDS, SLOT_S = 5, 0.1
 
@@ -22,7 +23,7 @@ def main(name: str) -> None:
     jax.config.update("jax_default_matmul_precision", "float32")
     build = WORKLOADS[name][1]
     step = jax_jit.prepare(build(), form="gpu", wait=False)
-    error = distance(step.gradients(step.run()), torch_loop.prepare(build().double()).run())
+    error = total_error(step.gradients(step.run()), torch_loop.prepare(build().double()).run())
     start = time.perf_counter()
     jax.block_until_ready(step.run())
     count = max(1, min(2000, round(SLOT_S / (time.perf_counter() - start))))

@@ -109,7 +109,8 @@ def main() -> None:
         wrong += [f"{name}: {one}, was {golden.get(name)}" for name, one in found.items() if one != golden.get(name)]
     for name, one in found.items():
         print(name, " ".join(f"{key} {value}" for key, value in one.items()))
-    sys.exit("\n".join(wrong))
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
