@@ -20,5 +20,6 @@ def nudged(model: nn.Module, seed: int, *, ulps: float) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in moved.parameters():
-            p.mul_(1 + ulps * torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1))
+            moves = 2 * torch.rand(p.shape, generator=generator).to(p.device) - 1  # the same on every device
+            p.mul_(1 + ulps * torch.finfo(p.dtype).eps * moves)
     return moved
