@@ -80,3 +80,11 @@ def backend(device: torch.device, dtype: torch.dtype) -> Backend:
 def precision() -> str:
     """How products of float32 operands are made, by what the user asked PyTorch for; see :data:`PRECISIONS`."""
     return PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def build_precision() -> str:
+    """:func:`precision` as kernels take it (:mod:`fastmeta.core.triton_dot`).
+
+    The interpreter cannot multiply bfloat16, and rounds operands instead: ``"bf16 rounded"``.
+    """
+    return "bf16 rounded" if precision() == "bf16" and interpreted() else precision()

@@ -139,3 +139,23 @@ def test_what_is_missing_is_zero(kind):
     want = reference.tangent_backward(*base[:5], none(z_dot), none(wide_o["d_y"]), wide_o["d_y_dot"], curve)
     close(triton.columns(curve, there, None, o["weight"], o["d_y_dot"], tangent=True), want[0], 18)
     close(triton.weights(curve, there, None, o["x"], o["d_y_dot"], tangent=True)[0], want[1], 5)
+
+
+def test_the_precision_that_pytorch_is_asked_for():
+    device()
+    from fastmeta.ops.linear_block import triton
+
+    curve = Curve("identity")
+    wide_o = operands(2, 33, 40, 34, shared=False)
+    right = reference.forward(wide_o["x"], wide_o["weight"], None, curve)[0]
+    x, weight = (wide_o[name].float().to(device()) for name in ("x", "weight"))
+    errors = {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            y = triton.rows(curve, x, weight, None)[0].cpu().double()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        errors[precision] = float((y - right).norm() / right.norm())
+    assert errors["highest"] <= 1e-6
+    assert 1e-4 < errors["medium"] < 2.0**-7  # operands of eight bits, which the interpreter cuts off

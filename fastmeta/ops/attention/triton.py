@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
-from fastmeta.core import triton_support
-from fastmeta.core.triton_support import Shipped
+from fastmeta.core.triton_support import Shipped, build_precision
 from fastmeta.ops.attention import triton_kernels, triton_tangent_kernels
 from fastmeta.ops.attention.reference import Cotangents, Need, Saved, SavedDot, Setting
 
@@ -155,9 +154,7 @@ class _Launch:
         self.rows, self.lengths = tasks * batch * heads, (S_q, k.shape[-2])
         self.device = q.device
         self.hopper = _is_hopper(q.device)
-        self.precision = triton_support.precision()
-        if self.precision == "bf16" and triton_support.interpreted():
-            self.precision = "bf16 rounded"
+        self.precision = build_precision()
         strides = {"q": _strides(q), "k": _strides(k), "v": _strides(v)}
         self.numbers = {f"{x}_{axis}": s for x in strides for axis, s in zip("tbhs", strides[x], strict=True)}
         aligned = width % 4 == 0 and all(s % 4 == 0 for s in self.numbers.values())

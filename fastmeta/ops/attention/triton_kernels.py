@@ -14,29 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmeta.core.triton_dot import operand, product
+
 # Builds depend on none of these, so that a model of new lengths finds its kernels compiled.
 STRIDES = (*(f"{x}_{axis}" for x in "qkv" for axis in "tbhs"), "m_t", "m_b", "m_h", "m_q", "m_k")
 INTEGERS = (*STRIDES, "batch", "heads", "S_q", "S_k")
-
-
-@triton.jit
-def operand(x, PRECISION: tl.constexpr):
-    """A float32 tile as a product reads it."""
-    if PRECISION == "bf16":
-        x = x.to(tl.bfloat16)
-    if PRECISION == "bf16 rounded":  # the interpreter, which cannot multiply bfloat16
-        x = x.to(tl.bfloat16).to(tl.float32)
-    return x
-
-
-@triton.jit
-def product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a b``, summed in float32."""
-    if PRECISION == "bf16" or PRECISION == "bf16 rounded":
-        total = tl.dot(a, b, total)
-    else:
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit

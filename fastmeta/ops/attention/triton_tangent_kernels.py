@@ -12,12 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmeta.core.triton_dot import operand, product
 from fastmeta.ops.attention.triton_kernels import (
     INTEGERS,
     load,
     masked,
-    operand,
-    product,
     start,
     start_of_result,
     store,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.core import triton_support
 from fastmeta.core.task_op import Need
+from fastmeta.core.triton_support import Shipped, build_precision, precision
 from fastmeta.ops.conv_block import tiles
 from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
@@ -232,17 +232,12 @@ def _sizes(g: Geometry) -> tuple[int, ...]:
     return (g.images, *g.conv_size, *g.pool_size)
 
 
-def _precision() -> str:
-    precision = triton_support.precision()
-    return "rounded" if precision == "bf16" and triton_support.interpreted() else precision
-
-
 def _packed(weight: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
     """A weight ``[O, I, kh, kw]`` or ``[T, O, I, kh, kw]`` as products read it: :class:`Saved`'s two."""
     tasks = weight if weight.dim() == 5 else weight.unsqueeze(0)
     if not tasks[:1].is_contiguous():
         tasks = tasks.contiguous()
-    parts = tiles.weight_parts(g, triton_support.precision())
+    parts = tiles.weight_parts(g, precision())
     shape = tasks.shape[0], parts, g.convolution.taps
     straight, turned = tasks.new_empty((*shape, g.out, g.channels)), tasks.new_empty((*shape, g.channels, g.out))
     grid, tile = tiles.reordered(g, tasks.shape[0])
@@ -284,7 +279,7 @@ def _convolve(
     bias = _rows(bias)
     products.product[(blocks, tasks, tiles.cdiv(g.out, constants["BN"]))](
         *pairs, bias, z, partial, *of, _stride(pairs[1]), _stride(pairs[3]), _stride(bias),
-        g.images, *g.size, *g.conv_size, **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
+        g.images, *g.size, *g.conv_size, **constants, PRECISION=build_precision(), **tiles.OPTIONS, num_stages=3,
     )  # fmt: skip
     return z, partial
 
@@ -299,7 +294,7 @@ def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None
     grid = (tiles.cdiv(g.images * g.size[0] * g.size[1], tiles.ROWS), tasks, tiles.cdiv(g.channels, constants["BN"]))
     products.product[grid](
         d, weight, d2, weight2, None, d_x, None, None, None, None, _stride(weight), _stride(weight2), 0,
-        g.images, *g.conv_size, *g.size, **constants, PRECISION=_precision(), **tiles.OPTIONS, num_stages=3,
+        g.images, *g.conv_size, *g.size, **constants, PRECISION=build_precision(), **tiles.OPTIONS, num_stages=3,
     )  # fmt: skip
     return d_x.movedim(-1, 2)
 
@@ -313,7 +308,7 @@ def _correlate(
     partial = x.new_empty((tasks, pieces, g.patch, g.out))
     products.correlation[(programs, tasks, pieces)](
         *pair, *(other or (None, None)), partial, g.images, *g.size, *g.conv_size, span,
-        **constants, PRECISION=_precision(), **tiles.correlation_options(g),
+        **constants, PRECISION=build_precision(), **tiles.correlation_options(g),
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 
@@ -363,8 +358,8 @@ def _first_moments(saved: Saved, turned_dot: Tensor | None, g: Geometry) -> Tens
     statistics = (None, None) if turned_dot is None else (saved.mean, saved.rstd)
     first.moments[(blocks, tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, turned_dot, saved.bias, *statistics, partial, _stride(saved.turned), _stride(turned_dot),
-        _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=_precision(), **tiles.OPTIONS,
-        num_stages=1,
+        _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=build_precision(),
+        **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return partial
 
@@ -384,8 +379,8 @@ def _first_windows(
         saved.x, saved.turned, dot.turned_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
         dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.turned), _stride(dot.turned_dot),
         _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
-        *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=_precision(), **tiles.OPTIONS,
-        num_stages=1,
+        *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=build_precision(),
+        **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
 
 
@@ -401,7 +396,7 @@ def _correlate_anew(
         saved.x, saved.turned, turned_dot, saved.bias, d, d_dot, saved.code, saved.mean, saved.rstd, saved.scale,
         dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.bias),
         _stride(saved.scale), _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants,
-        Q=2 if d_dot is None else 4, PRECISION=_precision(), **tiles.OPTIONS, num_stages=1,
+        Q=2 if d_dot is None else 4, PRECISION=build_precision(), **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 
@@ -487,7 +482,7 @@ def _positions(
     return d_z, d_z_dot
 
 
-def shipped() -> list[triton_support.Shipped]:
+def shipped() -> list[Shipped]:
     """Builds that the usual networks ask for."""
     from fastmeta.ops.conv_block import triton_builds
 

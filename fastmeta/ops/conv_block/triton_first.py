@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmeta.core.triton_dot import dot
 from fastmeta.ops.conv_block.triton_norm import (
     PARAMETERS,
     SIZES,
@@ -23,7 +24,7 @@ from fastmeta.ops.conv_block.triton_norm import (
     normal,
     parameter,
 )
-from fastmeta.ops.conv_block.triton_products import dot, patch
+from fastmeta.ops.conv_block.triton_products import patch
 
 WEIGHTS = ("w_task", "w_dot_task", "in_height", "in_width")
 

@@ -20,17 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a b``; ``rounded`` is what the interpreter, which cannot multiply bfloat16, does for ``bf16``."""
-    if PRECISION == "bf16":
-        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    elif PRECISION == "rounded":
-        acc = tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), acc, input_precision="tf32x3")
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+from fastmeta.core.triton_dot import dot
 
 
 @triton.jit

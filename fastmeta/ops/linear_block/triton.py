@@ -13,19 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.core.triton_support import Shipped, precision
+from fastmeta.core.triton_dot import dot
+from fastmeta.core.triton_support import Shipped, build_precision
 from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
 
 BLOCK_IN = 32  # of the contraction over a layer's inputs or outputs
 BLOCK_TWO = 16  # of any contraction, with two products: more does not fit the registers
 STAGES = 3
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -152,9 +146,9 @@ def rows_kernel(
         x_place, x_mask = r[:, None] * I + at[None, :], (r < R)[:, None] & (at < I)[None, :]
         w_place, w_mask = o[None, :] * I + at[:, None], (o < O)[None, :] & (at < I)[:, None]
         if FIRST:
-            acc = _dot(tl.load(A + x_place, x_mask, 0.0), tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+            acc = dot(tl.load(A + x_place, x_mask, 0.0), tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
         if SECOND:
-            acc = _dot(tl.load(A2 + x_place, x_mask, 0.0), tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
+            acc = dot(tl.load(A2 + x_place, x_mask, 0.0), tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
     if BIAS:
         acc += tl.load(B + task * b_task + o, o < O, 0.0)[None, :]
     mask = (r < R)[:, None] & (o < O)[None, :]
@@ -203,11 +197,11 @@ def columns_kernel(
         w_place, w_mask = o[:, None] * I + i[None, :], (o < O)[:, None] & (i < I)[None, :]
         if TANGENT:
             if HAS_DD or HAS_ZD:
-                acc = _dot(dd, tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+                acc = dot(dd, tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
             if SECOND:
-                acc = _dot(d, tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
+                acc = dot(d, tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
         else:
-            acc = _dot(d, tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+            acc = dot(d, tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
     tl.store(X + task * R * I + r[:, None] * I + i[None, :], acc, (r < R)[:, None] & (i < I)[None, :])
 
 
@@ -247,12 +241,12 @@ def weights_kernel(
         x_place, x_mask = r[:, None] * I + i[None, :], (r < R)[:, None] & (i < I)[None, :]
         if TANGENT:
             if HAS_DD or HAS_ZD:
-                acc = _dot(dd, tl.load(A + x_place, x_mask, 0.0), acc, PRECISION)
+                acc = dot(dd, tl.load(A + x_place, x_mask, 0.0), acc, PRECISION)
             if SECOND:
-                acc = _dot(d, tl.load(A2 + x_place, x_mask, 0.0), acc, PRECISION)
+                acc = dot(d, tl.load(A2 + x_place, x_mask, 0.0), acc, PRECISION)
             total += tl.sum(dd, 1)
         else:
-            acc = _dot(d, tl.load(A + x_place, x_mask, 0.0), acc, PRECISION)
+            acc = dot(d, tl.load(A + x_place, x_mask, 0.0), acc, PRECISION)
             total += tl.sum(d, 1)
     tl.store(W + task * O * I + o[:, None] * I + i[None, :], acc, (o < O)[:, None] & (i < I)[None, :])
     if BIAS:
@@ -287,7 +281,7 @@ def rows(
         count, wide, out, curve.below, KIND=curve.kind, TANGENT=s is not None,
         FIRST=x is not None and weight is not None, SECOND=x2 is not None and weight2 is not None,
         BIAS=bias is not None, KEEP=keep, BR=block_rows, BO=block_out,
-        BI=BLOCK_IN if x2 is None else BLOCK_TWO, PRECISION=precision(),
+        BI=BLOCK_IN if x2 is None else BLOCK_TWO, PRECISION=build_precision(),
         num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return y, z
@@ -315,7 +309,7 @@ def columns(
     columns_kernel[grid](
         *_each(some, s, d, d_dot, z_dot), v, v2, x, v_task, v2_task, count, wide, out, curve.below,
         **_flags(curve, d, d_dot, z_dot, tangent), SECOND=weight_dot is not None and d is not None,
-        BR=block_rows, BI=block_in, BO=BLOCK_TWO if tangent else BLOCK_IN, PRECISION=precision(),
+        BR=block_rows, BI=block_in, BO=BLOCK_TWO if tangent else BLOCK_IN, PRECISION=build_precision(),
         num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return x
@@ -345,7 +339,7 @@ def weights(
         *_each(some, s, d, d_dot, z_dot), _rows(x, some), _rows(x_dot, some), w, w if b is None else b,
         count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent),
         SECOND=x_dot is not None and d is not None, BIAS=bias,
-        BO=block_out, BI=block_in, BR=BLOCK_TWO if tangent else _block(count), PRECISION=precision(),
+        BO=block_out, BI=block_in, BR=BLOCK_TWO if tangent else _block(count), PRECISION=build_precision(),
         num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return w, b
