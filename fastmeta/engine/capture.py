@@ -9,6 +9,7 @@ are read where they lie, and results are copied out, so that nothing a caller ho
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -120,7 +121,7 @@ class Captures:
             return
         kind.graph, kind.results = None, []
         if kind.captures == MOVES:
-            kind.reason = "the parameters lie elsewhere in memory at every meta-step"
+            _give_up(kind, "the parameters lie elsewhere in memory at every meta-step")
             return
         kind.captures += 1
         device = work.alpha.device
@@ -136,7 +137,7 @@ class Captures:
             torch.cuda.synchronize(device)
             with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the generator believes in a capture until one succeeds
                 torch.zeros((), device=device)
-            kind.reason = f"it cannot be captured: {str(error).splitlines()[0]}"
+            _give_up(kind, f"it cannot be captured: {str(error).splitlines()[0]}")
             return
         kind.results, kind.together = result.apart()
         kind.alone = 3 + len(result.outputs)  # losses and outputs: callers may write into what autograd knows
@@ -159,6 +160,16 @@ class Captures:
         copies = _copies(kind.results, kind.alone)
         done.record(stream)
         return together(copies)
+
+
+def _give_up(kind: _Kind, reason: str) -> None:
+    """Let meta-steps of a kind run eagerly for good, and say so: they are several times slower."""
+    kind.reason = reason
+    warnings.warn(
+        f"fastmeta: a meta-step is not captured in a CUDA graph and runs eagerly from now on, because {reason}; "
+        "cuda_graph=False asks for that",
+        stacklevel=2,
+    )
 
 
 def objection(work: Work) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
-from fastmeta.engine.capture import MOVES
+from fastmeta.engine.capture import MOVES, Captures, _Kind
 from fastmeta.engine.evaluation import Evaluation, MetaGradient
 
 
@@ -146,13 +146,30 @@ def test_shapes_and_steps_have_graphs_of_their_own():
 @pytest.mark.gpu
 def test_parameters_that_move_are_followed_and_then_no_longer():
     captured, eager = both()
-    for seed in range(MOVES + 4):
+
+    def step(seed: int) -> None:
         for maml in (captured, eager):
             for i, p in enumerate(maml.model.parameters()):
                 torch.manual_seed(100 * seed + i)
                 p.data = torch.randn_like(p)
         assert_same(captured.value_and_grad(tasks(seed)), eager.value_and_grad(tasks(seed)))
+
+    for seed in range(MOVES + 1):  # the first runs eagerly
+        step(seed)
+    with pytest.warns(UserWarning, match="the parameters lie elsewhere"):
+        step(MOVES + 1)
+    step(MOVES + 2)
     assert "the parameters lie elsewhere in memory at every meta-step" in str(captured.explain(tasks()))
+
+
+def test_who_gives_up_says_so():
+    kind = _Kind(captures=MOVES)
+    with pytest.warns(UserWarning, match="eagerly from now on, because the parameters lie elsewhere"):
+        Captures()._capture(kind, None, None, [], [], None)
+    assert "the parameters lie elsewhere" in kind.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and once is enough
+        Captures()._capture(kind, None, None, [], [], None)
 
 
 @pytest.mark.gpu
@@ -256,9 +273,9 @@ def test_a_loss_that_cannot_be_captured_runs_eagerly_and_says_why():
         return run(x)
 
     op.forward = looking
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="runs eagerly from now on, because it cannot be captured") as seen:
         results = [maml.value_and_grad(batch) for _ in range(3)]
+    assert len(seen) == 1
     assert_same(results[0], results[2])
     assert "it cannot be captured" in str(maml.explain(batch))
     torch.manual_seed(0)
