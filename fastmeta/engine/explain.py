@@ -231,7 +231,7 @@ def _row(
         reason = "reads the task's data: its weight changes by products with them and is formed for no task"
     factored = Need.FACTORS in route.need
     if factored and not reason:
-        reason = "fewer operations: the weight of each task is the shared one and products of few rows"
+        reason = "each task's weight is the shared one and products of few rows"
     formed = "resident" if backend in ("native", "callback", "cuda") else "shared" if route.single else "dense"
     return Row(
         instruction.module,
