@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from torch.utils import _pytree as pytree
 from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Output
 from fastmeta.engine.objective import Objective
+
+COLLECT = "_collect_all_valid_cia_ops"  # a name of PyTorch's own, which later versions may not have
+_COLLECTING = threading.Lock()
 
 
 class NotTraceable(Exception):
@@ -105,7 +109,9 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
                 exported = torch.export.export(root, arguments, strict=False)
             if root.notes.lost:
                 raise NotTraceable(root.notes.lost[0])
-            exported = exported.run_decompositions(_decompositions(keeps_attention((*arguments[0], *leaves))))
+            table = _decompositions(keeps_attention((*arguments[0], *leaves)))
+            with _composites_of(exported, table):
+                exported = exported.run_decompositions(table)
         except NotTraceable:
             raise
         except (TypeError, ValueError) as error:
@@ -230,6 +236,30 @@ def _decompositions(keeps: bool) -> dict[Any, Any]:
         aten.instance_norm.default: _instance_norm,
     }
     return {**own, **get_decompositions(recurrent)}
+
+
+@contextlib.contextmanager
+def _composites_of(exported: torch.export.ExportedProgram, table: dict[Any, Any]) -> Iterator[None]:
+    """Spare ``run_decompositions`` most of its time: it prepares all of 500 composite operations to stay whole.
+
+    Those that the graph calls, and those that what is taken apart may call, are enough; the result is the same. Where
+    this PyTorch collects them otherwise, it takes its time.
+    """
+    from torch.export import exported_program
+
+    collect = getattr(exported_program, COLLECT, None)
+    if collect is None:
+        yield
+        return
+    aten = torch.ops.aten
+    wanted = {node.target for node in exported.graph.nodes} | table.keys()
+    wanted |= {aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.softmax.int}
+    with _COLLECTING:
+        setattr(exported_program, COLLECT, lambda: wanted & collect())
+        try:
+            yield
+        finally:
+            setattr(exported_program, COLLECT, collect)
 
 
 def _group_norm(

@@ -107,7 +107,7 @@ def networks(draw: st.DrawFn) -> Case:
     )
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(case=networks(), steps=st.integers(0, 3), support=st.integers(2, 4), query=st.integers(2, 5))
 def test_random_networks_are_exact(case: Case, steps: int, support: int, query: int) -> None:
     model = case.model().double()

@@ -226,7 +226,7 @@ def test_running_statistics_that_are_wanted_come_from_the_reference() -> None:
     assert not torch.equal(model[1].running_mean, before)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     channels=st.integers(1, 5),
     filters=st.integers(1, 40),

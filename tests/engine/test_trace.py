@@ -9,14 +9,55 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import exported_program
 
 import fastmeta as fm
-from tests.engine.cases import T
+from fastmeta.engine import trace
+from fastmeta.engine.objective import Objective
+from tests.engine.cases import CASES, T, labels, normal
 from tests.oracle import relative_error
 
 
 def sets():
     return tuple((torch.randn(T, n, 4, dtype=torch.float64), torch.randint(3, (T, n))) for n in (5, 6))
+
+
+def normed(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Softmax2d(), nn.Flatten(), nn.Linear(64, 3))
+
+
+SPARED = {
+    **{name: (case.model, case.inputs, case.targets, case.loss) for name, case in CASES.items()},
+    "group norm": (lambda: normed(nn.GroupNorm(2, 4)), normal(2, 6, 6), labels, F.cross_entropy),
+    "instance norm": (lambda: normed(nn.InstanceNorm2d(4, affine=True)), normal(2, 6, 6), labels, F.cross_entropy),
+    "gru": (lambda: Gated(), normal(4, 2), labels, F.cross_entropy),
+}
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(2, 5, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("name", SPARED)
+def test_preparing_few_composite_operations_changes_no_graph(name, monkeypatch):
+    model, inputs, targets, loss = SPARED[name]
+    objective, batch = Objective(model().double(), loss), (inputs(5)[0], targets(5)[0])
+    parameters, buffers = objective.parameters(), objective.buffers()
+    assert hasattr(exported_program, trace.COLLECT), "this PyTorch collects composite operations otherwise"
+
+    def calls():
+        nodes = trace.trace(objective, parameters, buffers, batch).nodes
+        return [(str(n.call.target), n.inputs, n.outputs, n.module) for n in nodes]
+
+    few = calls()
+    monkeypatch.setattr(trace, "COLLECT", "a name that PyTorch has not")
+    assert calls() == few
 
 
 class Base(nn.Module):
