@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import probe, scaling
 from benchmarks.breakdown import Breakdown, Line, break_down
+from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import compare
 from benchmarks.memory import RESET, peak_mib
 from benchmarks.peers import LOOP
@@ -282,3 +283,26 @@ def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.skipif(not (scaling.RESULTS / "scaling.json").is_file(), reason="no run of benchmarks.scaling is kept")
 def test_the_document_on_performance_is_that_of_its_run() -> None:
     assert scaling.DOCUMENT.read_text() == scaling.document(json.loads((scaling.RESULTS / "scaling.json").read_text()))
+
+
+def test_the_table_of_a_gpu_is_that_of_its_run() -> None:
+    results = ROOT / "benchmarks" / "results"
+    assert (results / "gpu.md").read_text() == gpu_report.table(json.loads((results / "gpu.json").read_text()))
+
+
+def test_an_error_beyond_its_bound_makes_no_peer() -> None:
+    def row(variant: str, ms: float, error: float) -> dict[str, object]:
+        return {"variant": variant, "ms": ms, "low": ms, "high": ms, "error": error, "bound": 1e-3, "mib": 0.0}
+
+    ours = row("fastmeta", 1, 1e-4) | {"task_error": 1e-6, "task_bound": 2e-6}
+    result = {"workload": "x", "title": "a step", "precision": "float32", "reasons": {"torch.compile": "out of time"}}
+    result["rows"] = [ours, row("loop", 3, 1e-3), row("torch.func", 2, 2e-3)]
+    peer = gpu_report.best_peer(result)
+    assert peer is not None
+    assert peer["variant"] == "loop"
+    found = {"machine": "a GPU", "peaks": {"bytes": 1.0, "flops": {}, "node_s": 1.0}, "step x": result}
+    text = gpu_report.table(found)
+    assert "| fastmeta | 1 | 1 | 1 | 1.00 | 1.0e-04 (1.0e-03) | 1.0e-06 (2.0e-06) | 0.0 |" in text
+    assert "in brackets" in text
+    assert "was not measured" not in text
+    assert "Best peer / fastmeta: 3.00 (loop)." in text
