@@ -243,18 +243,19 @@ def _composites_of(exported: torch.export.ExportedProgram, table: dict[Any, Any]
     """Spare ``run_decompositions`` most of its time: it prepares all of 500 composite operations to stay whole.
 
     Those that the graph calls, and those that what is taken apart may call, are enough; the result is the same. Where
-    this PyTorch collects them otherwise, it takes its time.
+    this PyTorch collects them otherwise, it takes its time. A caller's own ``run_decompositions`` in another thread may
+    meanwhile take apart a composite operation that it would keep.
     """
     from torch.export import exported_program
 
-    collect = getattr(exported_program, COLLECT, None)
-    if collect is None:
+    if not hasattr(exported_program, COLLECT):
         yield
         return
     aten = torch.ops.aten
     wanted = {node.target for node in exported.graph.nodes} | table.keys()
     wanted |= {aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.softmax.int}
-    with _COLLECTING:
+    with _COLLECTING:  # what another thread has put there is not PyTorch's
+        collect = getattr(exported_program, COLLECT)
         setattr(exported_program, COLLECT, lambda: wanted & collect())
         try:
             yield

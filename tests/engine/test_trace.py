@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 
 import pytest
@@ -58,6 +59,22 @@ def test_preparing_few_composite_operations_changes_no_graph(name, monkeypatch):
     few = calls()
     monkeypatch.setattr(trace, "COLLECT", "a name that PyTorch has not")
     assert calls() == few
+
+
+def test_threads_that_trace_leave_pytorch_as_it_was():
+    name, before, done = trace.COLLECT, getattr(exported_program, trace.COLLECT), []
+
+    def run():
+        maml = fm.MAML(nn.Linear(4, 3).double(), F.cross_entropy, lr=0.1, steps=1)
+        done.append(maml.value_and_grad(fm.TaskBatch(*sets())))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 3
+    assert getattr(exported_program, name) is before
 
 
 class Base(nn.Module):
