@@ -22,7 +22,7 @@ from fastmeta.core.task_op import Call, Output
 from fastmeta.engine.objective import Objective
 
 COLLECT = "_collect_all_valid_cia_ops"  # a name of PyTorch's own, which later versions may not have
-_COLLECTING = threading.Lock()
+_TRACING = threading.Lock()  # a trace changes what is PyTorch's for a while, so one runs at a time
 
 
 class NotTraceable(Exception):
@@ -102,7 +102,7 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
         [b.detach() for b in buffers.values()],
         leaves,
     )
-    with _untouched(objective), warnings.catch_warnings():
+    with _TRACING, _untouched(objective), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with torch.enable_grad(), _functions_raise():
@@ -254,13 +254,12 @@ def _composites_of(exported: torch.export.ExportedProgram, table: dict[Any, Any]
     aten = torch.ops.aten
     wanted = {node.target for node in exported.graph.nodes} | table.keys()
     wanted |= {aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.softmax.int}
-    with _COLLECTING:  # what another thread has put there is not PyTorch's
-        collect = getattr(exported_program, COLLECT)
-        setattr(exported_program, COLLECT, lambda: wanted & collect())
-        try:
-            yield
-        finally:
-            setattr(exported_program, COLLECT, collect)
+    collect = getattr(exported_program, COLLECT)
+    setattr(exported_program, COLLECT, lambda: wanted & collect())
+    try:
+        yield
+    finally:
+        setattr(exported_program, COLLECT, collect)
 
 
 def _group_norm(
