@@ -34,7 +34,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
-X86_LEVELS = ("v2", "v3", "v4")
+X86_LEVELS = ("v3", "v4")  # v2 has no wider vectors than a plain build
 # What a compiler must know: C++17, and the vector extension of GCC (9 or later) and Clang.
 PROBE = """
 #include <Python.h>

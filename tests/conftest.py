@@ -83,7 +83,7 @@ def extension() -> ModuleType:
     return module
 
 
-@pytest.fixture(params=["plain", "v2", "v3", "v4"])
+@pytest.fixture(params=["plain", "v3", "v4"])
 def instruction_set(request: pytest.FixtureRequest, extension: ModuleType) -> Iterator[str]:
     """Every instruction set of this build that this processor runs."""
     name: str = request.param

@@ -98,7 +98,7 @@ def test_loads_nothing_heavy() -> None:
     ("wanted", "message"),
     [
         ("plain", "instruction set plain"),
-        ("v9", "missing: FASTMETA_ISA: instruction set must be one of plain, v2, v3, v4, got 'v9'"),
+        ("v9", "missing: FASTMETA_ISA: instruction set must be one of plain, v3, v4, got 'v9'"),
     ],
 )
 def test_instruction_set_of_the_environment(extension: object, wanted: str, message: str) -> None:

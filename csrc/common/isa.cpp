@@ -9,15 +9,14 @@
 namespace fastmeta {
 namespace {
 
-constexpr Isa every[] = {Isa::plain, Isa::v2, Isa::v3, Isa::v4};
+constexpr Isa every[] = {Isa::plain, Isa::v3, Isa::v4};
 constexpr int undecided = -1;
 std::atomic<int> in_use{undecided};
 
 Isa find(const char* name) {
   for (Isa isa : every)
     if (std::strcmp(name, isa_name(isa)) == 0) return isa;
-  throw std::runtime_error(std::string("FASTMETA_ISA: instruction set must be one of plain, v2, v3, v4, got '") + name +
-                           "'");
+  throw std::runtime_error(std::string("FASTMETA_ISA: instruction set must be one of plain, v3, v4, got '") + name + "'");
 }
 
 Isa checked(Isa isa) {
@@ -41,7 +40,6 @@ Isa decide() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::v2: return "v2";
     case Isa::v3: return "v3";
     case Isa::v4: return "v4";
     default: return "plain";
@@ -60,14 +58,12 @@ bool isa_supported(Isa isa) {
   if (isa == Isa::plain) return true;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   __builtin_cpu_init();
-  const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
-  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v3 = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("avx2") &&
+                  __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   switch (isa) {
-    case Isa::v2: return v2;
     case Isa::v3: return v3;
     case Isa::v4: return v4;
     default: return true;

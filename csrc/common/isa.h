@@ -8,14 +8,9 @@
 
 namespace fastmeta {
 
-// x86-64-v2 has SSE4.2, v3 AVX2 and FMA, v4 AVX-512 (F, BW, CD, DQ, VL). `plain` is the compiler's own default.
-enum class Isa : int { plain, v2, v3, v4 };
+// x86-64-v3 has AVX2 and FMA, v4 AVX-512 (F, BW, CD, DQ, VL). `plain` is the compiler's own default.
+enum class Isa : int { plain, v3, v4 };
 
-#if defined(FASTMETA_HAVE_V2)
-#define FASTMETA_IF_V2(X) X(v2)
-#else
-#define FASTMETA_IF_V2(X)
-#endif
 #if defined(FASTMETA_HAVE_V3)
 #define FASTMETA_IF_V3(X) X(v3)
 #else
@@ -28,7 +23,7 @@ enum class Isa : int { plain, v2, v3, v4 };
 #endif
 
 // X(name) for every instruction set of this build, the least first.
-#define FASTMETA_FOR_EACH_ISA(X) X(plain) FASTMETA_IF_V2(X) FASTMETA_IF_V3(X) FASTMETA_IF_V4(X)
+#define FASTMETA_FOR_EACH_ISA(X) X(plain) FASTMETA_IF_V3(X) FASTMETA_IF_V4(X)
 
 // In an operation's namespace, after its struct Table: every instruction set's table, and table_of(isa).
 #define FASTMETA_TABLES                                                                        \

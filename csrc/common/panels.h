@@ -9,8 +9,9 @@
 namespace fastmeta {
 namespace {
 
-constexpr std::int64_t panel_vectors = vector_registers >= 32 ? 4 : 2;  // those of the widest tile
-constexpr std::int64_t panel_depth = 384;                               // 96 KiB of the second-level cache
+// As wide as the widest tile: 96 KiB of the second-level cache, or 24 KiB (12 KiB with vectors of 16 bytes) of the first.
+constexpr std::int64_t panel_vectors = vector_registers >= 32 ? 4 : 3;
+constexpr std::int64_t panel_depth = vector_registers >= 32 ? 384 : 256;
 
 // Elements of a thread's copy.
 template <class R>

@@ -136,8 +136,6 @@ void strip(const Term<R>* terms, int count, std::int64_t rows, std::int64_t n, c
 
 template <class R, bool turned>
 void product_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result) {
-  // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 2 leave 6.
-  constexpr int most = vector_registers >= 32 ? 4 : 2;
   using Strip = void (*)(const Term<R>*, int, std::int64_t, std::int64_t, const Result<R>&);
   static constexpr Strip strips_of[][2] = {{strip<R, 1, false, turned>, strip<R, 0, true, turned>},
                                            {strip<R, 2, false, turned>, strip<R, 1, true, turned>},
@@ -145,6 +143,9 @@ void product_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t
                                            {strip<R, 4, false, turned>, strip<R, 3, true, turned>}};
   const std::int64_t vectors = padded<R>(columns) / width<R>, over = columns % width<R>;
   const bool half = over > 0 && over <= width<R> / 2 && vectors > 1;
+  // Wide tiles reuse A's element, tall ones B's row: of 32 registers 4 vectors leave 6 rows, of 16 3 leave 4. With half a
+  // vector, which takes more registers, 3 of 16 would leave 2.
+  const std::int64_t most = vector_registers >= 32 ? 4 : half ? 2 : 3;
   std::int64_t strips = (vectors + most - 1) / most;
   for (std::int64_t j = 0; strips > 0; --strips) {
     const std::int64_t here = strips == 1 ? vectors - j : (vectors - j + strips - 1) / strips;

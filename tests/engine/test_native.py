@@ -36,7 +36,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross entropy": F.cross_entropy,
     "bce": F.binary_cross_entropy_with_logits,
 }
-SETS = [name for name in ("plain", "v2", "v3", "v4") if _C is not None and name in _C.supported_instruction_sets()]
+SETS = [name for name in ("plain", "v3", "v4") if _C is not None and name in _C.supported_instruction_sets()]
 
 
 @pytest.fixture(params=SETS)

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 EXACT = 1e-10  # float64 rounding through batch norm's cancellations (1.1e-11 seen); a wrong term shows above 1e-3
 FILTERS, WAYS = 5, 3
-SETS = [name for name in ("plain", "v2", "v3", "v4") if _C is not None and name in _C.supported_instruction_sets()]
+SETS = [name for name in ("plain", "v3", "v4") if _C is not None and name in _C.supported_instruction_sets()]
 # Channels, kernel, padding, dilation, image.
 CASES = {
     "one tap": (1, (1, 1), 0, 1, (6, 8)),
