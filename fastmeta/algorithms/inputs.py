@@ -23,15 +23,15 @@ def checked_steps(steps: int) -> int:
     return steps
 
 
-def checked_chunk_size(chunk_size: int | None) -> int | None:
-    """The number of tasks to run at a time, if it is one."""
-    if chunk_size is None:
+def checked_count(name: str, count: int | None) -> int | None:
+    """A number of tasks or bytes, if it is one."""
+    if count is None:
         return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"MAML: chunk_size must be an int or None, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"MAML: chunk_size must be at least 1, got {chunk_size}")
-    return chunk_size
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"MAML: {name} must be an int or None, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"MAML: {name} must be at least 1, got {count}")
+    return count
 
 
 def checked_plan(plan: Any, names: Iterable[str]) -> Plan:

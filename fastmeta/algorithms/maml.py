@@ -14,7 +14,7 @@ from fastmeta.algorithms.adapted import AdaptedModel
 from fastmeta.algorithms.inputs import (
     check_masks,
     check_tensors,
-    checked_chunk_size,
+    checked_count,
     checked_plan,
     checked_steps,
     select_parameters,
@@ -87,6 +87,11 @@ class MAML(nn.Module):
             synchronisation a step on a GPU.
         chunk_size: run at most so many tasks at a time. By default as many as keep an operation's operands in cache on
             a CPU. The tapes of one chunk only are held at a time, whatever T is.
+        memory_budget: bytes that a meta-step may hold beside parameters and tasks. To keep within it fewer tasks run at
+            a time, and where keeping the activations of every inner step is too much for one, they are computed again
+            for the Hessian-vector products. The first meta-step of a kind then runs one task and two beforehand, to
+            see what they take; a warning says if nothing fits. :meth:`explain` shows what is predicted. ``None`` for no
+            limit. Not for ``engine="autodiff"``, nor for :meth:`adapt`.
         engine: ``"program"`` runs the traced program and raises where that is impossible; ``"autodiff"`` runs plain
             autograd over tasks, to any order; ``"auto"`` takes the program if the model can be traced, and otherwise
             autodiff, with one warning that names the cause.
@@ -118,6 +123,7 @@ class MAML(nn.Module):
         update_running_stats: bool = False,
         check_finite: bool = False,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         engine: Engine = "auto",
         executor: Executor = "auto",
         plan: Form | Mapping[str, Form] = "auto",
@@ -143,7 +149,8 @@ class MAML(nn.Module):
         self.allow_unused = allow_unused
         self.update_running_stats = update_running_stats
         self.check_finite = check_finite
-        self.chunk_size = checked_chunk_size(chunk_size)
+        self.chunk_size = checked_count("chunk_size", chunk_size)
+        self.memory_budget = checked_count("memory_budget", memory_budget)
         self.engine = engine
         self.executor = executor
         self.plan = checked_plan(plan, self._objective.parameters())
@@ -255,7 +262,7 @@ class MAML(nn.Module):
     def explain(self, tasks: TaskBatch, *, steps: int | None = None) -> Explanation:
         """What runs for these tasks: for every call its operation, backend, cost and memory, and why.
 
-        Runs one inner step to count what is kept.
+        Where the native executor does not run, the meta-step of one task and of two runs to count what they take.
         """
         work, programs = self._prepare(tasks, steps, differentiate=True, check_unused=False)
         if programs is None:
@@ -321,6 +328,7 @@ class MAML(nn.Module):
             self.plan,
             self.update_running_stats,
             self.cuda_graph,
+            self.memory_budget,
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)
@@ -347,6 +355,7 @@ class MAML(nn.Module):
             self.executor,
             self.plan,
             self.cuda_graph,
+            self.memory_budget,
             self.lr if isinstance(self.lr, (float, int)) else None,
             flags,
         )

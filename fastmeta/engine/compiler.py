@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -27,11 +27,34 @@ from fastmeta.engine.work import Work, task_of
 Compiled = NativeStep | ResidentStep
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How the task-batched executor runs a meta-step.
+
+    Attributes:
+        tasks: at a time.
+        recompute: whether activations are computed again for the Hessian-vector products.
+        peak: bytes that it is predicted to hold beside parameters and tasks.
+    """
+
+    tasks: int
+    recompute: bool
+    peak: int
+
+
 @dataclass
 class Room:
-    """How many tasks fit into memory at a time, as it was found out; ``None`` while all did."""
+    """What was found out about memory.
+
+    Attributes:
+        tasks: how many fit at a time; ``None`` while all did.
+        fits: by kind of meta-step, how it keeps within a budget.
+        warned: whether it was said that a budget is too small.
+    """
 
     tasks: int | None = None
+    fits: dict[Hashable, Fit] = field(default_factory=dict)
+    warned: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +77,10 @@ class Programs:
         """What a graph of the meta-step depends on beside its tensors; the programs live as long as the graphs."""
         return id(self.support), id(self.query), self.chunk_size, learned, outputs
 
-    def chunks(self, tasks: int) -> list[slice]:
-        """The task axis cut into runs of at most ``chunk_size``, as even as they can be."""
-        count = -(-tasks // self.chunk_size)
+    def chunks(self, tasks: int, most: int | None = None) -> list[slice]:
+        """The task axis cut into runs of at most ``most`` or ``chunk_size``, as even as they can be."""
+        size = self.chunk_size if most is None else min(most, self.chunk_size)
+        count = -(-tasks // size)
         bounds = [tasks * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in pairwise(bounds)]
 

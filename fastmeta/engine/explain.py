@@ -12,6 +12,7 @@ from fastmeta.engine import cost, executor
 from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
+from fastmeta.engine.meta_step import fitted, predicted
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.resident import ResidentStep
 from fastmeta.engine.work import Work, leaves
@@ -79,6 +80,9 @@ class Explanation:
         kept: named bytes kept per inner step, by the reference executor for all tasks of a chunk at once, by the native
             one for each task at work.
         kept_once: bytes kept likewise for all inner steps together: operands of what is the same at every step.
+        peak: bytes that the meta-step is predicted to hold beside parameters and tasks; 0 where nothing predicts it.
+        tasks_at_once: how many tasks run at a time.
+        recomputes: whether activations are computed again for the Hessian-vector products instead of being kept.
     """
 
     engine: str
@@ -90,6 +94,9 @@ class Explanation:
     rows: tuple[Row, ...] = ()
     kept: dict[str, int] = field(default_factory=dict)
     kept_once: int = 0
+    peak: int = 0
+    tasks_at_once: int = 0
+    recomputes: bool = False
 
     @property
     def kept_per_step(self) -> int:
@@ -133,8 +140,13 @@ class Explanation:
                 *lines,
                 f"kept per inner step: {kept or 'nothing'}; total {self.kept_per_step / 1024:.1f} KiB"
                 + (f"; once: {self.kept_once / 1024:.1f} KiB" if self.kept_once else ""),
+                *([self._memory()] if self.peak else []),
             ]
         )
+
+    def _memory(self) -> str:
+        how = "computed again" if self.recomputes else "kept"
+        return f"predicted peak: {self.peak / 2**20:.1f} MiB, tasks at a time: {self.tasks_at_once}, activations {how}"
 
 
 def explain_autodiff(work: Work, reason: str) -> Explanation:
@@ -145,9 +157,16 @@ def explain_autodiff(work: Work, reason: str) -> Explanation:
 def explain_programs(work: Work, programs: Programs) -> Explanation:
     """The explanation of a program. For the reference executor one inner step runs, to count what its tape holds."""
     native = programs.native
+    peak, at_once, recomputes = 0, work.tasks, False
+    learned = work.alpha.requires_grad
     refusal = native if isinstance(native, str) else native.refusal(work, outputs=False)
+    fit = fitted(work, programs, MEAN, native=not refusal, learned=learned, outputs=False)
+    if fit is not None and not refusal:
+        refusal = "one task alone would take more than the memory budget on the native one"
     if isinstance(native, str) or refusal:
         rows, kept, once = _by_reference(work, programs)
+        fit = fit or predicted(work, programs, MEAN, learned=learned, outputs=False)
+        peak, at_once, recomputes = fit.peak, fit.tasks, fit.recompute
         executor = f"reference{_captured(work, programs)}, because {refusal}"
     elif isinstance(native, ResidentStep):
         calls = cost.paired(programs.support, programs.query)
@@ -156,7 +175,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         executor = f"resident, {native.describe(work)}"
     else:
         calls = cost.paired(programs.support, programs.query)
-        collected = {id(call) for call in native.collected(work, learned=work.alpha.requires_grad)}
+        collected = {id(call) for call in native.collected(work, learned=learned)}
         apart = {id(call): ("callback", f"called back: {reason}") for call, reason in native.cuts[0]}
         reads = "reads the tasks' data alone, for all tasks at once:"
         apart |= {id(call): ("reference", f"{reads} {reason}") for call, reason in native.preludes[0]}
@@ -166,15 +185,29 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
             rows.append(
                 _row(call, backend, cost.flops(work, call, query), 0, 0, reason, collected=id(call) in collected)
             )
-        kept = native.kept(work, learned=work.alpha.requires_grad)
-        once = native.kept_once(work, learned=work.alpha.requires_grad)
-        room = native.workspace_bytes(work, learned=work.alpha.requires_grad) / 2**20
-        at_once, threads = native.sharing(work, learned=work.alpha.requires_grad)
-        sharing = f"tasks at once: {at_once}, each in {room:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
+        kept = native.kept(work, learned=learned)
+        once = native.kept_once(work, learned=learned)
+        room = native.workspace_bytes(work, learned=learned)
+        at_once, threads = native.sharing(work, learned=learned)
+        peak = at_once * room
+        sharing = f"tasks at once: {at_once}, each in {room / 2**20:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
         executor = f"native, instruction set {native.instruction_set}, {sharing}"
         if native.cuts[0]:
             executor += f", cut at operations without kernels: {len(native.cuts[0])}"
-    return Explanation("program", "", work.tasks, work.steps, work.packing.size, executor, tuple(rows), kept, once)
+    return Explanation(
+        "program",
+        "",
+        work.tasks,
+        work.steps,
+        work.packing.size,
+        executor,
+        tuple(rows),
+        kept,
+        once,
+        peak,
+        at_once,
+        recomputes,
+    )
 
 
 def _captured(work: Work, programs: Programs) -> str:

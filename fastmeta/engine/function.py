@@ -37,6 +37,7 @@ class Step:
     learned: bool  # whether the rates are
     support_losses: Tensor = _NONE
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
+    differentiated: bool = field(default_factory=torch.is_grad_enabled, init=False)  # a Function's forward cannot ask
 
     def run(self) -> Sequence[Tensor]:
         """Mean loss, task losses and the query outputs."""
@@ -63,7 +64,7 @@ class MetaStep(torch.autograd.Function):
     def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return mean loss, task losses and the query outputs; ``inputs`` are the parameters, and learned rates."""
         work, programs = step.work, step.programs
-        wanted = True in ctx.needs_input_grad
+        wanted = step.differentiated and True in ctx.needs_input_grad
         cotangents = MEAN if wanted and not step.custom.seen else None
         dice = _Dice(work) if wanted and programs.random else None
         result = evaluate(work, programs, cotangents, learned=wanted and step.learned, outputs=True)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmeta.engine.budget import fit_to_budget, warn
 from fastmeta.engine.capture import objection
-from fastmeta.engine.compiler import Programs
+from fastmeta.engine.compiler import Fit, Programs
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
+from fastmeta.engine.native import NativeStep
 from fastmeta.engine.unroll import adjoint, unroll
 from fastmeta.engine.work import Work
 
@@ -32,22 +34,65 @@ def evaluate(
     """
     step = programs.native
     call = step if isinstance(step, str) else step.call(work, cotangents, learned=learned, outputs=outputs)
-    if not isinstance(call, str):
-        return call.run(work, cotangents)
-    if work.executor == "native":
+    if isinstance(call, str) and work.executor == "native":
         raise RuntimeError(f"MAML: executor 'native' is not available here: {call}")
+    fit = fitted(work, programs, cotangents, native=not isinstance(call, str), learned=learned, outputs=outputs)
+    if not isinstance(call, str) and fit is None:
+        return call.run(work, cotangents)
 
     def execute(work: Work, cotangents: Cotangents | None) -> Evaluation:
-        return _by_reference(work, programs, cotangents, learned=learned, outputs=outputs)
+        return _by_reference(work, programs, cotangents, fit, learned=learned, outputs=outputs)
 
     while True:
         try:
             if work.alpha.is_cuda and not objection(work):
-                kind = programs.kind(learned=learned, outputs=outputs)
+                kind = programs.kind(learned=learned, outputs=outputs), fit
                 return programs.captures.run(kind, work, cotangents, execute)
             return execute(work, cotangents)
         except torch.OutOfMemoryError:
             _run_fewer(programs, min(work.tasks, programs.chunk_size))
+
+
+def fitted(
+    work: Work, programs: Programs, cotangents: Cotangents | None, *, native: bool, learned: bool, outputs: bool
+) -> Fit | None:
+    """How the task-batched executor keeps within the memory budget, found out once a kind.
+
+    ``None`` without a budget, and where the native executor can run: unless one task alone is too much for the budget
+    there and not here.
+    """
+    budget = work.memory_budget
+    if budget is None:
+        return None
+    least = 0
+    if native and isinstance(programs.native, NativeStep):
+        least = programs.native.least_bytes(work, learned=learned)
+    found = None
+    if not native or (least > budget and work.executor == "auto"):
+        settings = budget, work.tasks, work.steps, work.first_order, programs.chunk_size
+        kind = *settings, cotangents is None, learned, outputs
+        found = programs.room.fits.get(kind)
+        if found is None:
+            found = predicted(work, programs, cotangents, learned=learned, outputs=outputs)
+            programs.room.fits[kind] = found
+        if native and found.peak > budget:
+            found = None
+    peak = least if found is None else found.peak
+    if peak > budget and not programs.room.warned:
+        programs.room.warned = True
+        warn(budget, peak)
+    return found
+
+
+def predicted(work: Work, programs: Programs, cotangents: Cotangents | None, *, learned: bool, outputs: bool) -> Fit:
+    """How the task-batched executor runs a meta-step, within the memory budget if there is one."""
+
+    def run(part: Work, recompute: bool) -> Evaluation:
+        together = Fit(part.tasks, recompute, 0)
+        return _by_reference(part, programs, cotangents, together, learned=learned, outputs=outputs)
+
+    gradient = cotangents is not None
+    return fit_to_budget(work, programs, run, gradient=gradient, outputs=outputs, budget=work.memory_budget)
 
 
 def _run_fewer(programs: Programs, tasks: int) -> None:
@@ -64,15 +109,29 @@ def _run_fewer(programs: Programs, tasks: int) -> None:
 
 @torch.no_grad()
 def _by_reference(
-    work: Work, programs: Programs, cotangents: Cotangents | None, *, learned: bool, outputs: bool
+    work: Work,
+    programs: Programs,
+    cotangents: Cotangents | None,
+    fit: Fit | None,
+    *,
+    learned: bool,
+    outputs: bool,
 ) -> Evaluation:
     support, query = programs.both
+    recompute = fit is not None and fit.recompute
     losses, support_losses, kept, mutations = [], [], [], []
     total: MetaGradient | None = None
-    for chunk in programs.chunks(work.tasks):
+    for chunk in programs.chunks(work.tasks, None if fit is None else fit.tasks):
         part = work.part(chunk)
-        tapes = cotangents is not None and not work.first_order
-        trajectory = unroll(part, support, query, keep_tapes=tapes, keep_gradients=cotangents is not None and learned)
+        second_order = cotangents is not None and not work.first_order
+        trajectory = unroll(
+            part,
+            support,
+            query,
+            keep_tapes=second_order and not recompute,
+            keep_gradients=cotangents is not None and learned,
+            keep_points=second_order and recompute,
+        )
         losses.append(trajectory.evaluated.loss)
         support_losses.append(trajectory.support_losses)
         mutations.append(trajectory.mutations)

@@ -96,6 +96,22 @@ class NativeStep:
             return f"cut at operations without native kernels it would take longer: {reason}"
         return ""
 
+    def least_bytes(self, work: Work, *, learned: bool) -> int:
+        """Bytes that a meta-step holds where one task is at work, on one thread."""
+        return int(self._step(work, learned).workspace_bytes(*self._kind(work, learned), 1))
+
+    def _threads(self, work: Work, learned: bool) -> int:
+        """Those that work: as many as there are, or as the memory budget allows."""
+        threads, step, kind = torch.get_num_threads(), self._step(work, learned), self._kind(work, learned)
+        if work.memory_budget is None:
+            return threads
+        while threads > 1:
+            at_once, each = step.sharing(work.tasks, *kind, threads)
+            if at_once * step.workspace_bytes(*kind, each) <= work.memory_budget:
+                break
+            threads -= 1
+        return threads
+
     def kept(self, work: Work, *, learned: bool) -> dict[str, int]:
         """Named bytes kept per inner step for the adjoint of each task at work."""
         return self._step(work, learned).kept_bytes(not work.first_order and work.steps > 0, learned)
@@ -107,7 +123,9 @@ class NativeStep:
 
     def sharing(self, work: Work, *, learned: bool) -> tuple[int, int]:
         """How many tasks are at work at once, and how many threads on each."""
-        return self._step(work, learned).sharing(work.tasks, *self._kind(work, learned), torch.get_num_threads())
+        threads = self._threads(work, learned)
+        shared: tuple[int, int] = self._step(work, learned).sharing(work.tasks, *self._kind(work, learned), threads)
+        return shared
 
     def workspace_bytes(self, work: Work, *, learned: bool) -> int:
         """Bytes each of the tasks at work holds."""
@@ -171,7 +189,8 @@ class NativeStep:
         if cotangents is not None and cotangents.outputs and any(d is not None for d in cotangents.outputs):
             return "an objective on the query outputs is differentiated"
         gradient = cotangents is not None
-        key = NativeCall, gradient, learned, outputs, self._isa()
+        limit = None if work.memory_budget is None else self._threads(work, learned and gradient)
+        key = NativeCall, gradient, learned, outputs, limit, self._isa()
         call: NativeCall | str | None = work.memory.get(key)
         if call is None and (refusal := self.refusal(work, outputs=outputs)):
             call = work.memory[key] = refusal
@@ -201,6 +220,7 @@ class NativeStep:
                 self._operands,
                 self._callbacks,
                 self._preludes if any(self.preludes) else None,
+                limit,
             )
         return call
 
@@ -220,6 +240,7 @@ class NativeCall:
         operands: of the operations on support and query.
         callbacks: what the program calls back to, if it does.
         preludes: to support and query, if there are any.
+        threads: at most so many; ``None`` for all.
     """
 
     step: Any
@@ -232,6 +253,7 @@ class NativeCall:
     operands: list[tuple[Operands, ...]]
     callbacks: Callbacks | None
     preludes: list[Prelude] | None
+    threads: int | None
 
     def run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
         """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`.
@@ -267,7 +289,7 @@ class NativeCall:
                 losses,
                 support_losses,
                 results[0] if results else None,
-                torch.get_num_threads(),
+                self.threads or torch.get_num_threads(),
                 None if profile is None else profile.part(self.step, *self.operands),
             )
         if work.check_finite:

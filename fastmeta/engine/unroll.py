@@ -26,6 +26,8 @@ class Trajectory:
         phi: adapted parameters after K steps.
         support_losses: ``[K, T]``, each before its step.
         tapes: one a step, if kept: operands and cotangents of every operation.
+        points: ``phi_k``, one a step, if kept: what tapes can be computed from again.
+        invariants: what is the same at every step.
         gradients: ``g_k``, one a step, if kept (for rates that are learned).
         query: the query pass.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
@@ -34,6 +36,8 @@ class Trajectory:
     phi: Vector
     support_losses: Tensor
     tapes: list[Tape] = field(default_factory=list)
+    points: list[Vector] = field(default_factory=list)
+    invariants: Invariants | None = None
     gradients: list[Vector] = field(default_factory=list)
     query: Tape | None = None
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
@@ -47,7 +51,13 @@ class Trajectory:
 
 
 def unroll(
-    work: Work, support: Program, query: Program | None, *, keep_tapes: bool, keep_gradients: bool
+    work: Work,
+    support: Program,
+    query: Program | None,
+    *,
+    keep_tapes: bool,
+    keep_gradients: bool,
+    keep_points: bool = False,
 ) -> Trajectory:
     """Adapt every task by K steps, eq. (2)-(3), and evaluate its query set.
 
@@ -57,33 +67,30 @@ def unroll(
         query: program at the query shapes, or ``None`` to adapt only.
         keep_tapes: keep each step's tape for the Hessian-vector products.
         keep_gradients: keep each step's gradient for eq. (7).
+        keep_points: keep what each step's tape can be computed from again.
     """
     rule = FastWeights(work, support.factored)
-    support_data, tasks = pytree.tree_leaves(work.support), work.tasks
-    fixed = _fixed_state(work)
-    adapted: Sequence[Weight] = work.theta
     phi = rule.start()
     losses, trajectory = [], Trajectory(phi, phi.packed)
-    invariants: Invariants | None = None
     for k in range(work.steps):
-        tape = executor.forward(support, adapted, fixed, support_data, first=k == 0, invariants=invariants)
-        invariants = tape.invariants
-        if work.check_finite:
-            require_finite(tape.loss, f"support loss at inner step {k}")
-        g = executor.backward(support, tape, torch.ones_like(tape.loss), outer=False)
-        phi = rule.step(phi, g.adapted, k)
-        adapted = rule.values(phi)
+        tape, g = _inner(work, support, rule, phi, k, trajectory.invariants)
+        trajectory.invariants = tape.invariants
+        if keep_points:
+            trajectory.points.append(phi)
+        phi = rule.step(phi, g, k)
         losses.append(tape.loss)
         trajectory.mutations.append(tape.mutations)
         if keep_tapes:
             trajectory.tapes.append(tape)
         if keep_gradients:
-            trajectory.gradients.append(rule.vector(g.adapted))
+            trajectory.gradients.append(rule.vector(g))
+        del tape, g  # what is not kept must be gone before the next step
     trajectory.phi = phi
-    trajectory.support_losses = torch.stack(losses) if losses else support_data[0].new_empty((0, tasks))
+    trajectory.support_losses = torch.stack(losses) if losses else work.alpha.new_empty((0, work.tasks))
     if query is not None:
+        adapted = rule.values(phi) if work.steps else work.theta
         trajectory.query = executor.forward(
-            query, adapted, fixed, pytree.tree_leaves(work.query), first=work.steps == 0
+            query, adapted, _fixed_state(work), pytree.tree_leaves(work.query), first=work.steps == 0
         )
         trajectory.mutations.append(trajectory.query.mutations)
         if work.check_finite:
@@ -105,7 +112,7 @@ def adjoint(
         work: the meta-step.
         support: its program at the support shapes.
         query: its program at the query shapes.
-        trajectory: of :func:`unroll`, with tapes unless first order.
+        trajectory: of :func:`unroll`, with tapes or points unless first order.
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
     """
@@ -121,16 +128,32 @@ def adjoint(
             d_alpha.append(d_rate)
         if work.first_order:
             continue
-        tape = trajectory.tapes.pop()
+        if trajectory.tapes:
+            tape = trajectory.tapes.pop()
+        else:
+            tape, _ = _inner(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
         product = executor.hessian_vector_product(support, tape, rule.values(u))
         lam = rule.less(lam, product.adapted)
         outer = _minus(outer, product.outer)
         invariants = tape.invariants
         for slot, d in product.invariants.items():
             flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
+        del tape, product  # before the next step's are there
     if invariants is not None and flowing:
         outer = _minus(outer, executor.invariant_backward(support, invariants, flowing))
     return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]))
+
+
+def _inner(
+    work: Work, support: Program, rule: FastWeights, phi: Vector, k: int, invariants: Invariants | None
+) -> tuple[Tape, list[Weight]]:
+    """Forward and backward pass of step k: the tape and ``g_k``, eq. (2)."""
+    adapted: Sequence[Weight] = rule.values(phi) if k else work.theta
+    data = pytree.tree_leaves(work.support)
+    tape = executor.forward(support, adapted, _fixed_state(work), data, first=k == 0, invariants=invariants)
+    if work.check_finite:
+        require_finite(tape.loss, f"support loss at inner step {k}")
+    return tape, executor.backward(support, tape, torch.ones_like(tape.loss), outer=False).adapted
 
 
 def _minus(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -32,6 +32,7 @@ class Work:
         check_finite: stop at the first loss that is not finite.
         differentiate: whether a meta-gradient will be asked for.
         chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
+        memory_budget: bytes that the meta-step may hold beside its parameters and tasks; ``None`` for no limit.
         executor: ``auto``, ``native`` or ``reference``.
         plan: how fast weights are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of parameters'
             names and one of these, of which the first that fits holds.
@@ -57,6 +58,7 @@ class Work:
     plan: Plan
     keep_mutations: bool
     cuda_graph: bool = True
+    memory_budget: int | None = None
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

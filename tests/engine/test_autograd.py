@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
+from fastmeta.engine import function
 from tests.engine.cases import T
 from tests.oracle import relative_error
 
@@ -125,6 +126,23 @@ def test_nothing_is_kept_without_gradients_or_after_backward() -> None:
     alive = [r() for r in kept if r() is not None]
     assert alive
     assert all(t.numel() == 1 or any(t.data_ptr() == o.data_ptr() for o in owned) for t in alive)  # 1: the inner rate
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tasks = build()
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2)
+    asked = []
+    real = function.evaluate
+
+    def evaluate(work, programs, cotangents, **options):
+        asked.append(cotangents is not None)
+        return real(work, programs, cotangents, **options)
+
+    monkeypatch.setattr(function, "evaluate", evaluate)
+    with torch.no_grad():
+        value = maml(tasks).loss
+    assert value == maml(tasks).loss
+    assert asked == [False, True]
 
 
 def objectives() -> dict[str, Callable[[fm.MetaOutput], torch.Tensor]]:

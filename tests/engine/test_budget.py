@@ -1,0 +1,259 @@
+"""A memory budget: the same gradients within it, tasks and activations by what was counted, predictions that hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta.core.live_bytes import Exceeded, LiveBytes
+from fastmeta.engine import meta_step
+from tests.oracle import relative_error
+
+T = 6
+TINY = 1  # byte: nothing fits
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def conv() -> nn.Sequential:
+    block = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*block, nn.Flatten(), nn.Linear(4 * 9, 3))
+
+
+def tasks_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, support: int = 5) -> fm.TaskBatch:
+    torch.manual_seed(1)
+    sets = [(torch.randn(T, n, *shape, dtype=dtype), torch.randint(3, (T, n))) for n in (support, 6)]
+    return fm.TaskBatch(*sets)
+
+
+def wide() -> tuple[nn.Sequential, fm.TaskBatch]:
+    """Activations, not weights, are what is kept."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), tasks_of(
+        (8,), torch.float32, support=400
+    )
+
+
+CASES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "mlp": (mlp, (4,), {}),
+    "conv": (conv, (1, 6, 6), {}),
+    "factors": (mlp, (4,), {"plan": "factored"}),
+    "head": (mlp, (4,), {"parameters": ["3.*"]}),
+    "running statistics": (mlp, (4,), {"update_running_stats": True}),
+    "first order": (mlp, (4,), {"first_order": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:MAML. memory_budget")
+@pytest.mark.parametrize("case", CASES)
+def test_activations_computed_again_give_the_exact_meta_gradient(case: str) -> None:
+    build, shape, options = CASES[case]
+    torch.manual_seed(0)
+    model, tasks = build().double(), tasks_of(shape)
+    rate = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64, requires_grad=True)
+    maml = fm.MAML(model, F.cross_entropy, rate, 3, executor="reference", memory_budget=TINY, **options)
+    assert maml.explain(tasks).recomputes == (case != "first order")
+    loss, gradients = maml.value_and_grad(tasks)
+    free = fm.MAML(model, F.cross_entropy, rate, 3, executor="reference", **options)
+    truth_loss, truth = free.value_and_grad(tasks)
+    assert relative_error(loss, truth_loss) <= 1e-12
+    assert relative_error(gradients, truth) <= 1e-12  # the same operations, tasks summed in another order
+    out = maml(tasks)
+    out.task_losses[1].backward()  # another objective: the meta-step runs again
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_as_many_tasks_run_as_fit() -> None:
+    model, tasks = wide()
+    every = fm.MAML(model, F.cross_entropy, 0.1, 4, executor="reference", chunk_size=T)
+    whole = every.explain(tasks)
+    assert whole.tasks_at_once == T
+    assert not whole.recomputes
+    found = []
+    for share in (1.01, 0.8, 0.6, 0.4, 0.2, 0.1):
+        budget = int(share * whole.peak)
+        cut = fm.MAML(model, F.cross_entropy, 0.1, 4, executor="reference", chunk_size=T, memory_budget=budget)
+        told = cut.explain(tasks)
+        assert told.peak <= budget
+        found.append((told.tasks_at_once, told.recomputes))
+    assert found[0] == (T, False)
+    assert [tasks for tasks, again in found if not again] == sorted(
+        (t for t, again in found if not again), reverse=True
+    )
+    assert found[-1][1]  # where not one task's activations fit, they are computed again
+    assert len({tasks for tasks, again in found if not again}) >= 4
+
+
+@pytest.mark.parametrize("share", [1.5, 0.5, 0.25, 0.1])
+def test_the_prediction_is_what_a_meta_step_holds(share: float) -> None:
+    model, tasks = wide()
+    options = {"executor": "reference", "chunk_size": T}
+    whole = fm.MAML(model, F.cross_entropy, 0.1, 4, **options).explain(tasks).peak
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 4, memory_budget=int(share * whole), **options)
+    told = maml.explain(tasks)
+    with LiveBytes() as live:
+        maml.value_and_grad(tasks)
+    assert abs(told.peak / live.peak - 1) <= 0.05
+    assert live.peak <= maml.memory_budget
+
+
+RESIDENT = """
+import ctypes, gc, json, sys, torch
+from pathlib import Path
+from tests.engine.test_budget import F, fm, wide
+model, tasks = wide()
+maml = fm.MAML(model, F.cross_entropy, 0.1, 8, executor="reference", chunk_size=6, memory_budget=int(sys.argv[1]))
+told = maml.explain(tasks)
+maml.value_and_grad(tasks)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+field = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name + ":"))
+Path("/proc/self/clear_refs").write_text("5")
+before = field("VmRSS")
+maml.value_and_grad(tasks)
+print(json.dumps([told.peak, 1024 * (field("VmHWM") - before), told.tasks_at_once, told.recomputes]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can be reset on Linux only")
+@pytest.mark.parametrize("budget", [1 << 30, 14 << 20, 4 << 20])
+def test_the_prediction_is_what_the_process_takes(budget: int) -> None:
+    # A fixed threshold keeps every larger block a mapping of its own, which returns to the system when it is freed.
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(budget)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert done.returncode == 0, done.stderr
+    predicted, measured, *_ = json.loads(done.stdout.splitlines()[-1])
+    assert abs(predicted / measured - 1) <= 0.15
+
+
+def test_the_native_executor_puts_fewer_tasks_to_work(extension: object, set_threads: Any) -> None:
+    set_threads(4)
+    model, tasks = wide()
+    free = fm.MAML(model, F.cross_entropy, 0.1, 2, executor="native")
+    told = free.explain(tasks)
+    assert told.tasks_at_once == 4
+    one = told.peak // told.tasks_at_once
+    for at_once in (3, 2, 1):
+        maml = fm.MAML(model, F.cross_entropy, 0.1, 2, executor="native", memory_budget=at_once * one)
+        less = maml.explain(tasks)
+        assert (less.tasks_at_once, less.peak) == (at_once, at_once * one)
+        loss, gradients = maml.value_and_grad(tasks)
+        truth_loss, truth = free.value_and_grad(tasks)
+        assert torch.equal(loss, truth_loss)
+        assert all(torch.equal(gradients[n], truth[n]) for n in truth)
+
+
+def test_a_long_inner_loop_leaves_the_native_executor_where_only_computing_again_fits(extension: object) -> None:
+    model, tasks = wide()
+    model, tasks = model.double(), fm.TaskBatch(*((x.double(), y) for x, y in (tasks.support, tasks.query)))
+    steps = 12
+    free = fm.MAML(model, F.cross_entropy, 0.05, steps)
+    least = free.explain(tasks).peak // free.explain(tasks).tasks_at_once
+    maml = fm.MAML(model, F.cross_entropy, 0.05, steps, memory_budget=least // 2)
+    told = maml.explain(tasks)
+    assert told.recomputes
+    assert told.peak <= least // 2
+    assert "because one task alone would take more than the memory budget on the native one" in str(told)
+    assert "activations computed again" in str(told)
+    loss, gradients = maml.value_and_grad(tasks)
+    truth_loss, truth = free.value_and_grad(tasks)
+    assert relative_error(loss, truth_loss) <= 1e-10
+    assert relative_error(gradients, truth) <= 1e-9
+
+
+@pytest.mark.parametrize("executor", ["auto", "reference"])
+def test_a_budget_that_nothing_fits_warns_once_and_runs(executor: str) -> None:
+    model, tasks = wide()
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 2, executor=executor, memory_budget=TINY)
+    with pytest.warns(UserWarning, match="memory_budget is 1 bytes, but one task at a time takes [0-9]+: a budget of"):
+        _, gradients = maml.value_and_grad(tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, again = maml.value_and_grad(tasks)
+    _, truth = fm.MAML(model, F.cross_entropy, 0.1, 2).value_and_grad(tasks)
+    assert relative_error(gradients, truth) <= 1e-5
+    assert relative_error(again, truth) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:MAML. memory_budget")
+def test_what_draws_random_numbers_is_not_computed_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    tasks = tasks_of((4,))
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 2, executor="reference", chunk_size=1, memory_budget=TINY)
+    assert not maml.explain(tasks).recomputes
+    results = []
+    for learner in (maml, fm.MAML(model, F.cross_entropy, 0.1, 2, executor="reference", chunk_size=1)):
+        torch.manual_seed(7)  # what runs beforehand to be counted must not be seen in it
+        results.append(learner.value_and_grad(tasks)[1])
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def test_evaluation_and_another_number_of_steps_have_fits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tasks = wide()
+    counted: list[tuple[int, bool]] = []
+    real = meta_step.predicted
+
+    def predicted(work: Any, programs: Any, cotangents: Any, **options: Any) -> Any:
+        counted.append((work.steps, cotangents is not None))
+        return real(work, programs, cotangents, **options)
+
+    monkeypatch.setattr(meta_step, "predicted", predicted)
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 2, executor="reference", memory_budget=1 << 30)
+    for _ in range(2):
+        maml.value_and_grad(tasks)
+        maml.value_and_grad(tasks, steps=3)
+        with torch.no_grad():
+            maml(tasks)
+    assert counted == [(2, True), (3, True), (2, False)]  # without gradients, none is computed
+
+
+@pytest.mark.parametrize(("budget", "kind"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)])
+def test_budgets_that_are_none(budget: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="memory_budget must be"):
+        fm.MAML(nn.Linear(1, 1), F.mse_loss, memory_budget=budget)
+
+
+def test_live_bytes_are_those_of_storages_that_live() -> None:
+    before = torch.ones(1000)
+    with LiveBytes() as live:
+        a = before * 2
+        assert live.now == 4000
+        views: list[Tensor] = [a[:10], a.view(10, 100), before.t()]
+        before.add_(1)
+        assert live.now == 4000
+        b = torch.zeros(500, dtype=torch.float64)
+        assert (live.now, live.peak) == (8000, 8000)
+        del a
+        assert live.now == 8000  # a view still holds it
+        views.clear()
+        assert (live.now, live.peak) == (4000, 8000)
+        del b
+        assert (live.now, live.peak) == (0, 8000)
+
+
+def test_live_bytes_stop_at_their_limit() -> None:
+    with LiveBytes(5000):
+        kept = torch.zeros(1000)
+        with pytest.raises(Exceeded, match="5000 must be enough, got 8000"):
+            torch.zeros(1000)
+        assert kept.sum() == 0
