@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastmeta.core import rates
 from fastmeta.core.task_op import Need, Tensors
 from fastmeta.engine import cost, executor
 from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
+from fastmeta.engine.factor import compared
 from fastmeta.engine.meta_step import fitted, predicted
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.resident import ResidentStep
 from fastmeta.engine.work import Work, leaves
+
+Plans = dict[int, tuple[float, float] | str]  # of factor.compared
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,10 @@ class Row:
         saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
         keeps: what the saved bytes are.
-        reason: why the generic operation stands in, or why it runs once.
+        dense_ms: what the products of a linear layer are predicted to take in the meta-step, with a weight of each
+            task's own; by the native executor on a CPU. ``None`` where there is no choice.
+        factored_ms: the same with factors, by the task-batched executor.
+        reason: why the generic operation stands in, or why it runs once, or why its weight is held as it is.
     """
 
     module: str
@@ -48,6 +55,8 @@ class Row:
     saved: int
     cotangents: int
     keeps: str
+    dense_ms: float | None
+    factored_ms: float | None
     reason: str
 
     def cells(self) -> tuple[str, ...]:
@@ -63,6 +72,7 @@ class Row:
             f"{self.saved / 1024:.1f}",
             f"{self.cotangents / 1024:.1f}",
             self.keeps,
+            *("" if ms is None else f"{ms:.3g}" for ms in (self.dense_ms, self.factored_ms)),
             self.reason,
         )
 
@@ -126,6 +136,8 @@ class Explanation:
                 "saved KiB",
                 "cotangents KiB",
                 "keeps",
+                "dense ms",
+                "factored ms",
                 "why",
             )
         ]
@@ -163,14 +175,15 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     fit = fitted(work, programs, MEAN, native=not refusal, learned=learned, outputs=False)
     if fit is not None and not refusal:
         refusal = "one task alone would take more than the memory budget on the native one"
+    plans = compared(*programs.both, work, rates.known())
     if isinstance(native, str) or refusal:
-        rows, kept, once = _by_reference(work, programs)
+        rows, kept, once = _by_reference(work, programs, plans)
         fit = fit or predicted(work, programs, MEAN, learned=learned, outputs=False)
         peak, at_once, recomputes = fit.peak, fit.tasks, fit.recompute
         executor = f"reference{_captured(work, programs)}, because {refusal}"
     elif isinstance(native, ResidentStep):
         calls = cost.paired(programs.support, programs.query)
-        rows = [_row(call, "cuda", cost.flops(work, call, query), 0, 0) for call, query in calls]
+        rows = [_row(call, "cuda", cost.flops(work, call, query), 0, 0, plans) for call, query in calls]
         kept, once = {}, 0
         executor = f"resident, {native.describe(work)}"
     else:
@@ -183,7 +196,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         for call, query in calls:
             backend, reason = apart.get(id(call), ("native", ""))
             rows.append(
-                _row(call, backend, cost.flops(work, call, query), 0, 0, reason, collected=id(call) in collected)
+                _row(call, backend, cost.flops(work, call, query), 0, 0, plans, reason, collected=id(call) in collected)
             )
         kept = native.kept(work, learned=learned)
         once = native.kept_once(work, learned=learned)
@@ -219,7 +232,7 @@ def _captured(work: Work, programs: Programs) -> str:
     return f", not captured in a CUDA graph ({reason})" if reason else ", captured in a CUDA graph"
 
 
-def _by_reference(work: Work, programs: Programs) -> tuple[list[Row], dict[str, int], int]:
+def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Row], dict[str, int], int]:
     program = programs.support
     with torch.no_grad():
         state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
@@ -231,7 +244,7 @@ def _by_reference(work: Work, programs: Programs) -> tuple[list[Row], dict[str, 
     for i, (call, query) in enumerate(cost.paired(program, programs.query)):
         saved = _new_bytes(tape.saved[i], seen) if second_order else 0
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
-        rows.append(_row(call, call.op.backend, cost.flops(work, call, query), saved, cotangents))
+        rows.append(_row(call, call.op.backend, cost.flops(work, call, query), saved, cotangents, plans))
     kept = {}
     once = sum(row.saved for row, i in zip(rows, program.instructions, strict=True) if i.invariant)
     if second_order:
@@ -250,6 +263,7 @@ def _row(
     flops: int,
     saved: int,
     cotangents: int,
+    plans: Plans,
     reason: str = "",
     *,
     collected: bool = False,
@@ -265,6 +279,10 @@ def _row(
     factored = Need.FACTORS in route.need
     if factored and not reason:
         reason = "each task's weight is the shared one and products of few rows"
+    choice = plans.get(id(instruction))
+    if isinstance(choice, str) and not reason:
+        reason = choice
+    dense_ms, factored_ms = (1e3 * s for s in choice) if isinstance(choice, tuple) else (None, None)
     formed = "resident" if backend in ("native", "callback", "cuda") else "shared" if route.single else "dense"
     return Row(
         instruction.module,
@@ -277,6 +295,8 @@ def _row(
         saved,
         cotangents,
         ", ".join(instruction.op.saved_names),
+        dense_ms,
+        factored_ms,
         reason,
     )
 

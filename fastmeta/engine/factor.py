@@ -93,6 +93,29 @@ def quicker(support: Program, query: Program, work: Work, names: frozenset[str],
     return bool(names) and with_factors < sum(c.formed_seconds(rates) for _, c in costs)
 
 
+def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict[int, tuple[float, float] | str]:
+    """What the two plans of each linear operation's adapting weight are predicted to take.
+
+    Args:
+        support: program at the support shapes.
+        query: program at the query shapes.
+        work: the meta-step.
+        rates: of the machine.
+
+    Returns:
+        By ``id`` of the support's instruction, seconds of its products in the whole meta-step, with a weight of each
+        task's own and with factors; or why there is no choice.
+    """
+    slots = {support.graph.parameters[name] for name in support.adapted}
+    linear = [i for i in support.instructions if i.op.name == "linear" and i.inputs[WEIGHT] in slots]
+    if work.segments is None and work.alpha.shape[1] > 1:
+        return dict.fromkeys(map(id, linear), "one rate an element: its steps are of full rank, so it is formed")
+    asked = candidates(query)
+    possible = {id(i): _Costs(i, asked[name], work) for name, i in candidates(support).items() if name in asked}
+    alone = "several calls read its weight, so it is formed"
+    return {id(i): possible[id(i)].seconds(work.alpha.device, rates) if id(i) in possible else alone for i in linear}
+
+
 class _Costs:
     """What the products of one linear operation take in a meta-step, docs/maths.md, section 3."""
 
@@ -124,6 +147,13 @@ class _Costs:
         """Whether factors take fewer operations; on a GPU, where calls are what is dear, less time."""
         if device.type == "cpu":
             return self.factored_flops < self.formed_flops
+        formed, factored = self.seconds(device, GPU)
+        return factored < formed
+
+    def seconds(self, device: torch.device, rates: Rates) -> tuple[float, float]:
+        """With a weight of each task's own, and with factors; on a GPU by the rates of one."""
+        if device.type == "cpu":
+            return self.formed_seconds(rates), self.factored_seconds(rates)
         passes = self._formed_products + 8 * self._steps  # eq. (3), (5) and (6) read five and write three of a size
         moved = self._tasks * self._elements * self._item * passes
         formed = max(self._tasks * self.formed_flops / GPU.flops, moved / GPU.bytes)
@@ -131,7 +161,7 @@ class _Costs:
         moved = self._elements * self._item * self._shared_products
         factored = max(self._tasks * self.factored_flops / GPU.flops, moved / GPU.bytes)
         factored += (3 * self._joined_products + 2 * self._shared_products) * GPU.call_s  # scaled and added
-        return factored < formed
+        return formed, factored
 
     @property
     def formed_flops(self) -> int:

@@ -105,3 +105,43 @@ def test_autodiff_says_why() -> None:
     text = str(explained("mlp-relu", engine="autodiff"))
     assert "autodiff engine" in text
     assert "it was asked for" in text
+
+
+def test_a_linear_layer_has_a_time_for_each_plan() -> None:
+    def rows(width: int, **settings):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+        tasks = fm.TaskBatch(*((torch.randn(8, n, width), torch.randint(3, (8, n))) for n in (5, 5)))
+        maml = fm.MAML(model, F.cross_entropy, **{"lr": 0.1, "steps": 2, **settings})
+        return maml.explain(tasks).rows
+
+    wide, activation, head, loss = rows(1536)
+    assert wide.plan == "factored"
+    assert 0 < wide.factored_ms < wide.dense_ms
+    assert 0 < head.dense_ms < head.factored_ms
+    assert [(row.dense_ms, row.factored_ms) for row in (activation, loss)] == [(None, None)] * 2
+    again = rows(1536, plan="dense")[0]
+    assert (again.dense_ms, again.factored_ms) == (wide.dense_ms, wide.factored_ms)
+    longer = rows(1536, steps=4)[0]
+    assert longer.dense_ms > wide.dense_ms
+    assert longer.factored_ms > wide.factored_ms
+
+
+def test_a_weight_without_a_choice_says_why() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(self.layer(x).tanh()))
+
+    tasks = fm.TaskBatch(*((torch.randn(T, n, 4), torch.randint(3, (T, n))) for n in (5, 5)))
+    model = Twice()
+    rows = [row for row in fm.MAML(model, F.cross_entropy).explain(tasks).rows if row.op == "linear"]
+    assert [row.dense_ms is None for row in rows] == [True, True, False]
+    assert [row.reason for row in rows] == ["several calls read its weight, so it is formed"] * 2 + [""]
+    rates = {name: torch.full_like(p, 0.1) for name, p in model.named_parameters()}
+    rows = [row for row in fm.MAML(model, F.cross_entropy, rates).explain(tasks).rows if row.op == "linear"]
+    assert {row.reason for row in rows} == {"one rate an element: its steps are of full rank, so it is formed"}
+    assert all(row.dense_ms is None and row.factored_ms is None for row in rows)
