@@ -65,12 +65,14 @@ class Peak:
                     raise
                 live.peak = limit + 1
             counted.append(live.peak)
+            if limit is not None and live.peak > limit:
+                break  # where it stopped says nothing of how much more there would be
         graph = programs.both[1].graph
         shown = [graph.values[slot] for slot in graph.outputs] if outputs else []
         wanted = [work.parameters[name] for name in (*work.packing.names, *work.outer_names)] if gradient else []
         return Peak(
             counted[0],
-            counted[-1] - counted[0],
+            max(0, counted[-1] - counted[0]),
             work.tasks,
             sum(p.numel() * p.element_size() for p in wanted),
             sum(prod(v.shape) * v.dtype.itemsize for v in shown),

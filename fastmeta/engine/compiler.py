@@ -156,6 +156,8 @@ class Compiler:
                 and quicker(support, query, work, names, rates.known())
             ):
                 native, runs_natively = "weights that no task forms take less time", False
+            if isinstance(native, NativeStep) and names and (excess := _excess(native, work)):
+                native, runs_natively = excess, False
             if not runs_natively:
                 support, query = self._factored(support, names), self._factored(query, names)
         if work.executor == "auto" and work.alpha.is_cuda:
@@ -225,6 +227,14 @@ class Compiler:
             tuple(_kind(b) for b in work.buffers.values()),
             work.objective.modes(),
         )
+
+
+def _excess(native: NativeStep, work: Work) -> str:
+    """Why a memory budget wants weights that no task forms; empty where formed ones fit it, or are asked for."""
+    if work.memory_budget is None or work.executor != "auto":
+        return ""
+    least = native.least_bytes(work, learned=work.alpha.requires_grad)
+    return f"with weights of its own one task takes {least} bytes" if least > work.memory_budget else ""
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta.core.live_bytes import Exceeded, LiveBytes
 from fastmeta.engine import meta_step
+from fastmeta.engine.budget import Peak
 from tests.oracle import relative_error
 
 T = 6
@@ -225,6 +226,42 @@ def test_evaluation_and_another_number_of_steps_have_fits_of_their_own(monkeypat
         with torch.no_grad():
             maml(tasks)
     assert counted == [(2, True), (3, True), (2, False)]  # without gradients, none is computed
+
+
+def test_a_task_that_is_too_much_ends_the_count() -> None:
+    model, tasks = wide()
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 4, executor="reference", chunk_size=T)
+    work, programs = maml._prepare(tasks, None, differentiate=True)
+    counts: list[int] = []
+
+    def run(part: Any, recompute: bool) -> None:
+        counts.append(part.tasks)
+        torch.empty(4000 // part.tasks)  # a count that goes down says that something else was counted
+
+    options = {"recompute": False, "gradient": True, "outputs": False}
+    peak = Peak.of(work, programs, run, limit=10_000, **options)
+    assert counts == [1]
+    assert peak.most(10_000, T) == 0
+    assert Peak.of(work, programs, run, **options).more == 0
+
+
+def test_wide_weights_are_not_formed_where_the_budget_is_too_small_for_one_task_of_them(extension: object) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 3)).double()
+    tasks = tasks_of((64,), support=2)
+    free = fm.MAML(model, F.cross_entropy, 0.1, 6)
+    told = free.explain(tasks)
+    assert told.executor.startswith("native")
+    assert {row.plan for row in told.rows} >= {"resident"}
+    budget = told.peak // told.tasks_at_once - 1
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 6, memory_budget=budget)
+    less = maml.explain(tasks)
+    assert "with weights of its own one task takes" in less.executor
+    assert "factored" in {row.plan for row in less.rows}
+    assert less.peak <= budget
+    _, gradients = maml.value_and_grad(tasks)
+    _, truth = free.value_and_grad(tasks)
+    assert relative_error(gradients, truth) <= 1e-9
 
 
 @pytest.mark.parametrize(("budget", "kind"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)])
