@@ -85,7 +85,12 @@ class Peak:
 
     def most(self, budget: int, limit: int) -> int:
         """How many tasks at a time ``budget`` bytes allow, at most ``limit``; 0 where not even one fits."""
-        return next((tasks for tasks in range(limit, 0, -1) if self.at(tasks) <= budget), 0)
+        return next((self.even(tasks) for tasks in range(limit, 0, -1) if self.at(tasks) <= budget), 0)
+
+    def even(self, most: int) -> int:
+        """The tasks at a time of runs that are as even as they can be, at most ``most`` each."""
+        runs = -(-self.tasks // most)
+        return -(-self.tasks // runs)
 
 
 def fit_to_budget(
@@ -111,7 +116,7 @@ def fit_to_budget(
     planned = min(programs.chunk_size, work.tasks)
     kept = peak(recompute=False, limit=budget)
     if budget is None:
-        return Fit(planned, recompute=False, peak=kept.at(planned))
+        return Fit(kept.even(planned), recompute=False, peak=kept.at(kept.even(planned)))
     most = kept.most(budget, planned)
     repeats = gradient and work.steps > 0 and not work.first_order and not programs.random
     if repeats and (most == 0 or (work.alpha.is_cuda and 2 * most <= planned)):

@@ -40,11 +40,11 @@ def tasks_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, support
     return fm.TaskBatch(*sets)
 
 
-def wide() -> tuple[nn.Sequential, fm.TaskBatch]:
+def wide(support: int = 400) -> tuple[nn.Sequential, fm.TaskBatch]:
     """Activations, not weights, are what is kept."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), tasks_of(
-        (8,), torch.float32, support=400
+        (8,), torch.float32, support=support
     )
 
 
@@ -115,8 +115,8 @@ RESIDENT = """
 import ctypes, gc, json, sys, torch
 from pathlib import Path
 from tests.engine.test_budget import F, fm, wide
-model, tasks = wide()
-maml = fm.MAML(model, F.cross_entropy, 0.1, 8, executor="reference", chunk_size=6, memory_budget=int(sys.argv[1]))
+model, tasks = wide(2000)
+maml = fm.MAML(model, F.cross_entropy, 0.1, 16, executor="reference", chunk_size=6, memory_budget=int(sys.argv[1]))
 told = maml.explain(tasks)
 maml.value_and_grad(tasks)
 gc.collect()
@@ -130,7 +130,7 @@ print(json.dumps([told.peak, 1024 * (field("VmHWM") - before), told.tasks_at_onc
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can be reset on Linux only")
-@pytest.mark.parametrize("budget", [1 << 30, 14 << 20, 4 << 20])
+@pytest.mark.parametrize("budget", [1 << 30, 120 << 20, 45 << 20])
 def test_the_prediction_is_what_the_process_takes(budget: int) -> None:
     # A fixed threshold keeps every larger block a mapping of its own, which returns to the system when it is freed.
     done = subprocess.run(
