@@ -91,7 +91,7 @@ class MAML(nn.Module):
             a time, and where keeping the activations of every inner step is too much for one, they are computed again
             for the Hessian-vector products. The first meta-step of a kind then runs one task and two beforehand, to
             see what they take; a warning says if nothing fits. :meth:`explain` shows what is predicted. ``None`` for no
-            limit. Not for ``engine="autodiff"``, nor for :meth:`adapt`.
+            limit. Autodiff and :meth:`adapt` know no budget.
         engine: ``"program"`` runs the traced program and raises where that is impossible; ``"autodiff"`` runs plain
             autograd over tasks, to any order; ``"auto"`` takes the program if the model can be traced, and otherwise
             autodiff, with one warning that names the cause.
@@ -134,6 +134,8 @@ class MAML(nn.Module):
             raise ValueError(f"MAML: engine must be 'auto', 'program' or 'autodiff', got {engine!r}")
         if executor not in ("auto", "native", "reference"):
             raise ValueError(f"MAML: executor must be 'auto', 'native' or 'reference', got {executor!r}")
+        if engine == "autodiff" and memory_budget is not None:
+            raise ValueError(f"MAML: memory_budget must be None with engine='autodiff', got {memory_budget}")
         self._objective = Objective(model, loss)
         self._selection = parameters
         self._compiler = Compiler()

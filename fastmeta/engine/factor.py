@@ -56,10 +56,7 @@ def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
     Raises:
         ValueError: factors are asked for by name where they cannot be.
     """
-    asked = candidates(query)
-    possible = {name: i for name, i in candidates(support).items() if name in asked}
-    if work.segments is None and work.alpha.shape[1] > 1:
-        possible = {}  # a rate an element makes a step's matrix one of full rank
+    possible = {} if _of_full_rank(work) else _costs(support, query, work)
     if not isinstance(work.plan, str):
         patterns = [pattern for pattern, form in work.plan if form == "factored"]
         impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in possible)]
@@ -70,9 +67,8 @@ def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
             )
     return frozenset(
         name
-        for name, instruction in possible.items()
-        if (plan := plan_of(work.plan, name)) == "factored"
-        or (plan == "auto" and _Costs(instruction, asked[name], work).pays(work.alpha.device))
+        for name, costs in possible.items()
+        if (plan := plan_of(work.plan, name)) == "factored" or (plan == "auto" and costs.pays(work.alpha.device))
     )
 
 
@@ -85,8 +81,7 @@ def plan_of(plan: Plan, name: str) -> str:
 
 def quicker(support: Program, query: Program, work: Work, names: frozenset[str], rates: Rates) -> bool:
     """Whether the task-batched executor with these factors takes less time than weights of each task's own."""
-    asked = candidates(query)
-    costs = [(name in names, _Costs(i, asked[name], work)) for name, i in candidates(support).items() if name in asked]
+    costs = [(name in names, c) for name, c in _costs(support, query, work).items()]
     sweeps = work.steps * (2 if work.first_order else 4) + 2
     with_factors = len(support.instructions) * sweeps * rates.call_s
     with_factors += sum(c.factored_seconds(rates) if chosen else c.formed_seconds(rates) for chosen, c in costs)
@@ -108,12 +103,26 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
     """
     slots = {support.graph.parameters[name] for name in support.adapted}
     linear = [i for i in support.instructions if i.op.name == "linear" and i.inputs[WEIGHT] in slots]
-    if work.segments is None and work.alpha.shape[1] > 1:
+    if _of_full_rank(work):
         return dict.fromkeys(map(id, linear), "one rate an element: its steps are of full rank, so it is formed")
+    found: dict[int, tuple[float, float] | str] = dict.fromkeys(
+        map(id, linear), "several calls read its weight, so it is formed"
+    )
+    readers = candidates(support)
+    for name, costs in _costs(support, query, work).items():
+        found[id(readers[name])] = costs.seconds(work.alpha.device, rates)
+    return found
+
+
+def _of_full_rank(work: Work) -> bool:
+    """Whether a step changes a weight by a matrix of full rank, as one rate an element makes it."""
+    return work.segments is None and work.alpha.shape[1] > 1
+
+
+def _costs(support: Program, query: Program, work: Work) -> dict[str, _Costs]:
+    """Of the parameters that can stay factors on support and query alike."""
     asked = candidates(query)
-    possible = {id(i): _Costs(i, asked[name], work) for name, i in candidates(support).items() if name in asked}
-    alone = "several calls read its weight, so it is formed"
-    return {id(i): possible[id(i)].seconds(work.alpha.device, rates) if id(i) in possible else alone for i in linear}
+    return {name: _Costs(i, asked[name], work) for name, i in candidates(support).items() if name in asked}
 
 
 class _Costs:

@@ -141,6 +141,8 @@ def _by_reference(
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs)
             total = gradient if total is None else total + gradient
+            del gradient
+        del trajectory  # its query tape must be gone before the next chunk
     every = torch.cat(losses)
     return Evaluation(
         every.mean(),

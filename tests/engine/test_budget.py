@@ -107,12 +107,12 @@ def test_the_prediction_is_what_a_meta_step_holds(share: float) -> None:
     told = maml.explain(tasks)
     with LiveBytes() as live:
         maml.value_and_grad(tasks)
-    assert abs(told.peak / live.peak - 1) <= 0.05
+    assert abs(told.peak / live.peak - 1) <= 0.01  # but for some numbers a run keeps
     assert live.peak <= maml.memory_budget
 
 
 RESIDENT = """
-import ctypes, gc, json, sys, torch
+import ctypes, gc, json, sys
 from pathlib import Path
 from tests.engine.test_budget import F, fm, wide
 model, tasks = wide(2000)
@@ -143,7 +143,7 @@ def test_the_prediction_is_what_the_process_takes(budget: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     predicted, measured, *_ = json.loads(done.stdout.splitlines()[-1])
-    assert abs(predicted / measured - 1) <= 0.15
+    assert abs(predicted / measured - 1) <= 0.15  # what operations and the allocator hold beside tensors is not counted
 
 
 def test_the_native_executor_puts_fewer_tasks_to_work(extension: object, set_threads: Any) -> None:
@@ -177,6 +177,7 @@ def test_a_long_inner_loop_leaves_the_native_executor_where_only_computing_again
     assert "activations computed again" in str(told)
     loss, gradients = maml.value_and_grad(tasks)
     truth_loss, truth = free.value_and_grad(tasks)
+    # float64, 12 steps of two executors that add in different orders
     assert relative_error(loss, truth_loss) <= 1e-10
     assert relative_error(gradients, truth) <= 1e-9
 
@@ -191,6 +192,7 @@ def test_a_budget_that_nothing_fits_warns_once_and_runs(executor: str) -> None:
         warnings.simplefilter("error")
         _, again = maml.value_and_grad(tasks)
     _, truth = fm.MAML(model, F.cross_entropy, 0.1, 2).value_and_grad(tasks)
+    # float32, and sums over 400 samples in different orders
     assert relative_error(gradients, truth) <= 1e-5
     assert relative_error(again, truth) <= 1e-5
 
@@ -268,6 +270,11 @@ def test_wide_weights_are_not_formed_where_the_budget_is_too_small_for_one_task_
 def test_budgets_that_are_none(budget: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="memory_budget must be"):
         fm.MAML(nn.Linear(1, 1), F.mse_loss, memory_budget=budget)
+
+
+def test_autodiff_knows_no_budget() -> None:
+    with pytest.raises(ValueError, match="memory_budget must be None with engine='autodiff', got 5"):
+        fm.MAML(nn.Linear(1, 1), F.mse_loss, memory_budget=5, engine="autodiff")
 
 
 def test_live_bytes_are_those_of_storages_that_live() -> None:
