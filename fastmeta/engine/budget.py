@@ -118,7 +118,7 @@ def fit_to_budget(
     if budget is None:
         return Fit(kept.even(planned), recompute=False, peak=kept.at(kept.even(planned)))
     most = kept.most(budget, planned)
-    repeats = gradient and work.steps > 0 and not work.first_order and not programs.random
+    repeats = gradient and not programs.random
     if repeats and (most == 0 or (work.alpha.is_cuda and 2 * most <= planned)):
         again = peak(recompute=True, limit=budget)
         tasks = again.most(budget, planned)

@@ -33,7 +33,7 @@ class Fit:
 
     Attributes:
         tasks: at a time.
-        recompute: whether activations are computed again for the Hessian-vector products.
+        recompute: whether activations are computed again on the way back.
         peak: bytes that it is predicted to hold beside parameters and tasks.
     """
 

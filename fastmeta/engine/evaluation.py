@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,17 +22,33 @@ class MetaGradient:
     outer: list[Tensor | None]
     alpha: Tensor | None
 
-    def __add__(self, other: MetaGradient) -> MetaGradient:
-        """The gradient of two chunks of tasks."""
-        adapted = [a + b for a, b in zip(self.adapted, other.adapted, strict=True)]
-        outer = [plus(a, b) for a, b in zip(self.outer, other.outer, strict=True)]
-        return MetaGradient(adapted, outer, plus(self.alpha, other.alpha))
+    def add(self, other: MetaGradient) -> None:
+        """Make it the gradient of two chunks of tasks."""
+        for total, part in zip(self.adapted, other.adapted, strict=True):
+            total.add_(part)
+        self.outer = added(self.outer, other.outer)
+        self.alpha = plus(self.alpha, other.alpha)
 
     def scale(self, factor: Tensor) -> None:
         """Make it the gradient of the meta-loss times ``factor``, ``[]``, in place."""
         if factor.is_cpu and factor.item() == 1:  # elsewhere the question would make the processor wait for the device
             return
         torch._foreach_mul_([d for d in (*self.adapted, *self.outer, self.alpha) if d is not None], factor)
+
+
+def added(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None], scale: int = 1) -> list[Tensor | None]:
+    """``totals + scale * parts``, of which ``None`` is zero; a total is overwritten where none shares its memory."""
+    places = Counter(total.untyped_storage()._cdata for total in totals if total is not None)
+
+    def sum_of(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+        if total is None or part is None:
+            return total if part is None else part * scale
+        storage = total.untyped_storage()
+        if places[storage._cdata] == 1 and storage.nbytes() == total.numel() * total.element_size():
+            return total.add_(part, alpha=scale)
+        return torch.add(total, part, alpha=scale)
+
+    return [sum_of(total, part) for total, part in zip(totals, parts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ weights are multiplied once for all tasks, and each pass is one call an operatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +41,8 @@ class Tape:
         outputs: the model's output tensors, ``[T, ...]``.
         mutations: new values of buffers, ``[T, ...]``.
         invariants: for the next pass over the same data.
-        saved: what each instruction's maps need.
+        saved: what each instruction's maps need; nothing where it is computed again.
+        starts: by the positions that instructions are run again from, the values there by slot.
         d_y: the cotangents each instruction's backward was given.
     """
 
@@ -50,6 +52,7 @@ class Tape:
     mutations: dict[str, Tensor]
     invariants: Invariants
     saved: list[Tensors] = field(default_factory=list)
+    starts: dict[int, dict[int, Any]] = field(default_factory=dict)
     d_y: list[Tensors | None] = field(default_factory=list)
 
 
@@ -76,6 +79,7 @@ def forward(
     *,
     first: bool,
     invariants: Invariants | None = None,
+    again_from: Sequence[int] | None = None,
 ) -> Tape:
     """Run the objective for all tasks.
 
@@ -86,6 +90,8 @@ def forward(
         data: the batch's leaves, ``[T, ...]``.
         first: whether tasks still share their weights.
         invariants: of an earlier pass over the same data, so that loop-invariant instructions need not run again.
+        again_from: instead of what the maps need, keep the values at these positions, of which the first is 0:
+            :func:`backward` runs the instructions again from there. Empty: keep nothing, for no other map will run.
 
     Returns:
         The tape, with ``d_y`` still empty.
@@ -98,25 +104,21 @@ def forward(
         if name in state:
             values[slot] = state[name]
     values.update((graph.parameters[name], value) for name, value in zip(program.adapted, adapted, strict=True))
-    saved: list[Tensors] = []
     if invariants is not None:
         values.update(invariants.values)
-    for i, instruction in enumerate(program.instructions):
-        if invariants is not None and instruction.invariant:
-            saved.append(invariants.saved[i])
-            continue
-        route = instruction.route(first)
-        x = [values[slot] for slot in instruction.inputs]
-        if route.single:
-            y, kept = instruction.op.forward([v.unsqueeze(0) for v in x])
-            y = tuple(v if v is None else v.squeeze(0) for v in y)
-        else:
-            for position in route.expand:
-                x[position] = x[position].unsqueeze(0).expand(tasks, *x[position].shape)
-            y, kept = instruction.op.forward(x)
-        saved.append(kept if route.active else ())  # no other map will run
-        values.update((slot, v) for slot, v in zip(instruction.outputs, y, strict=True) if v is not None)
-    if invariants is None:
+    results = {graph.loss, *graph.outputs, *graph.mutations.values()}
+    saved: list[Tensors] = []
+    starts: dict[int, dict[int, Any]] = {}
+    if again_from is None:
+        wanted = results if invariants is not None else results | program.boundary
+        every = range(len(program.instructions))
+        saved = _run(program, values, every, first, tasks, results=wanted, invariants=invariants)
+    else:
+        for span in _spans(program, again_from):
+            if again_from:
+                starts[span.start] = dict(values)
+            _run(program, values, span, first, tasks, results=results, keep=False, invariants=invariants)
+    if invariants is None and again_from is None:
         kept_once = [kept if i.invariant else () for i, kept in zip(program.instructions, saved, strict=True)]
         invariants = Invariants({slot: values[slot] for slot in program.boundary if slot in values}, kept_once)
     tasked = program.tasked(first)
@@ -132,11 +134,66 @@ def forward(
         {name: per_task(slot) for name, slot in graph.mutations.items()},
         invariants,
         saved,
+        starts,
     )
 
 
+def _run(
+    program: Program,
+    values: dict[int, Any],
+    span: range,
+    first: bool,
+    tasks: int,
+    *,
+    results: Set[int] = frozenset(),
+    keep: bool = True,
+    invariants: Invariants | None = None,
+) -> list[Tensors]:
+    """Run some instructions: fill ``values``, drop from them what none reads later but ``results``.
+
+    Returns:
+        What each instruction's maps need; nothing where it is not to be kept.
+    """
+    saved: list[Tensors] = []
+    for i in span:
+        instruction = program.instructions[i]
+        kept: Tensors = ()
+        if invariants is not None and instruction.invariant:
+            kept = invariants.saved[i]
+        else:
+            route = instruction.route(first)
+            x = [values[slot] for slot in instruction.inputs]
+            if route.single:
+                y, kept = instruction.op.forward([v.unsqueeze(0) for v in x])
+                y = tuple(v if v is None else v.squeeze(0) for v in y)
+            else:
+                for position in route.expand:
+                    x[position] = x[position].unsqueeze(0).expand(tasks, *x[position].shape)
+                y, kept = instruction.op.forward(x)
+            values.update((slot, v) for slot, v in zip(instruction.outputs, y, strict=True) if v is not None)
+            del x, y
+            if not route.active:  # no other map will run
+                kept = ()
+        saved.append(kept if keep else ())
+        for slot in program.last_read[i]:
+            if slot not in results:
+                values.pop(slot, None)
+    return saved
+
+
+def _spans(program: Program, starts: Iterable[int]) -> list[range]:
+    """The instructions from each start to the next; all of them where there is no start."""
+    return [range(a, b) for a, b in pairwise((*(starts or (0,)), len(program.instructions)))]
+
+
 def backward(
-    program: Program, tape: Tape, d_loss: Tensor, d_outputs: Sequence[Tensor | None] = (), *, outer: bool = True
+    program: Program,
+    tape: Tape,
+    d_loss: Tensor,
+    d_outputs: Sequence[Tensor | None] = (),
+    *,
+    outer: bool = True,
+    last: bool = False,
 ) -> Gradients:
     """Reverse sweep of one pass; leaves the cotangents on the tape for :func:`hessian_vector_product`.
 
@@ -146,6 +203,7 @@ def backward(
         d_loss: cotangent of the loss, ``[T]``.
         d_outputs: cotangents of the outputs, ``[T, ...]``, or ``None`` for zero.
         outer: whether gradients of the parameters that do not adapt are wanted.
+        last: no map runs on this tape after it, which is used up: what each instruction has saved is dropped with it.
     """
     graph = program.graph
     tasked = program.tasked(tape.first)
@@ -155,18 +213,23 @@ def backward(
             d = d if slot in tasked else d.sum(0)
             cotangents[slot] = cotangents[slot] + d if slot in cotangents else d
     tape.d_y = [None] * len(program.instructions)
-    for i in range(len(program.instructions) - 1, -1, -1):
-        instruction = program.instructions[i]
-        route = instruction.route(tape.first)
-        need = route.wanted(outer)
-        if not any(need):
-            continue
-        d_y = tuple(cotangents.pop(slot, None) for slot in instruction.outputs)
-        if all(d is None for d in d_y):
-            continue
-        tape.d_y[i] = d_y
-        d_x = instruction.op.backward(tape.saved[i], _lift(route, d_y), need)
-        _accumulate(cotangents, instruction, route, need, d_x)
+    for span in reversed(_spans(program, tape.starts)):
+        saved = tape.saved
+        if span.start in tape.starts:
+            saved = [()] * span.start + _run(program, tape.starts.pop(span.start), span, tape.first, len(tape.loss))
+        for i in reversed(span):
+            instruction = program.instructions[i]
+            route = instruction.route(tape.first)
+            need = route.wanted(outer)
+            d_y = tuple(cotangents.pop(slot, None) for slot in instruction.outputs) if any(need) else ()
+            if any(d is not None for d in d_y):
+                d_x = instruction.op.backward(saved[i], _lift(route, d_y), need)
+                _accumulate(cotangents, instruction, route, need, d_x)
+                del d_x
+            if last:
+                saved[i] = ()
+            elif any(d is not None for d in d_y):
+                tape.d_y[i] = d_y
     return _gradients(program, tape, cotangents, outer)
 
 

@@ -92,7 +92,7 @@ class Explanation:
         kept_once: bytes kept likewise for all inner steps together: operands of what is the same at every step.
         peak: bytes that the meta-step is predicted to hold beside parameters and tasks; 0 where nothing predicts it.
         tasks_at_once: how many tasks run at a time.
-        recomputes: whether activations are computed again for the Hessian-vector products instead of being kept.
+        recomputes: whether activations are computed again on the way back instead of being kept.
     """
 
     engine: str

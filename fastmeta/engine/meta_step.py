@@ -131,6 +131,7 @@ def _by_reference(
             keep_tapes=second_order and not recompute,
             keep_gradients=cotangents is not None and learned,
             keep_points=second_order and recompute,
+            again_from=() if cotangents is None else query.segments if recompute else None,
         )
         losses.append(trajectory.evaluated.loss)
         support_losses.append(trajectory.support_losses)
@@ -140,7 +141,10 @@ def _by_reference(
         if cotangents is not None:
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs)
-            total = gradient if total is None else total + gradient
+            if total is None:
+                total = gradient
+            else:
+                total.add(gradient)
             del gradient
         del trajectory  # its query tape must be gone before the next chunk
     every = torch.cat(losses)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from torch import Tensor
 
 from fastmeta.core.task_op import Need, TaskOp
+from fastmeta.engine.segments import starts
 from fastmeta.engine.trace import Graph
 
 
@@ -96,6 +98,33 @@ class Program:
                     slot for slot, need in zip(instruction.inputs, instruction.later.need, strict=True) if need
                 )
         return [name for name in self.adapted if self.graph.parameters[name] not in reached]
+
+    @cached_property
+    def last_read(self) -> list[list[int]]:
+        """For each instruction the slots that it reads or fills and no later one reads."""
+        seen: set[int] = set()
+        found = []
+        for instruction in reversed(self.instructions):
+            slots = dict.fromkeys((*instruction.inputs, *instruction.outputs))
+            found.append([slot for slot in slots if slot not in seen])
+            seen.update(slots)
+        return found[::-1]
+
+    @cached_property
+    def segments(self) -> tuple[int, ...]:
+        """Positions to run instructions again from, so that a pass keeps little."""
+        made = [sum(self._bytes(slot) for slot in instruction.outputs) for instruction in self.instructions]
+        live, now = [], 0
+        filled: set[int] = set()
+        for instruction, bytes_made, last in zip(self.instructions, made, self.last_read, strict=True):
+            live.append(now)
+            filled.update(instruction.outputs)
+            now += bytes_made - sum(self._bytes(slot) for slot in last if slot in filled)
+        return starts(made, live)
+
+    def _bytes(self, slot: int) -> int:
+        value = self.graph.values[slot]
+        return prod(value.shape) * value.dtype.itemsize
 
     @cached_property
     def boundary(self) -> frozenset[int]:

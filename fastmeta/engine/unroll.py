@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
-from fastmeta.engine.evaluation import MetaGradient
+from fastmeta.engine.evaluation import MetaGradient, added
 from fastmeta.engine.executor import Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
 from fastmeta.engine.program import Program
@@ -58,6 +57,7 @@ def unroll(
     keep_tapes: bool,
     keep_gradients: bool,
     keep_points: bool = False,
+    again_from: Sequence[int] | None = None,
 ) -> Trajectory:
     """Adapt every task by K steps, eq. (2)-(3), and evaluate its query set.
 
@@ -68,6 +68,7 @@ def unroll(
         keep_tapes: keep each step's tape for the Hessian-vector products.
         keep_gradients: keep each step's gradient for eq. (7).
         keep_points: keep what each step's tape can be computed from again.
+        again_from: where the query pass is computed again from, as in :func:`executor.forward`.
     """
     rule = FastWeights(work, support.factored)
     phi = rule.start()
@@ -89,8 +90,9 @@ def unroll(
     trajectory.support_losses = torch.stack(losses) if losses else work.alpha.new_empty((0, work.tasks))
     if query is not None:
         adapted = rule.values(phi) if work.steps else work.theta
+        data = pytree.tree_leaves(work.query)
         trajectory.query = executor.forward(
-            query, adapted, _fixed_state(work), pytree.tree_leaves(work.query), first=work.steps == 0
+            query, adapted, _fixed_state(work), data, first=work.steps == 0, again_from=again_from
         )
         trajectory.mutations.append(trajectory.query.mutations)
         if work.check_finite:
@@ -112,13 +114,15 @@ def adjoint(
         work: the meta-step.
         support: its program at the support shapes.
         query: its program at the query shapes.
-        trajectory: of :func:`unroll`, with tapes or points unless first order.
+        trajectory: of :func:`unroll`, with tapes or points unless first order; it is used up.
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
     """
     rule = FastWeights(work, support.factored)
-    gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs)
-    lam, outer = rule.vector(gradients.adapted), list(gradients.outer)
+    gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs, last=True)
+    trajectory.query = None
+    lam, outer = rule.vector(gradients.adapted), gradients.outer
+    del gradients  # packed, it is there twice
     d_alpha: list[Tensor] = []
     invariants, flowing = None, dict[int, Tensor]()  # cotangents of what is the same at every step
     for k in range(work.steps - 1, -1, -1):
@@ -134,13 +138,13 @@ def adjoint(
             tape, _ = _inner(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
         product = executor.hessian_vector_product(support, tape, rule.values(u))
         lam = rule.less(lam, product.adapted)
-        outer = _minus(outer, product.outer)
+        outer = added(outer, product.outer, -1)
         invariants = tape.invariants
         for slot, d in product.invariants.items():
             flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
         del tape, product  # before the next step's are there
     if invariants is not None and flowing:
-        outer = _minus(outer, executor.invariant_backward(support, invariants, flowing))
+        outer = added(outer, executor.invariant_backward(support, invariants, flowing), -1)
     return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]))
 
 
@@ -154,10 +158,6 @@ def _inner(
     if work.check_finite:
         require_finite(tape.loss, f"support loss at inner step {k}")
     return tape, executor.backward(support, tape, torch.ones_like(tape.loss), outer=False).adapted
-
-
-def _minus(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [plus(one, None if other is None else -other) for one, other in zip(a, b, strict=True)]
 
 
 def _fixed_state(work: Work) -> dict[str, Tensor]:

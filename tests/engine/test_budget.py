@@ -7,18 +7,22 @@ import os
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.core.live_bytes import Exceeded, LiveBytes
 from fastmeta.engine import meta_step
 from fastmeta.engine.budget import Peak
+from fastmeta.engine.segments import starts
 from tests.oracle import relative_error
 
 T = 6
@@ -66,7 +70,7 @@ def test_activations_computed_again_give_the_exact_meta_gradient(case: str) -> N
     model, tasks = build().double(), tasks_of(shape)
     rate = torch.tensor([0.1, 0.2, 0.15], dtype=torch.float64, requires_grad=True)
     maml = fm.MAML(model, F.cross_entropy, rate, 3, executor="reference", memory_budget=TINY, **options)
-    assert maml.explain(tasks).recomputes == (case != "first order")
+    assert maml.explain(tasks).recomputes
     loss, gradients = maml.value_and_grad(tasks)
     free = fm.MAML(model, F.cross_entropy, rate, 3, executor="reference", **options)
     truth_loss, truth = free.value_and_grad(tasks)
@@ -75,6 +79,52 @@ def test_activations_computed_again_give_the_exact_meta_gradient(case: str) -> N
     out = maml(tasks)
     out.task_losses[1].backward()  # another objective: the meta-step runs again
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_query_pass_is_computed_again_in_segments() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(30)]
+    model, tasks = nn.Sequential(*layers, nn.Linear(16, 3)).double(), tasks_of((16,), support=2)
+    options = {"executor": "reference", "chunk_size": 1}
+    large = fm.TaskBatch(tasks.support, tuple(leaf.repeat_interleave(200, 1) for leaf in tasks.query))
+    peaks = []
+    for budget in (None, TINY):
+        maml = fm.MAML(model, F.cross_entropy, 0.1, 2, memory_budget=budget, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            maml.value_and_grad(large)
+            with LiveBytes() as live:
+                loss, gradients = maml.value_and_grad(large)
+        peaks.append(live.peak)
+        if budget is None:
+            truth_loss, truth = loss, gradients
+    assert relative_error(loss, truth_loss) <= 1e-12
+    assert relative_error(gradients, truth) <= 1e-12
+    # 60 activations of 1200 rows and their cotangents, or those of about sqrt(60) and as many values at their starts
+    assert peaks[1] < peaks[0] / 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=60))
+def test_segments_hold_no_more_than_the_whole(sizes: list[tuple[int, int]]) -> None:
+    made, live = [m for m, _ in sizes], [0, *(n for _, n in sizes[1:])]
+    found = starts(made, live)
+    assert found[0] == 0
+    assert list(found) == sorted(set(found))
+    assert found[-1] < len(made)
+    sums = [sum(made[a:b]) for a, b in pairwise((*found, len(made)))]
+    assert 2 * max(sums) + sum(live[start] for start in found) <= 2 * sum(made)
+
+
+def test_a_chain_is_cut_into_about_the_root_of_its_length() -> None:
+    assert 10 <= len(starts([1] * 100, [0] + [1] * 99)) <= 20  # of s segments s values and 2 * 100 / s are held
+
+
+def test_segments_end_where_little_is_live() -> None:
+    live = [0] + [9] * 99
+    narrow = range(10, 100, 10)
+    for position in narrow:
+        live[position] = 1
+    assert set(starts([3] * 100, live)) <= {0, *narrow}
 
 
 def test_as_many_tasks_run_as_fit() -> None:
