@@ -25,6 +25,11 @@ def maml_loop(
     steps: int,
     first_order: bool = False,
     adapted_names: Iterable[str] | None = None,
+    *,
+    momentum: float | Tensor = 0.0,
+    dampening: float | Tensor = 0.0,
+    nesterov: bool = False,
+    weight_decay: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor, Any, dict[str, Tensor]]:
     """Meta-gradient of the mean query loss after ``steps`` of inner SGD (docs/maths.md, eq. 1-4).
 
@@ -37,17 +42,20 @@ def maml_loop(
         steps: number of inner steps.
         first_order: treat the inner gradients as constants.
         adapted_names: the parameters that adapt; all that require grad when ``None``.
+        momentum, dampening, nesterov, weight_decay: as torch.optim.SGD has them; tensors may require grad.
 
     Returns:
         ``(loss, task_losses, logits, grads)``: the mean loss ``[]``, one loss a task ``[T]``, the query outputs
         ``[T, Nq, ...]`` (``None`` for a ``loss(model, batch)``), and the meta-gradient by parameter name, zero where a
         parameter is not used. If ``lr`` holds tensors that require grad, ``grads`` has them as ``"lr"`` or
-        ``"lr.<name>"``.
+        ``"lr.<name>"``; likewise ``"momentum"``, ``"dampening"`` and ``"weight_decay"``.
     """
     theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     adapted = [name for name in theta if adapted_names is None or name in set(adapted_names)]
     alphas = dict(lr) if isinstance(lr, Mapping) else {"": lr}
     learned = {f"lr.{k}" if k else "lr": a for k, a in alphas.items() if isinstance(a, Tensor) and a.requires_grad}
+    others = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    learned |= {name: v for name, v in others.items() if isinstance(v, Tensor) and v.requires_grad}
     wanted = {**theta, **learned}
     tasks = pytree.tree_leaves(support)[0].shape[0]
 
@@ -55,13 +63,18 @@ def maml_loop(
     task_losses, logits = [], []
     for t in range(tasks):
         batch_s, batch_q = (pytree.tree_map(lambda x: x[t], batch) for batch in (support, query))  # noqa: B023
-        phi = dict(theta)
+        phi, buffer = dict(theta), dict[str, Tensor]()
         for _ in range(steps):
             inner, _ = _evaluate(model, loss, phi, batch_s)
             g = torch.autograd.grad(inner, [phi[n] for n in adapted], create_graph=not first_order, allow_unused=True)
             for name, d in zip(adapted, g, strict=True):
                 if d is not None:
                     alpha = alphas[name] if isinstance(lr, Mapping) else alphas[""]
+                    d = d + weight_decay * phi[name]
+                    known = buffer.get(name)
+                    buffer[name] = d if known is None else momentum * known + (1 - dampening) * d
+                    if isinstance(momentum, Tensor) or momentum != 0:
+                        d = d + momentum * buffer[name] if nesterov else buffer[name]
                     phi[name] = phi[name] - alpha * d
         outer, outputs = _evaluate(model, loss, phi, batch_q)
         for name, d in zip(wanted, torch.autograd.grad(outer, list(wanted.values()), allow_unused=True), strict=True):

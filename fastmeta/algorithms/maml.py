@@ -72,8 +72,9 @@ class MAML(nn.Module):
             batch, returning the loss or ``(loss, outputs)``; see :class:`fastmeta.TaskBatch`. A scalar for one task.
             A loss that is a module may have parameters of its own; their names start with ``loss.``.
         lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step; or a mapping from
-            the name of every adapting parameter to a number or a tensor that broadcasts to its shape. Tensors that
-            require grad get their meta-gradient; those that are ``nn.Parameter`` become parameters of this module.
+            the name of every adapting parameter to a number or a tensor that broadcasts to its shape, such as
+            ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that require grad get their
+            meta-gradient; those that are ``nn.Parameter`` become parameters of this module.
         steps: K, the number of inner steps.
         first_order: drop the Hessian (FOMAML).
         parameters: which parameters adapt: ``None`` for all that require grad, an iterable of names or ``fnmatch``
@@ -303,7 +304,8 @@ class MAML(nn.Module):
             rates = self._rates_of(again.packing)
             again.alpha = rates.alpha(again.theta[0], again.steps)
             again.segments = rates.segments(again.alpha.device)
-            if again.alpha.shape == earlier.alpha.shape and (again.segments is None) == (earlier.segments is None):
+            same = again.rate_shapes == rates.shapes and (again.segments is None) == (earlier.segments is None)
+            if same and again.alpha.shape == earlier.alpha.shape:
                 return again, known
         parameters = self._objective.parameters()
         packing = self._packing(parameters)
@@ -331,6 +333,7 @@ class MAML(nn.Module):
             self.update_running_stats,
             self.cuda_graph,
             self.memory_budget,
+            rates.shapes,
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)

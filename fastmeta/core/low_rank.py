@@ -3,75 +3,136 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastmeta.core.product import linear, product, products
 
+Scale = Tensor | float  # a number, ``[]``, one number a row ``[out, 1]``, or one a column ``[1, in]``
+
 
 class Factor(NamedTuple):
-    """``scale left_t^T right_t`` of every task.
+    """``scale * left_t^T right_t`` of every task.
 
     Attributes:
         left, right: ``[T, r, out]`` and ``[T, r, in]``.
-        scale: a number or ``[]``: rows are used again and again with other scales, and never copied for that.
+        scale: rows are used again and again with other scales, and never copied for that.
     """
 
     left: Tensor
     right: Tensor
-    scale: Tensor | float = 1.0
+    scale: Scale = 1.0
+
+    def rows_scaled(self) -> Tensor:
+        """A copy of the left rows with the scale in it, which is none a column."""
+        if isinstance(self.scale, float) and self.scale == 1:
+            return self.left.clone()
+        return self.left * (self.scale.mT if _by_row(self.scale) else self.scale)
+
+    def applied(self) -> tuple[Tensor, Tensor, Scale]:
+        """The same with nothing but a number for its scale."""
+        if _by_row(self.scale):
+            return self.rows_scaled(), self.right, 1.0
+        if _by_column(self.scale):
+            return self.left, self.right * self.scale, 1.0
+        return self
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One matrix a task, ``W_t = shared + sum over factors of scale left_t^T right_t``; never formed.
+    """One matrix a task, ``W_t = coefficient * shared + sum over factors of scale * left_t^T right_t``; never formed.
+
+    The coefficient and the scales of one matrix are numbers or one a row, or they are numbers or one a column.
 
     Attributes:
         shared: ``[out, in]``; ``None`` for zero.
         factors: products of few rows.
+        coefficient: of the shared matrix.
     """
 
     shared: Tensor | None
     factors: tuple[Factor, ...] = ()
+    coefficient: Scale = 1.0
 
     def of_rows(self, x: Tensor) -> Tensor:
         """``x W^T``, eq. (10): ``[T, R, in] -> [T, R, out]``."""
-        y = None if self.shared is None else linear(x.flatten(0, 1), self.shared).unflatten(0, x.shape[:2])
-        for left, right, scale in self.factors:
+        y = None
+        if self.shared is not None:
+            c = self.coefficient
+            y = linear((x * c if _by_column(c) else x).flatten(0, 1), self.shared).unflatten(0, x.shape[:2])
+            y = y if _by_column(c) else _scaled(y, c.mT if _by_row(c) else c)
+        for factor in self.factors:
+            left, right, scale = factor.applied()
             y = products(_scaled(products(x, right.mT), scale), left, y)
         return _require(y)
 
     def of_cotangents(self, d: Tensor) -> Tensor:
         """``d W``, eq. (11): ``[T, R, out] -> [T, R, in]``."""
-        y = None if self.shared is None else product(d.flatten(0, 1), self.shared).unflatten(0, d.shape[:2])
-        for left, right, scale in self.factors:
+        y = None
+        if self.shared is not None:
+            c = self.coefficient
+            y = product((d * c.mT if _by_row(c) else d).flatten(0, 1), self.shared).unflatten(0, d.shape[:2])
+            y = y if _by_row(c) else _scaled(y, c)
+        for factor in self.factors:
+            left, right, scale = factor.applied()
             y = products(_scaled(products(d, left.mT), scale), right, y)
         return _require(y)
 
-    def plus(self, other: LowRank, scale: Tensor | float = 1.0) -> LowRank:
-        """``self + scale * other``, where ``other`` has no shared part; rows seen before take no further factor."""
+    def plus(self, other: LowRank, scale: Scale = 1.0) -> LowRank:
+        """``self + scale * other``, of which shared parts are multiples of one matrix; nothing is added twice.
+
+        A product that is there already gets another scale, and one whose right rows are there another left factor,
+        unless one of the two has a scale a column.
+        """
         factors = list(self.factors)
         for factor in other.factors:
             added = factor._replace(scale=factor.scale * scale)
-            same = [i for i, seen in enumerate(factors) if _same(seen.right, factor.right)]
-            if same:
-                left = _scaled(factors[same[0]].left, factors[same[0]].scale, copy=True)
-                factors[same[0]] = Factor(left.add_(_scaled(added.left, added.scale, copy=True)), factor.right)
+            alike = [i for i, seen in enumerate(factors) if _same(seen.right, factor.right)]
+            twice = [i for i in alike if _same(factors[i].left, factor.left)]
+            folds = [] if _by_column(added.scale) else [i for i in alike if not _by_column(factors[i].scale)]
+            if twice:
+                factors[twice[0]] = added._replace(scale=factors[twice[0]].scale + added.scale)
+            elif folds:
+                left = factors[folds[0]].rows_scaled().add_(added.rows_scaled())
+                factors[folds[0]] = Factor(left, factor.right)
             else:
                 factors.append(added)
-        return LowRank(self.shared, tuple(factors))
+        if other.shared is None:
+            return LowRank(self.shared, tuple(factors), self.coefficient)
+        coefficient = other.coefficient * scale
+        return LowRank(
+            other.shared,
+            tuple(factors),
+            coefficient if self.shared is None else self.coefficient + coefficient,
+        )
 
-    def inner(self, other: LowRank) -> Tensor:
-        """``[T]``: ``<self_t, other_t>`` of two without shared part."""
+    def times(self, scale: Scale) -> LowRank:
+        """``scale * self``."""
+        factors = tuple(factor._replace(scale=factor.scale * scale) for factor in self.factors)
+        return LowRank(self.shared, factors, self.coefficient if self.shared is None else self.coefficient * scale)
+
+    def inner(self, other: LowRank, shape: tuple[int, ...] = ()) -> Tensor | None:
+        """The elements' products, summed over tasks and to ``shape``, which is ``[]``, ``[out, 1]`` or ``[1, in]``.
+
+        ``other`` has no shared part. ``None`` where one of the two is zero.
+        """
         total = None
+        if self.shared is not None and other.factors:
+            total = (self.shared * self.coefficient * other.over_tasks()).sum_to_size(shape)
         for left, right, scale in self.factors:
             for other_left, other_right, other_scale in other.factors:
-                part = (torch.bmm(left, other_left.mT) * torch.bmm(right, other_right.mT)).sum((1, 2))
-                part = part * (scale * other_scale)
+                both = scale * other_scale
+                if _by_row(both) or (shape and shape[0] > 1):
+                    part = (left * torch.bmm(torch.bmm(right, other_right.mT), other_left)).sum((0, 1)).unsqueeze(1)
+                elif _by_column(both) or (shape and shape[1] > 1):
+                    part = (right * torch.bmm(torch.bmm(left, other_left.mT), other_right)).sum((0, 1)).unsqueeze(0)
+                else:
+                    part = (torch.bmm(left, other_left.mT) * torch.bmm(right, other_right.mT)).sum()
+                part = (part * both).sum_to_size(shape)
                 total = part if total is None else total + part
-        return _require(total)
+        return total
 
     def over_tasks(self) -> Tensor:
         """``[out, in]``: the sum over tasks of one without shared part, one product over the stacked rows."""
@@ -88,7 +149,7 @@ class LowRank:
             part = _scaled(torch.bmm(left.mT, right), scale)
             total = part if total is None else total.add_(part)
         formed = _require(total)
-        return formed if self.shared is None else formed.add_(self.shared)
+        return formed if self.shared is None else formed.add_(self.shared * self.coefficient)
 
     @property
     def rank(self) -> int:
@@ -96,11 +157,17 @@ class LowRank:
         return sum(factor.left.shape[1] for factor in self.factors)
 
 
-def _scaled(y: Tensor, scale: Tensor | float, *, copy: bool = False) -> Tensor:
-    """``scale y``, in place unless it must be a copy."""
-    if isinstance(scale, float) and scale == 1:
-        return y.clone() if copy else y
-    return y * scale if copy else y.mul_(scale)
+def _by_row(scale: Scale) -> TypeGuard[Tensor]:
+    return isinstance(scale, Tensor) and scale.dim() == 2 and scale.shape[0] > 1
+
+
+def _by_column(scale: Scale) -> TypeGuard[Tensor]:
+    return isinstance(scale, Tensor) and scale.dim() == 2 and scale.shape[1] > 1
+
+
+def _scaled(y: Tensor, scale: Scale) -> Tensor:
+    """``scale * y``, in place."""
+    return y if isinstance(scale, float) and scale == 1 else y.mul_(scale)
 
 
 def _require(y: Tensor | None) -> Tensor:

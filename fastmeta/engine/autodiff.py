@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fastmeta.core.packing import Packing
 from fastmeta.engine.work import Work, task_of
+from fastmeta.inner.rates import rates_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
 def _step(work: Work, phi: list[Tensor], g: tuple[Tensor | None, ...], k: int, allow_unused: bool) -> list[Tensor]:
     """Eq. (3), parameter by parameter; independent of the packed kernels, which are tested against it."""
     alpha = work.alpha[k if work.alpha.shape[0] > 1 else 0]
-    rates = _rates(alpha, work.packing, by_parameter=work.segments is not None)
+    rates = rates_of(alpha, work.rate_shapes, len(phi))
     stepped = []
     for name, p, d, rate in zip(work.packing.names, phi, g, rates, strict=True):
         if d is None:
@@ -118,14 +118,6 @@ def _step(work: Work, phi: list[Tensor], g: tuple[Tensor | None, ...], k: int, a
         else:
             stepped.append(p - rate * d)
     return stepped
-
-
-def _rates(alpha: Tensor, packing: Packing, *, by_parameter: bool) -> list[Tensor]:
-    if by_parameter:
-        return list(alpha.unbind())
-    if alpha.numel() == 1:
-        return [alpha.reshape(())] * len(packing.names)
-    return packing.unpack_shared(alpha)
 
 
 def _seen(buffers: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -189,6 +189,7 @@ def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
     return (
         tuple((x.shape, x.dtype) for x in sets),
         work.alpha.shape,
+        work.rate_shapes,
         work.alpha.device,
         work.steps,
         work.first_order,

@@ -189,6 +189,8 @@ class Compiler:
             return "there is no query set"
         if work.executor == "reference":
             return "the reference executor was asked for"
+        if work.rate_shapes is not None:
+            return "inner rates differ within a parameter"
         key = id(support), id(query)
         if key not in self._steps:
             try:

@@ -56,14 +56,14 @@ def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
     Raises:
         ValueError: factors are asked for by name where they cannot be.
     """
-    possible = {} if _of_full_rank(work) else _costs(support, query, work)
+    possible = _costs(support, query, work)
     if not isinstance(work.plan, str):
         patterns = [pattern for pattern, form in work.plan if form == "factored"]
         impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in possible)]
         if impossible:
             raise ValueError(
-                f"MAML: plan 'factored' must be for linear layers' weights that one call reads, at one rate each; "
-                f"got {impossible}, possible: {list(possible)}"
+                f"MAML: plan 'factored' must be for linear layers' weights that one call reads, with one rate, or "
+                f"one a row or a column; got {impossible}, possible: {list(possible)}"
             )
     return frozenset(
         name
@@ -101,28 +101,28 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
         By ``id`` of the support's instruction, seconds of its products in the whole meta-step, with a weight of each
         task's own and with factors; or why there is no choice.
     """
-    slots = {support.graph.parameters[name] for name in support.adapted}
+    slots = {support.graph.parameters[name]: name for name in support.adapted}
     linear = [i for i in support.instructions if i.op.name == "linear" and i.inputs[WEIGHT] in slots]
-    if _of_full_rank(work):
-        return dict.fromkeys(map(id, linear), "one rate an element: its steps are of full rank, so it is formed")
     found: dict[int, tuple[float, float] | str] = dict.fromkeys(
         map(id, linear), "several calls read its weight, so it is formed"
     )
+    for instruction in linear:
+        if work.has_rate_an_element(slots[instruction.inputs[WEIGHT]]):
+            found[id(instruction)] = "one rate an element: its steps are of full rank, so it is formed"
     readers = candidates(support)
     for name, costs in _costs(support, query, work).items():
         found[id(readers[name])] = costs.seconds(work.alpha.device, rates)
     return found
 
 
-def _of_full_rank(work: Work) -> bool:
-    """Whether a step changes a weight by a matrix of full rank, as one rate an element makes it."""
-    return work.segments is None and work.alpha.shape[1] > 1
-
-
 def _costs(support: Program, query: Program, work: Work) -> dict[str, _Costs]:
     """Of the parameters that can stay factors on support and query alike."""
     asked = candidates(query)
-    return {name: _Costs(i, asked[name], work) for name, i in candidates(support).items() if name in asked}
+    return {
+        name: _Costs(i, asked[name], work)
+        for name, i in candidates(support).items()
+        if name in asked and not work.has_rate_an_element(name)
+    }
 
 
 class _Costs:

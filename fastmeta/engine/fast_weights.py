@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmeta.core.low_rank import LowRank
 from fastmeta.core.packing import Packing
 from fastmeta.engine.work import Work
+from fastmeta.inner.rates import collected, rates_of
 from fastmeta.inner.sgd import SGD
 
 Weight = Tensor | LowRank
@@ -43,15 +44,16 @@ class FastWeights:
         self._tasks = work.tasks
         self._factored = [name for name in self._names if name in factored]
         self._formed = [name for name in self._names if name not in factored]
-        if not factored:
-            self._packing, alpha, segments = work.packing, work.alpha, work.segments
-        else:
+        self._packing, alpha, segments = work.packing, work.alpha, work.segments
+        if factored:
             self._packing = Packing.of({name: self._theta[name] for name in self._formed})
-            alpha, segments = work.alpha, None
-            if work.segments is not None:
-                formed = [alpha[:, i : i + 1] for i, name in enumerate(self._names) if name not in factored]
-                alpha = torch.cat(formed, 1) if formed else alpha[:, :0]
-                segments = self._packing.segments(alpha.device)
+        if alpha.shape[1] > 1 and (factored or work.rate_shapes is not None):
+            alpha, segments = self._packed_rates(self._own_rates(work, 0))
+        self._expanded = work.rate_shapes is not None and segments is None
+        own = [self._own_rates(work, k) for k in range(work.alpha.shape[0])] if self._factored else []
+        self._rates = [{name: rates[name] for name in self._factored} for rates in own]
+        self._descents = [{name: -rate for name, rate in rates.items()} for rates in self._rates]
+        self._shapes = work.rate_shapes or ((),) * len(self._names)
         self._rule = SGD(alpha, segments, self._packing)
         self._alpha = work.alpha
 
@@ -79,19 +81,21 @@ class FastWeights:
         formed = [d for d in g if isinstance(d, Tensor)]
         packed = self._rule.step(phi.packed, formed, k) if formed else phi.packed
         gradient = {name: d for name, d in zip(self._names, g, strict=True) if isinstance(d, LowRank)}
-        return Vector(packed, {n: w.plus(gradient[n], -self._rate(n, k)) for n, w in phi.factors.items()})
+        if not self._factored:
+            return Vector(packed, {})
+        descents = self._descents[k if len(self._descents) > 1 else 0]
+        return Vector(packed, {n: w.plus(gradient[n], descents[n]) for n, w in phi.factors.items()})
 
     def adjoint(self, lam: Vector, g: Vector | None, k: int) -> tuple[Vector, Tensor | None]:
         """``u`` of eq. (5) and, with the step's gradient, ``d_alpha`` of eq. (7), in alpha's shape."""
-        packed, d_rate = lam.packed, None if g is None else torch.zeros_like(self._alpha[0])
+        packed, d_rate = lam.packed, None
         if self._formed:
             packed, d_rate = self._rule.adjoint(lam.packed, None if g is None else g.packed, k)
-        zero = {name: LowRank(None) for name in self._factored}
-        u = Vector(packed, {name: zero[name].plus(part, self._rate(name, k)) for name, part in lam.factors.items()})
-        if g is None or d_rate is None or not self._factored:
+        rates = self._rates[k if len(self._rates) > 1 else 0] if self._factored else {}
+        u = Vector(packed, {name: part.times(rates[name]) for name, part in lam.factors.items()})
+        if g is None or not (self._factored or self._expanded):
             return u, d_rate
-        of_factors = {name: -g.factors[name].inner(part).sum() for name, part in lam.factors.items()}
-        return u, self._joined(d_rate, of_factors)
+        return u, self._joined(d_rate, g, lam)
 
     def less(self, lam: Vector, product: Sequence[Weight]) -> Vector:
         """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed."""
@@ -116,12 +120,31 @@ class FastWeights:
         """What is packed where every parameter is factors."""
         return self._theta[self._names[0]].detach().new_empty(self._tasks, 0)
 
-    def _rate(self, name: str, k: int) -> Tensor:
-        rates = self._alpha[k if self._alpha.shape[0] > 1 else 0]
-        return rates[self._names.index(name)] if rates.numel() > 1 else rates[0]
+    def _own_rates(self, work: Work, k: int) -> dict[str, Tensor]:
+        """Each parameter's rates at step k."""
+        return dict(zip(self._names, rates_of(work.alpha[k], work.rate_shapes, len(self._names)), strict=True))
 
-    def _joined(self, d_rate: Tensor, of_factors: Mapping[str, Tensor]) -> Tensor:
+    def _packed_rates(self, rates: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Those of the parameters that are formed: one each and their segments, or where need be one an element."""
+        own = [rates[name] for name in self._formed]
+        if all(rate.dim() == 0 for rate in own):
+            alpha = torch.stack(own) if own else next(iter(rates.values())).new_empty(0)
+            return alpha[None], self._packing.segments(alpha.device)
+        each = [rate.expand(shape).reshape(-1) for rate, shape in zip(own, self._packing.shapes, strict=True)]
+        return torch.cat(each)[None], None
+
+    def _joined(self, d_rate: Tensor | None, g: Vector, lam: Vector) -> Tensor:
+        """Eq. (7) for all parameters, from what it is for those that are formed."""
+        shapes = dict(zip(self._names, self._shapes, strict=True))
+        own: dict[str, Tensor] = {}
+        for name, part in lam.factors.items():
+            product = g.factors[name].inner(part, shapes[name])
+            own[name] = self._alpha.new_zeros(shapes[name]) if product is None else -product
         if self._alpha.shape[1] == 1:
-            return d_rate + torch.stack(list(of_factors.values())).sum()
-        formed = iter(d_rate.reshape(-1))
-        return torch.stack([of_factors[n] if n in of_factors else next(formed) for n in self._names])
+            total = torch.stack(list(own.values())).sum()
+            return total if d_rate is None else d_rate + total
+        if d_rate is not None:
+            of_formed = [shapes[name] for name in self._formed]
+            parts = collected(d_rate, self._packing.shapes, of_formed) if self._expanded else list(d_rate)
+            own.update(zip(self._formed, parts, strict=True))
+        return torch.cat([own[name].reshape(-1) for name in self._names])

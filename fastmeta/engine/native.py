@@ -173,8 +173,6 @@ class NativeStep:
         """Why no work of this kind can run here; empty where it can."""
         if not work.alpha.is_cpu:
             return f"the parameters are on {work.alpha.device}"
-        if work.alpha.shape[1] > 1 and work.segments is None:
-            return "there is one inner rate an element"
         if outputs and self._outputs and self._lowered.output is None:
             return "the query outputs are not one value of the program"
         if self._mutates and work.keep_mutations:

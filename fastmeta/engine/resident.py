@@ -102,8 +102,6 @@ class ResidentStep:
         devices = {tensor.device for tensor in everything}
         if len(devices) > 1 or work.alpha.device.type != "cuda":
             return f"tensors must be on one CUDA device, got {', '.join(sorted(map(str, devices)))}"
-        if work.alpha.shape[1] > 1 and work.segments is None:
-            return "there is one inner rate an element"
         if outputs and self._outputs and not self._has_output:
             return "the query outputs are not what the loss compares"
         if self._mutates and work.keep_mutations:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.core.packing import Packing
 from fastmeta.engine.objective import Objective
+from fastmeta.inner.rates import Shapes
 
 Plan = str | tuple[tuple[str, str], ...]
 
@@ -26,8 +27,9 @@ class Work:
         packing: the adapting parameters and their order.
         support, query: pytrees with leaves ``[T, ...]``; ``query`` is ``None`` where only adaptation is wanted.
         steps: K.
-        alpha: inner rates ``[1 or K, 1 or S or P]``.
+        alpha: inner rates ``[1 or K, R]``, of :meth:`fastmeta.inner.rates.Rates.alpha`.
         segments: ``[S + 1]`` where alpha has one rate a parameter.
+        rate_shapes: of each adapting parameter's own rates, where not every one has a single rate; otherwise ``None``.
         first_order: drop the Hessian.
         check_finite: stop at the first loss that is not finite.
         differentiate: whether a meta-gradient will be asked for.
@@ -59,6 +61,7 @@ class Work:
     keep_mutations: bool
     cuda_graph: bool = True
     memory_budget: int | None = None
+    rate_shapes: Shapes | None = None
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -66,6 +69,13 @@ class Work:
         """T."""
         leaf: Tensor = leaves(self.support)[0]
         return leaf.shape[0]
+
+    def has_rate_an_element(self, name: str) -> bool:
+        """Whether a matrix has rates that differ along its rows and along its columns: its steps are of full rank."""
+        if self.rate_shapes is None:
+            return False
+        shape = self.rate_shapes[self.packing.names.index(name)]
+        return len(shape) == 2 and min(shape) > 1
 
     @property
     def outer_names(self) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Inner learning rates: one for all, one a step, one a parameter or one an element; fixed or learned."""
+"""Inner learning rates: one for all, one a step, or each parameter its own of any shape; fixed or learned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fastmeta.core.packing import Packing
 
 Rate = float | Tensor | Mapping[str, float | Tensor]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Rates:
@@ -19,6 +21,10 @@ class Rates:
         lr: a number; a tensor ``[]`` or ``[K]`` (one rate a step); or a mapping from the name of every adapting
             parameter to a number, a tensor ``[]``, or a tensor that broadcasts to the parameter's shape.
         packing: the adapting parameters.
+
+    Attributes:
+        shapes: of each parameter's own rates, where not every parameter has a single one: ``[]``, or as many axes as
+            the parameter has, those of length 1 where they share a rate. ``None`` otherwise.
 
     Raises:
         TypeError: a rate is not a number or a floating-point tensor.
@@ -44,12 +50,14 @@ class Rates:
                         f"MAML: lr[{name!r}] must broadcast to the parameter's shape {tuple(shape)}, "
                         f"got {tuple(value.shape)}"
                     )
-            self.kind = "element" if any(_is_wide(value) for value in lr.values()) else "tensor"
+            own = tuple(_own_shape(lr[n], shape) for n, shape in zip(packing.names, packing.shapes, strict=True))
+            self.kind = "tensor" if not any(own) else "mixed"
+            self.shapes: Shapes | None = own if any(own) else None
         else:
             _check_rate("lr", lr)
             if isinstance(lr, Tensor) and lr.dim() > 1:
                 raise ValueError(f"MAML: lr must have shape [] or [steps], got {tuple(lr.shape)}; use a mapping")
-            self.kind = "scalar"
+            self.kind, self.shapes = "scalar", None
 
     def segments(self, device: torch.device) -> Tensor | None:
         """Offsets ``[S + 1]`` of the packed parameters where there is one rate a parameter."""
@@ -61,17 +69,15 @@ class Rates:
         return [v for v in values if isinstance(v, Tensor) and v.requires_grad]
 
     def alpha(self, like: Tensor, steps: int) -> Tensor:
-        """The rates as one tensor ``[1 or K, 1 or S or P]`` in ``like``'s dtype and device, differentiable.
+        """The rates as one tensor ``[1 or K, R]`` in ``like``'s dtype and device, differentiable.
+
+        R is 1, or S, or the number of all parameters' own rates one after the other.
 
         Raises:
             ValueError: one rate a step was given, and for fewer steps than ``steps``.
         """
         if isinstance(self.lr, Mapping):
-            rows = []
-            for name, shape in zip(self.packing.names, self.packing.shapes, strict=True):
-                value = _as_tensor(self.lr[name], like)
-                rows.append(value.expand(shape).reshape(-1) if self.kind == "element" else value.reshape(1))
-            return torch.cat(rows)[None]
+            return torch.cat([_as_tensor(self.lr[name], like).reshape(-1) for name in self.packing.names])[None]
         value = _as_tensor(self.lr, like)
         if value.dim() == 1 and value.shape[0] < steps:
             raise ValueError(
@@ -89,8 +95,24 @@ def _check_rate(name: str, value: object) -> None:
         raise TypeError(f"MAML: {name} must be a number or a tensor, got {type(value).__name__}")
 
 
-def _is_wide(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() != 1
+def rates_of(alpha: Tensor, shapes: Shapes | None, count: int) -> list[Tensor]:
+    """Each of ``count`` parameters' own rates at one step, of ``alpha`` ``[R]``; see :attr:`Rates.shapes`."""
+    if shapes is not None:
+        pieces = alpha.split([prod(shape) for shape in shapes])
+        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return [alpha.reshape(())] * count if alpha.numel() == 1 else list(alpha.unbind())
+
+
+def collected(d: Tensor, of_parameters: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Sums of one number an element, ``[P]``, to the shapes of the rates of parameters of these shapes."""
+    pieces = d.split([prod(shape) for shape in of_parameters])
+    return [piece.reshape(of).sum_to_size(own) for piece, of, own in zip(pieces, of_parameters, shapes, strict=True)]
+
+
+def _own_shape(value: float | Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return ()
+    return (1,) * (len(shape) - value.dim()) + tuple(value.shape)
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -175,13 +175,20 @@ def test_wide_layers_choose_it_and_form_no_weight_of_a_task() -> None:
     assert total_error(found, truth(model, F.cross_entropy, tasks, 0.01, 2)[3]) <= 1e-5
 
 
-def test_low_rank_matrices() -> None:
-    torch.manual_seed(0)
+NUMBERS = (1.0, torch.tensor(-0.3), torch.tensor(0.6))
+ROWS = (torch.rand(7, 1), torch.tensor(0.7), torch.rand(7, 1))
+COLUMNS = (torch.rand(1, 5), torch.rand(1, 5), torch.tensor(0.7))
+
+
+@pytest.mark.parametrize("scales", [NUMBERS, ROWS, COLUMNS], ids=["numbers", "rows", "columns"])
+def test_low_rank_matrices(scales: tuple[Any, ...]) -> None:
     shared, x, d = torch.randn(7, 5), torch.randn(3, 4, 5), torch.randn(3, 4, 7)
-    pairs = [Factor(torch.randn(3, 2, 7), torch.randn(3, 2, 5), scale) for scale in (1.0, torch.tensor(-0.3))]
-    one = LowRank(shared, tuple(pairs))
-    formed = shared + sum(scale * torch.bmm(a.mT, b) for a, b, scale in pairs)
+    coefficient, *others = scales
+    pairs = [Factor(torch.randn(3, 2, 7), torch.randn(3, 2, 5), scale) for scale in others]
+    one = LowRank(shared, tuple(pairs), coefficient)
+    formed = coefficient * shared + sum(scale * torch.bmm(a.mT, b) for a, b, scale in pairs)
     torch.testing.assert_close(one.formed(), formed)
+    torch.testing.assert_close(one.times(coefficient).formed(), formed * coefficient)
     torch.testing.assert_close(one.of_rows(x), torch.bmm(x, formed.mT))
     torch.testing.assert_close(one.of_cotangents(d), torch.bmm(d, formed))
     known, new = Factor(torch.randn(3, 2, 7), pairs[1].right, 0.7), Factor(torch.randn(3, 6, 7), torch.randn(3, 6, 5))
@@ -189,8 +196,17 @@ def test_low_rank_matrices() -> None:
     total = one.plus(two, 0.5)
     assert total.rank == 2 + 2 + 6  # the rows of one factor are known already
     torch.testing.assert_close(total.formed(), formed + 0.5 * two.formed())
-    alone = LowRank(None, one.factors)
-    torch.testing.assert_close(alone.inner(two), (alone.formed() * two.formed()).sum((1, 2)))
+    twice = total.plus(one, others[0])
+    assert twice.rank <= total.rank + 2  # a product that was there has another scale; folded ones are there no longer
+    torch.testing.assert_close(twice.formed(), total.formed() + others[0] * formed)
+    torch.testing.assert_close(two.plus(one).formed(), two.formed() + formed)
+    for shape in ((), tuple(getattr(coefficient, "shape", ()))):
+        found = one.inner(two, shape)
+        assert found is not None
+        torch.testing.assert_close(found, (formed * two.formed()).sum(0).sum_to_size(shape))
     torch.testing.assert_close(two.over_tasks(), two.formed().sum(0))
+    scaled = LowRank(None, one.factors)
+    torch.testing.assert_close(scaled.over_tasks(), scaled.formed().sum(0))
+    assert LowRank(None).inner(two) is None
     with pytest.raises(RuntimeError, match="neither"):
         LowRank(None).formed()
