@@ -1,8 +1,11 @@
-"""Matrices of tasks that are one shared matrix and products of few rows (docs/maths.md, section 3)."""
+"""Matrices of tasks that are one shared matrix and products of few rows (docs/maths.md, section 3).
+
+Where the rows grow too many, they are added up to a matrix of each task's own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -40,21 +43,36 @@ class Factor(NamedTuple):
         return self
 
 
+class Own(NamedTuple):
+    """``scale * matrix_t`` of every task, ``[T, out, in]``: what factors were added up to."""
+
+    matrix: Tensor
+    scale: Scale = 1.0
+
+    def scaled(self) -> Tensor:
+        """A copy with the scale in it."""
+        return self.matrix.clone() if isinstance(self.scale, float) and self.scale == 1 else self.matrix * self.scale
+
+
 @dataclass(frozen=True)
 class LowRank:
-    """One matrix a task, ``W_t = coefficient * shared + sum over factors of scale * left_t^T right_t``; never formed.
+    """One matrix a task, ``W_t = coefficient * shared + own_t + sum over factors of scale * left_t^T right_t``.
 
     The coefficient and the scales of one matrix are numbers or one a row, or they are numbers or one a column.
 
     Attributes:
         shared: ``[out, in]``; ``None`` for zero.
-        factors: products of few rows.
+        factors: products of few rows, which are not formed while their rank is within the limit.
         coefficient: of the shared matrix.
+        own: what was formed, the shared matrix with it.
+        limit: the rank from which on factors are added up; ``None`` for never.
     """
 
     shared: Tensor | None
     factors: tuple[Factor, ...] = ()
     coefficient: Scale = 1.0
+    own: Own | None = None
+    limit: int | None = None
 
     def of_rows(self, x: Tensor) -> Tensor:
         """``x W^T``, eq. (10): ``[T, R, in] -> [T, R, out]``."""
@@ -63,6 +81,11 @@ class LowRank:
             c = self.coefficient
             y = linear((x * c if _by_column(c) else x).flatten(0, 1), self.shared).unflatten(0, x.shape[:2])
             y = y if _by_column(c) else _scaled(y, c.mT if _by_row(c) else c)
+        if self.own is not None:
+            c = self.own.scale
+            part = products(x * c if _by_column(c) else x, self.own.matrix.mT)
+            part = part if _by_column(c) else _scaled(part, c.mT if _by_row(c) else c)
+            y = part if y is None else y.add_(part)
         for factor in self.factors:
             left, right, scale = factor.applied()
             y = products(_scaled(products(x, right.mT), scale), left, y)
@@ -75,6 +98,11 @@ class LowRank:
             c = self.coefficient
             y = product((d * c.mT if _by_row(c) else d).flatten(0, 1), self.shared).unflatten(0, d.shape[:2])
             y = y if _by_row(c) else _scaled(y, c)
+        if self.own is not None:
+            c = self.own.scale
+            part = products(d * c.mT if _by_row(c) else d, self.own.matrix)
+            part = part if _by_row(c) else _scaled(part, c)
+            y = part if y is None else y.add_(part)
         for factor in self.factors:
             left, right, scale = factor.applied()
             y = products(_scaled(products(d, left.mT), scale), right, y)
@@ -99,19 +127,41 @@ class LowRank:
                 factors[folds[0]] = Factor(left, factor.right)
             else:
                 factors.append(added)
-        if other.shared is None:
-            return LowRank(self.shared, tuple(factors), self.coefficient)
-        coefficient = other.coefficient * scale
-        return LowRank(
-            other.shared,
-            tuple(factors),
-            coefficient if self.shared is None else self.coefficient + coefficient,
-        )
+        shared, coefficient, own = self.shared, self.coefficient, self.own
+        if other.shared is not None:
+            more = other.coefficient * scale
+            shared, coefficient = other.shared, more if shared is None else coefficient + more
+        if other.own is not None:
+            added_own = other.own._replace(scale=other.own.scale * scale)
+            own = added_own if own is None else Own(own.scaled().add_(added_own.scaled()))
+        limit = other.limit if self.limit is None else self.limit
+        return LowRank(shared, tuple(factors), coefficient, own, limit).within_limit()
 
     def times(self, scale: Scale) -> LowRank:
         """``scale * self``."""
-        factors = tuple(factor._replace(scale=factor.scale * scale) for factor in self.factors)
-        return LowRank(self.shared, factors, self.coefficient if self.shared is None else self.coefficient * scale)
+        return replace(
+            self,
+            factors=tuple(factor._replace(scale=factor.scale * scale) for factor in self.factors),
+            coefficient=self.coefficient if self.shared is None else self.coefficient * scale,
+            own=None if self.own is None else self.own._replace(scale=self.own.scale * scale),
+        )
+
+    def within_limit(self) -> LowRank:
+        """The same, added up to a matrix of each task's own where the rank is beyond the limit."""
+        if self.limit is None or not self.factors or (self.own is None and self.rank <= self.limit):
+            return self
+        return LowRank(None, own=Own(self.formed()), limit=self.limit)
+
+    def minus_(self, other: LowRank) -> LowRank:
+        """``self - other``, where ``other`` has no shared part; what this has of its own is overwritten."""
+        if self.own is None or not (isinstance(self.own.scale, float) and self.own.scale == 1):
+            return self.plus(other, -1.0)
+        if other.own is not None:
+            self.own.matrix.sub_(other.own.scaled())
+        for factor in other.factors:
+            left, right, c = factor.applied()
+            _add_products(self.own.matrix, left, right, -1.0 * c)
+        return self
 
     def inner(self, other: LowRank, shape: tuple[int, ...] = ()) -> Tensor | None:
         """The elements' products, summed over tasks and to ``shape``, which is ``[]``, ``[out, 1]`` or ``[1, in]``.
@@ -119,8 +169,13 @@ class LowRank:
         ``other`` has no shared part. ``None`` where one of the two is zero.
         """
         total = None
-        if self.shared is not None and other.factors:
+        if self.shared is not None and (other.factors or other.own is not None):
             total = (self.shared * self.coefficient * other.over_tasks()).sum_to_size(shape)
+        if self.own is not None or other.own is not None:
+            if any(one.own is None and not one.factors for one in (self, other)):
+                return total
+            rest = replace(self, shared=None).formed().mul_(other.formed()).sum(0).sum_to_size(shape)
+            return rest if total is None else total + rest
         for left, right, scale in self.factors:
             for other_left, other_right, other_scale in other.factors:
                 both = scale * other_scale
@@ -136,7 +191,7 @@ class LowRank:
 
     def over_tasks(self) -> Tensor:
         """``[out, in]``: the sum over tasks of one without shared part, one product over the stacked rows."""
-        total = None
+        total = None if self.own is None else self.own.matrix.sum(0) * self.own.scale
         for left, right, scale in self.factors:
             part = _scaled(product(left.flatten(0, 1).t(), right.flatten(0, 1)), scale)
             total = part if total is None else total.add_(part)
@@ -144,10 +199,13 @@ class LowRank:
 
     def formed(self) -> Tensor:
         """``[T, out, in]``."""
-        total = None
-        for left, right, scale in self.factors:
-            part = _scaled(torch.bmm(left.mT, right), scale)
-            total = part if total is None else total.add_(part)
+        total = None if self.own is None else self.own.scaled()
+        for factor in self.factors:
+            left, right, scale = factor.applied()
+            if total is None:
+                total = _scaled(products(left.mT, right), scale)
+            else:
+                _add_products(total, left, right, scale)
         formed = _require(total)
         return formed if self.shared is None else formed.add_(self.shared * self.coefficient)
 
@@ -155,6 +213,11 @@ class LowRank:
     def rank(self) -> int:
         """The rank of what is added to the shared matrix, at the most."""
         return sum(factor.left.shape[1] for factor in self.factors)
+
+
+def rank_limit(out: int, fan_in: int) -> int:
+    """The rank at which factors take as many operations and as much memory as a matrix ``[out, fan_in]``."""
+    return out * fan_in // (out + fan_in)
 
 
 def _by_row(scale: Scale) -> TypeGuard[Tensor]:
@@ -168,6 +231,14 @@ def _by_column(scale: Scale) -> TypeGuard[Tensor]:
 def _scaled(y: Tensor, scale: Scale) -> Tensor:
     """``scale * y``, in place."""
     return y if isinstance(scale, float) and scale == 1 else y.mul_(scale)
+
+
+def _add_products(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> None:
+    """``total_t += scale * left_t^T right_t``, in place; the scale is a number or ``[]``."""
+    if isinstance(scale, Tensor):
+        total.baddbmm_((left * scale).mT, right)
+    else:
+        total.baddbmm_(left.mT, right, alpha=scale)
 
 
 def _require(y: Tensor | None) -> Tensor:

@@ -114,7 +114,7 @@ class Compiler:
         self._graphs: dict[Any, Graph | NotTraceable] = {}
         self._programs: dict[Any, Program] = {}
         self._steps: dict[tuple[int, int], Compiled | str] = {}  # by the programs, which are never dropped alone
-        self._factors: dict[tuple[int, frozenset[str]], Program] = {}  # likewise
+        self._factors: dict[tuple[int, frozenset[str], frozenset[str]], Program] = {}  # likewise
         self._blocks: dict[int, Program] = {}  # likewise
         self._captures = Captures()
         self._rooms: dict[tuple[int, int], Room] = {}  # likewise
@@ -142,7 +142,8 @@ class Compiler:
         query = None if work.query is None else self._program(work, work.query, work.outer_names)
         native = self._native(work, support, query)
         if query is not None:
-            names = choose(support, query, work)
+            excess = _excess(native, work)
+            names = choose(support, query, work, tight=bool(excess))
             if isinstance(native, NativeStep) and work.executor == "auto":
                 native = native.objection(work, rates.known()) or native
             if isinstance(native, ResidentStep):
@@ -156,10 +157,11 @@ class Compiler:
                 and quicker(support, query, work, names, rates.known())
             ):
                 native, runs_natively = "weights that no task forms take less time", False
-            if isinstance(native, NativeStep) and names and (excess := _excess(native, work)):
+            if isinstance(native, NativeStep) and names and excess:
                 native, runs_natively = excess, False
             if not runs_natively:
-                support, query = self._factored(support, names), self._factored(query, names)
+                bounded = frozenset(name for name in names if plan_of(work.plan, name) == "auto")
+                support, query = (self._factored(program, names, bounded) for program in (support, query))
         if work.executor == "auto" and work.alpha.is_cuda:
             support = self._joined(support, work.alpha.device)
             query = None if query is None else self._joined(query, work.alpha.device)
@@ -170,12 +172,12 @@ class Compiler:
         room = self._rooms.setdefault((id(support), id(query)), Room())
         return Programs(support, query, size, self._captures, room, native)
 
-    def _factored(self, program: Program, names: frozenset[str]) -> Program:
+    def _factored(self, program: Program, names: frozenset[str], bounded: frozenset[str]) -> Program:
         if not names:
             return program
-        key = id(program), names
+        key = id(program), names, bounded
         if key not in self._factors:
-            self._factors[key] = factored(program, names)
+            self._factors[key] = factored(program, names, bounded)
         return self._factors[key]
 
     def _joined(self, program: Program, device: torch.device) -> Program:
@@ -231,11 +233,14 @@ class Compiler:
         )
 
 
-def _excess(native: NativeStep, work: Work) -> str:
-    """Why a memory budget wants weights that no task forms; empty where formed ones fit it, or are asked for."""
-    if work.memory_budget is None or work.executor != "auto":
+def _excess(native: Compiled | str, work: Work) -> str:
+    """Why a memory budget wants weights that no task forms; empty where formed ones fit it, or native is asked for."""
+    if work.memory_budget is None or work.executor == "native":
         return ""
-    least = native.least_bytes(work, learned=work.alpha.requires_grad)
+    if isinstance(native, NativeStep):
+        least = native.least_bytes(work, learned=work.alpha.requires_grad)
+    else:  # of each step, and what the adjoint holds beside: lam, u, H u and their sum over tasks
+        least = (work.steps + 4) * work.packing.size * work.theta[0].element_size()
     return f"with weights of its own one task takes {least} bytes" if least > work.memory_budget else ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmeta.core.low_rank import LowRank
+from fastmeta.core.low_rank import LowRank, Own
 from fastmeta.core.task_op import Need, Tensors, plus
 from fastmeta.engine.program import Instruction, Program, Route
 
@@ -40,7 +40,7 @@ class Tape:
         loss: ``[T]``.
         outputs: the model's output tensors, ``[T, ...]``.
         mutations: new values of buffers, ``[T, ...]``.
-        invariants: for the next pass over the same data.
+        invariants: for the next pass over the same data; ``None`` where nothing is kept of this one.
         saved: what each instruction's maps need; nothing where it is computed again.
         starts: by the positions that instructions are run again from, the values there by slot.
         d_y: the cotangents each instruction's backward was given.
@@ -50,7 +50,7 @@ class Tape:
     loss: Tensor
     outputs: tuple[Tensor, ...]
     mutations: dict[str, Tensor]
-    invariants: Invariants
+    invariants: Invariants | None
     saved: list[Tensors] = field(default_factory=list)
     starts: dict[int, dict[int, Any]] = field(default_factory=dict)
     d_y: list[Tensors | None] = field(default_factory=list)
@@ -329,8 +329,8 @@ def _gradients(program: Program, tape: Tape, cotangents: dict[int, Any], outer: 
     for name in program.adapted:
         slot = graph.parameters[name]
         d = cotangents.get(slot)
-        if d is None and name in program.factored:
-            d = LowRank(None)
+        if name in program.factored and not isinstance(d, LowRank):
+            d = LowRank(None, own=None if d is None else Own(d))
         elif d is None:
             shape, dtype = graph.values[slot].shape, graph.values[slot].dtype
             d = tape.loss.new_zeros((tasks, *shape), dtype=dtype)

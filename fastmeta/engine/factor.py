@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastmeta.core.low_rank import rank_limit
 from fastmeta.core.rates import GPU, Rates
 from fastmeta.core.task_op import Need
 from fastmeta.engine.cost import products
@@ -32,9 +33,16 @@ def candidates(program: Program) -> dict[str, Instruction]:
     return found
 
 
-def factored(program: Program, names: frozenset[str]) -> Program:
-    """``program`` with these parameters' weights as factors."""
-    chosen = {id(instruction) for name, instruction in candidates(program).items() if name in names}
+def factored(program: Program, names: frozenset[str], bounded: frozenset[str]) -> Program:
+    """``program`` with these parameters' weights as factors.
+
+    Args:
+        program: with a weight of each task's own.
+        names: the parameters.
+        bounded: those of them that are formed beyond the rank where that takes fewer operations.
+    """
+    readers = {name: i for name, i in candidates(program).items() if name in names}
+    chosen = {id(i) for name, i in readers.items() if name not in bounded or _linear(i).rows <= _limit(i)}
 
     def rerouted(route: Route) -> Route:
         need, inner = (
@@ -47,11 +55,27 @@ def factored(program: Program, names: frozenset[str]) -> Program:
         replace(i, first=rerouted(i.first), later=rerouted(i.later)) if id(i) in chosen else i
         for i in program.instructions
     )
-    return replace(program, instructions=instructions, factored=names)
+    return replace(program, instructions=instructions, factored=names, bounded=bounded)
 
 
-def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
+def _linear(instruction: Instruction) -> Any:
+    return instruction.op
+
+
+def _limit(instruction: Instruction) -> int:
+    """The rank beyond which the weight of a linear operation is formed."""
+    op = _linear(instruction)
+    return rank_limit(op.fan_out, op.fan_in)
+
+
+def choose(support: Program, query: Program, work: Work, *, tight: bool = False) -> frozenset[str]:
     """The parameters for which factors are asked for, or take fewer operations than a weight of each task's own.
+
+    Args:
+        support: program at the support shapes.
+        query: program at the query shapes.
+        work: the meta-step.
+        tight: memory is dear: factors are taken wherever they are smaller.
 
     Raises:
         ValueError: factors are asked for by name where they cannot be.
@@ -68,7 +92,8 @@ def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
     return frozenset(
         name
         for name, costs in possible.items()
-        if (plan := plan_of(work.plan, name)) == "factored" or (plan == "auto" and costs.pays(work.alpha.device))
+        if (plan := plan_of(work.plan, name)) == "factored"
+        or (plan == "auto" and (costs.pays(work.alpha.device) or (tight and costs.smaller)))
     )
 
 
@@ -129,9 +154,9 @@ class _Costs:
     """What the products of one linear operation take in a meta-step, docs/maths.md, section 3."""
 
     def __init__(self, support: Instruction, query: Instruction, work: Work) -> None:
-        op: Any = support.op
-        asked: Any = query.op
-        n, m, k = op.rows, asked.rows, work.steps
+        op, limit = _linear(support), _limit(support)
+        n, m, k = op.rows, _linear(query).rows, work.steps
+        self.smaller = n < limit  # a step's factors than a weight
         forward, backward, *tangents = products(support)
         first, later = forward + backward, sum(tangents)
         back = 1 if support.later.need[0] else 0  # whether the input wants a cotangent
@@ -144,7 +169,8 @@ class _Costs:
         self._formed_products = k * (first + again * later) + first
         self._shared = k * n * (1 + back) * (1 + again) + m * (1 + back) + m + again * k * n * (1 + back)
         self._shared_products = k * (1 + back) * (1 + again) + 3
-        pairs = (1 + 3 * again) * k * (k - 1) // 2 * n * n + (1 + again) * k * m * n  # rows that meet rows
+        ranks = sum(min(step * n, limit) for step in range(k))  # beyond, a matrix takes as much as rows up to there
+        pairs = (1 + 3 * again) * ranks * n + (1 + again) * k * n * min(m, limit)  # rows that meet rows
         self._pair_products = (1 + 3 * again) * k * (k - 1) // 2 + (1 + again) * k
         self._pairs = 2 * pairs * (op.fan_in + op.fan_out)
         if not back:  # rows of an input that is the same at every step meet those of the others once

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastmeta.core.low_rank import LowRank
+from fastmeta.core.low_rank import LowRank, rank_limit
 from fastmeta.core.packing import Packing
 from fastmeta.engine.work import Work
 from fastmeta.inner.rates import collected, rates_of
@@ -35,15 +35,17 @@ class FastWeights:
 
     Args:
         work: the meta-step.
-        factored: names of the adapting parameters that no task forms.
+        factored: names of the adapting parameters that are a shared weight and factors.
+        bounded: those of them that are formed beyond the rank where that takes fewer operations.
     """
 
-    def __init__(self, work: Work, factored: frozenset[str]) -> None:
+    def __init__(self, work: Work, factored: frozenset[str], bounded: frozenset[str]) -> None:
         self._names = work.packing.names
         self._theta = dict(zip(self._names, work.theta, strict=True))
         self._tasks = work.tasks
         self._factored = [name for name in self._names if name in factored]
         self._formed = [name for name in self._names if name not in factored]
+        self._limits = {name: rank_limit(*self._theta[name].shape) for name in self._factored if name in bounded}
         self._packing, alpha, segments = work.packing, work.alpha, work.segments
         if factored:
             self._packing = Packing.of({name: self._theta[name] for name in self._formed})
@@ -59,7 +61,7 @@ class FastWeights:
 
     def start(self) -> Vector:
         """``phi_0``, eq. (1)."""
-        factors = {name: LowRank(self._theta[name]) for name in self._factored}
+        factors = {name: LowRank(self._theta[name], limit=self._limits.get(name)) for name in self._factored}
         if not self._formed:
             return Vector(self._nothing(), factors)
         shared = self._packing.pack_shared([self._theta[name] for name in self._formed])
@@ -73,7 +75,8 @@ class FastWeights:
     def vector(self, values: Sequence[Weight]) -> Vector:
         """The other way round."""
         formed = [v for v in values if isinstance(v, Tensor)]
-        factors = {name: v for name, v in zip(self._names, values, strict=True) if isinstance(v, LowRank)}
+        low_rank = {name: v for name, v in zip(self._names, values, strict=True) if isinstance(v, LowRank)}
+        factors = {name: replace(v, limit=self._limits.get(name)) for name, v in low_rank.items()}
         return Vector(self._packing.pack(formed) if formed else self._nothing(), factors)
 
     def step(self, phi: Vector, g: Sequence[Weight], k: int) -> Vector:
@@ -108,7 +111,7 @@ class FastWeights:
         factors = dict(lam.factors)
         for name, h in zip(self._names, product, strict=True):
             if isinstance(h, LowRank):
-                factors[name] = factors[name].plus(h, -1.0)
+                factors[name] = factors[name].minus_(h)
         return Vector(lam.packed, factors)
 
     def over_tasks(self, lam: Vector) -> list[Tensor]:

@@ -72,7 +72,8 @@ class Program:
         outer: names of the other parameters that get a meta-gradient.
         tasked_first: slots that carry the task axis while tasks still share their weights.
         tasked_later: slots that carry it afterwards.
-        factored: the adapting parameters that no task forms.
+        factored: the adapting parameters whose weights are the shared one and factors.
+        bounded: those of them that each task forms from the step on where that takes fewer operations.
     """
 
     graph: Graph
@@ -83,6 +84,7 @@ class Program:
     tasked_first: frozenset[int]
     tasked_later: frozenset[int]
     factored: frozenset[str] = frozenset()
+    bounded: frozenset[str] = frozenset()
 
     def tasked(self, first: bool) -> frozenset[int]:
         """Slots that carry the task axis in this phase."""

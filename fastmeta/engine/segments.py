@@ -1,4 +1,4 @@
-"""Where a pass is cut so that little is kept: each segment's activations are computed again from the values at its start."""
+"""Where a pass is cut so that little is kept: a segment's activations are computed again from the values before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def starts(made: Sequence[int], live: Sequence[int]) -> tuple[int, ...]:
         made: bytes that each instruction makes.
         live: bytes made before each instruction that it or a later one reads.
     """
-    best, least = (0,), 2 * sum(made)
+    best: tuple[int, ...] = (0,)
+    least = 2 * sum(made)
     bound = float(sum(made))
     while bound > max(made, default=0):
         bound *= 0.9

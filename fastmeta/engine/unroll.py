@@ -70,7 +70,7 @@ def unroll(
         keep_points: keep what each step's tape can be computed from again.
         again_from: where the query pass is computed again from, as in :func:`executor.forward`.
     """
-    rule = FastWeights(work, support.factored)
+    rule = FastWeights(work, support.factored, support.bounded)
     phi = rule.start()
     losses, trajectory = [], Trajectory(phi, phi.packed)
     for k in range(work.steps):
@@ -118,7 +118,7 @@ def adjoint(
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
     """
-    rule = FastWeights(work, support.factored)
+    rule = FastWeights(work, support.factored, support.bounded)
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs, last=True)
     trajectory.query = None
     lam, outer = rule.vector(gradients.adapted), gradients.outer
