@@ -36,7 +36,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
 
 
 @pytest.mark.filterwarnings("ignore:MAML. memory_budget")
-@pytest.mark.parametrize(("support", "query"), [(2, 6), (2, 7), (3, 3), (6, 2)])
+@pytest.mark.parametrize(("support", "query"), [(2, 6), (2, 7), (3, 3), (5, 2)])
 def test_the_gradient_is_exact_on_both_sides_of_the_switch(
     support: int, query: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,9 +79,7 @@ def test_learned_rates_get_their_gradient(kind: str) -> None:
     steps=st.integers(0, 5),
     first_order=st.booleans(),
 )
-def test_random_networks(
-    widths: tuple[int, int], sets: tuple[int, int], steps: int, first_order: bool
-) -> None:
+def test_random_networks(widths: tuple[int, int], sets: tuple[int, int], steps: int, first_order: bool) -> None:
     model = network(6, *widths, 3, activation="tanh")
     tasks = batch_of(6, 3, "cross entropy", sets)
     options: dict[str, Any] = {"lr": 0.1, "steps": steps, "first_order": first_order}
@@ -137,7 +135,10 @@ def test_factors_beyond_the_limit_are_added_up(scale: Any) -> None:
 
 
 def test_what_is_formed_is_overwritten_where_that_is_asked_for() -> None:
-    one, two = LowRank(None, own=Own(torch.randn(3, 7, 5)), limit=2), LowRank(None, (pair(2, 0.5), pair(1, torch.tensor(2.0))))
+    one, two = (
+        LowRank(None, own=Own(torch.randn(3, 7, 5)), limit=2),
+        LowRank(None, (pair(2, 0.5), pair(1, torch.tensor(2.0)))),
+    )
     wanted = one.formed() - two.formed()
     again = one.minus_(two)
     assert again is one
