@@ -102,7 +102,8 @@ class SGD(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings, for ``print``."""
-        return ", ".join(f"{name}={getattr(self, name)}" for name in (*_HYPER, "nesterov"))
+        names = (*_HYPER, "nesterov") if isinstance(self.lr, nn.Module) else ("lr", *_HYPER, "nesterov")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def _check(name: str, value: object) -> None:
