@@ -76,8 +76,10 @@ class MAML(nn.Module):
         lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step; or a mapping from
             the name of every adapting parameter to a number or a tensor that broadcasts to its shape, such as
             ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that require grad get their
-            meta-gradient; those that are ``nn.Parameter`` become parameters of this module.
+            meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01 without ``inner``.
         steps: K, the number of inner steps.
+        inner: a rule for the inner steps, with its own rates, instead of ``lr``: :class:`fastmeta.inner.SGD` with
+            momentum or weight decay.
         first_order: drop the Hessian (FOMAML).
         parameters: which parameters adapt: ``None`` for all that require grad, an iterable of names or ``fnmatch``
             patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if
@@ -110,7 +112,7 @@ class MAML(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: negative steps, no adapting parameter, or a rate that does not fit.
+        ValueError: negative steps, no adapting parameter, a rate that does not fit, or ``lr`` beside ``inner``.
     """
 
     def __init__(
@@ -200,7 +202,8 @@ class MAML(nn.Module):
 
         Returns:
             The loss ``[]`` and the gradients by parameter name, in the parameters' shapes. Learned rates appear under
-            ``lr`` or ``lr.<name>``.
+            ``lr`` or ``lr.<name>``, those of ``inner`` and its other hyper-parameters under ``inner.lr``,
+            ``inner.momentum`` and so on.
 
         Raises:
             As :meth:`forward`.

@@ -1,7 +1,7 @@
 """The contract of an inner rule: what the engine asks of it, and what it may ask of the engine.
 
 A rule has a state of its own, ``(phi_{k+1}, s_{k+1}) = U(phi_k, s_k, g_k)``, and its adjoint gives the cotangents of
-all three, eq. (13) of docs/maths.md. It never sees how parameters are held: packed for each task, or as factors that no
+all three, eq. (14) of docs/maths.md. It never sees how parameters are held: packed for each task, or as factors that no
 task forms. The engine in turn knows nothing of states and hyper-parameters but to hand them on.
 """
 

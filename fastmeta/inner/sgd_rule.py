@@ -1,4 +1,4 @@
-"""The inner rule of stochastic gradient descent with momentum and weight decay, and its adjoint (docs/maths.md, 4)."""
+"""Inner gradient descent with momentum and weight decay, and its adjoint (docs/maths.md, section 7)."""
 
 from __future__ import annotations
 
