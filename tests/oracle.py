@@ -38,7 +38,7 @@ def maml_loop(
         loss: ``loss(outputs, targets)`` for ``(inputs, targets)`` batches, ``loss(model, batch)`` for other pytrees.
         support: a pair ``(inputs, targets)`` or a pytree; every tensor ``[T, ...]``.
         query: likewise.
-        lr: one inner learning rate, a scalar tensor (it may require grad) or one per parameter name.
+        lr: one inner learning rate, a tensor ``[]`` or ``[K]`` (it may require grad) or one per parameter name.
         steps: number of inner steps.
         first_order: treat the inner gradients as constants.
         adapted_names: the parameters that adapt; all that require grad when ``None``.
@@ -64,12 +64,13 @@ def maml_loop(
     for t in range(tasks):
         batch_s, batch_q = (pytree.tree_map(lambda x: x[t], batch) for batch in (support, query))  # noqa: B023
         phi, buffer = dict(theta), dict[str, Tensor]()
-        for _ in range(steps):
+        for k in range(steps):
             inner, _ = _evaluate(model, loss, phi, batch_s)
             g = torch.autograd.grad(inner, [phi[n] for n in adapted], create_graph=not first_order, allow_unused=True)
             for name, d in zip(adapted, g, strict=True):
                 if d is not None:
                     alpha = alphas[name] if isinstance(lr, Mapping) else alphas[""]
+                    alpha = alpha[k] if isinstance(lr, Tensor) and lr.dim() else alpha
                     d = d + weight_decay * phi[name]
                     known = buffer.get(name)
                     buffer[name] = d if known is None else momentum * known + (1 - dampening) * d

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.algorithms.adapted import AdaptedModel
+from fastmeta.algorithms.inner_rule import DEFAULT, InnerRule, to_learned
 from fastmeta.algorithms.inputs import (
     check_masks,
     check_tensors,
@@ -32,7 +33,8 @@ from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.unroll import unroll
 from fastmeta.engine.work import Work
-from fastmeta.inner.rates import Rate, Rates, RateTable
+from fastmeta.inner.rates import Rate, registered
+from fastmeta.inner.sgd import SGD
 from fastmeta.tasks.batch import TaskBatch
 
 Engine = Literal["auto", "program", "autodiff"]
@@ -74,8 +76,10 @@ class MAML(nn.Module):
         lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step; or a mapping from
             the name of every adapting parameter to a number or a tensor that broadcasts to its shape, such as
             ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that require grad get their
-            meta-gradient; those that are ``nn.Parameter`` become parameters of this module.
+            meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01 without ``inner``.
         steps: K, the number of inner steps.
+        inner: a rule for the inner steps, with its own rates, instead of ``lr``: :class:`fastmeta.inner.SGD` with
+            momentum or weight decay.
         first_order: drop the Hessian (FOMAML).
         parameters: which parameters adapt: ``None`` for all that require grad, an iterable of names or ``fnmatch``
             patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if
@@ -108,16 +112,17 @@ class MAML(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: negative steps, no adapting parameter, or a rate that does not fit.
+        ValueError: negative steps, no adapting parameter, a rate that does not fit, or ``lr`` beside ``inner``.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss: Callable[..., Any],
-        lr: Rate = 0.01,
+        lr: Rate | None = None,
         steps: int = 1,
         *,
+        inner: SGD | None = None,
         first_order: bool = False,
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,
@@ -146,7 +151,8 @@ class MAML(nn.Module):
         self.model = model
         if isinstance(loss, nn.Module):
             self.loss = loss
-        self.lr = _register_rates(lr)
+        self.lr = registered(DEFAULT if lr is None and inner is None else lr)
+        self.inner = inner
         self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
@@ -158,7 +164,7 @@ class MAML(nn.Module):
         self.executor = executor
         self.plan = checked_plan(plan, self._objective.parameters())
         self.cuda_graph = bool(cuda_graph)
-        self._rates_of(self._packing(self._objective.parameters()))
+        self._rule().rates(self._packing(self._objective.parameters()))
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
         """Adapt to every task's support set and evaluate on its query set.
@@ -182,7 +188,7 @@ class MAML(nn.Module):
         work, programs = self._prepare(tasks, steps, differentiate=torch.is_grad_enabled())
         if programs is None:
             return self._autodiff(work)
-        step = Step(work, programs, self._custom, work.alpha.requires_grad)
+        step = Step(work, programs, self._custom, work.learned)
         loss, task_losses, *leaves = step.run()
         self._follow(programs, work, step.mutations)
         return MetaOutput(loss, task_losses, _outputs(programs.both[1], leaves), step.support_losses)
@@ -196,7 +202,8 @@ class MAML(nn.Module):
 
         Returns:
             The loss ``[]`` and the gradients by parameter name, in the parameters' shapes. Learned rates appear under
-            ``lr`` or ``lr.<name>``.
+            ``lr`` or ``lr.<name>``, those of ``inner`` and its other hyper-parameters under ``inner.lr``,
+            ``inner.momentum`` and so on.
 
         Raises:
             As :meth:`forward`.
@@ -205,13 +212,12 @@ class MAML(nn.Module):
         if programs is None:
             out = self._autodiff(work)
             inputs = {n: p for n, p in work.parameters.items() if p.requires_grad}
-            inputs.update(self._learned_rates())
+            inputs.update(self._rule().learned())
             d = torch.autograd.grad(out.loss, list(inputs.values()), allow_unused=True)
             return out.loss.detach(), {
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
-        learned = work.alpha.requires_grad
-        result = evaluate(work, programs, MEAN, learned=learned)
+        result = evaluate(work, programs, MEAN, learned=work.learned)
         self._follow(programs, work, result.mutations)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
@@ -224,11 +230,9 @@ class MAML(nn.Module):
                 if parameter.requires_grad:
                     g = adapted.get(name) if name in adapted else outer.get(name)
                     gradients[name] = torch.zeros_like(parameter) if g is None else g
-        if learned:
-            rates = self._learned_rates()
-            d_alpha = torch.zeros_like(work.alpha) if gradient.alpha is None else gradient.alpha  # no step, no use
-            d_rates = torch.autograd.grad(work.alpha, list(rates.values()), d_alpha)
-            gradients.update(zip(rates, d_rates, strict=True))
+        if work.learned:
+            learned = self._rule().learned()
+            gradients.update(zip(learned, to_learned(work, gradient, list(learned.values())), strict=True))
         return result.loss, gradients
 
     def adapt(self, support: Any, *, steps: int | None = None) -> AdaptedModel:
@@ -254,7 +258,7 @@ class MAML(nn.Module):
                 phi, losses = result.phi, result.support_losses
             else:
                 trajectories = [
-                    unroll(work.part(chunk), programs.support, None, keep_tapes=False, keep_gradients=False)
+                    unroll(work.part(chunk), programs.support, None, keep_tapes=False, keep_records=False)
                     for chunk in programs.chunks(work.tasks)
                 ]
                 phi = torch.cat([trajectory.phi.packed for trajectory in trajectories])
@@ -295,16 +299,15 @@ class MAML(nn.Module):
         if need_query and tasks.query is None:
             raise ValueError("MAML: tasks must have a query set, got None")
         tensors = pairs(tasks.support, tasks.query)
-        settings = self._settings(steps, differentiate, need_query, check_unused) if tensors else None
+        rule = self._rule()
+        settings = self._settings(rule, steps, differentiate, need_query, check_unused) if tensors else None
         if settings is not None and (found := self._recall.find(settings, tensors)) is not None:
             earlier, known = found
             again = earlier.on(tasks.support, tasks.query)
-            if isinstance(self.lr, (float, int)):
+            if rule.fixed:
                 return again, known
-            rates = self._rates_of(again.packing)
-            again.alpha = rates.alpha(again.theta[0], again.steps)
-            again.segments = rates.segments(again.alpha.device)
-            same = again.rate_shapes == rates.shapes and (again.segments is None) == (earlier.segments is None)
+            again.__dict__.update(rule.parts(again.packing, again.theta[0], again.steps)._asdict())
+            same = again.rate_shapes == earlier.rate_shapes and (again.segments is None) == (earlier.segments is None)
             if same and again.alpha.shape == earlier.alpha.shape:
                 return again, known
         parameters = self._objective.parameters()
@@ -313,7 +316,7 @@ class MAML(nn.Module):
         theta = [parameters[name] for name in packing.names]
         if len({(p.dtype, p.device) for p in theta}) > 1:
             raise ValueError("MAML: adapting parameters must share one dtype and device; choose them by parameters=")
-        rates = self._rates_of(packing)
+        parts = rule.parts(packing, theta[0], count)
         work = Work(
             self._objective,
             dict(parameters),
@@ -322,8 +325,8 @@ class MAML(nn.Module):
             tasks.support,
             tasks.query,
             count,
-            rates.alpha(theta[0], count),
-            rates.segments(theta[0].device),
+            parts.alpha,
+            parts.segments,
             self.first_order,
             self.check_finite,
             differentiate,
@@ -333,7 +336,9 @@ class MAML(nn.Module):
             self.update_running_stats,
             self.cuda_graph,
             self.memory_budget,
-            rates.shapes,
+            parts.rate_shapes,
+            parts.rule,
+            parts.hyper,
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)
@@ -345,7 +350,7 @@ class MAML(nn.Module):
                 self._recall.keep(settings, tensors, work, programs)
         return work, programs
 
-    def _settings(self, steps: int | None, *flags: bool) -> Any:
+    def _settings(self, rule: InnerRule, steps: int | None, *flags: bool) -> Any:
         """What a prepared meta-step depends on besides modules and tasks; ``None`` where values must be looked at."""
         if self.check_finite or self.update_running_stats or callable(self._selection):
             return None
@@ -361,7 +366,7 @@ class MAML(nn.Module):
             self.plan,
             self.cuda_graph,
             self.memory_budget,
-            self.lr if isinstance(self.lr, (float, int)) else None,
+            rule.settings(),
             flags,
         )
 
@@ -414,18 +419,8 @@ class MAML(nn.Module):
             raise ValueError("MAML: at least one parameter must adapt, got none; check requires_grad and parameters=")
         return Packing.of({name: parameters[name] for name in names})
 
-    def _rates_of(self, packing: Packing) -> Rates:
-        return Rates(self.lr.as_mapping() if isinstance(self.lr, RateTable) else self.lr, packing)
-
-    def _learned_rates(self) -> dict[str, Tensor]:
-        if isinstance(self.lr, RateTable):
-            table = self.lr.as_mapping()
-            return {f"lr.{n}": v for n, v in table.items() if isinstance(v, Tensor) and v.requires_grad}
-        return {"lr": self.lr} if isinstance(self.lr, Tensor) and self.lr.requires_grad else {}
-
-
-def _register_rates(lr: Rate) -> Any:
-    return RateTable(lr) if isinstance(lr, Mapping) else lr
+    def _rule(self) -> InnerRule:
+        return InnerRule(self.lr, self.inner)
 
 
 def _outputs(query: Program, leaves: list[Tensor]) -> Any:

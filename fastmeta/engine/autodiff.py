@@ -66,6 +66,7 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
     for t in range(work.tasks):
         support = task_of(work.support, t)
         phi, task_supports = list(work.theta), []
+        states: list[Any] = [None] * len(phi)
         for k in range(work.steps):
             with torch.enable_grad():
                 if not all(p.requires_grad for p in phi):
@@ -81,7 +82,7 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
                     loss, phi, create_graph=create_graph and not work.first_order, allow_unused=True
                 )
             task_supports.append(loss.detach())
-            phi = _step(work, phi, g, k, allow_unused)
+            phi, states = _step(work, phi, states, g, k, allow_unused)
             if not create_graph:
                 phi = [p.detach() for p in phi]
         supports.append(torch.stack(task_supports) if task_supports else phi[0].new_empty(0))
@@ -105,19 +106,19 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
     )
 
 
-def _step(work: Work, phi: list[Tensor], g: tuple[Tensor | None, ...], k: int, allow_unused: bool) -> list[Tensor]:
-    """Eq. (3), parameter by parameter; independent of the packed kernels, which are tested against it."""
-    alpha = work.alpha[k if work.alpha.shape[0] > 1 else 0]
-    rates = rates_of(alpha, work.rate_shapes, len(phi))
-    stepped = []
-    for name, p, d, rate in zip(work.packing.names, phi, g, rates, strict=True):
-        if d is None:
-            if not allow_unused:
-                raise unused_error([name])
-            stepped.append(p)
-        else:
-            stepped.append(p - rate * d)
-    return stepped
+def _step(
+    work: Work, phi: list[Tensor], states: list[Any], g: tuple[Tensor | None, ...], k: int, allow_unused: bool
+) -> tuple[list[Tensor], list[Any]]:
+    """The inner rule, parameter by parameter; independent of the packed kernels, which are tested against it."""
+    rates = rates_of(work.alpha[k if work.alpha.shape[0] > 1 else 0], work.rate_shapes, len(phi))
+    unused = [name for name, d in zip(work.packing.names, g, strict=True) if d is None]
+    if unused and not allow_unused:
+        raise unused_error(unused)
+    after = [
+        work.rule.explicit(p, state, torch.zeros_like(p) if d is None else d, rate, work.hyper)
+        for p, state, d, rate in zip(phi, states, g, rates, strict=True)
+    ]
+    return [p for p, _ in after], [state for _, state in after]
 
 
 def _seen(buffers: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -190,6 +190,7 @@ def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
         tuple((x.shape, x.dtype) for x in sets),
         work.alpha.shape,
         work.rate_shapes,
+        work.rule,
         work.alpha.device,
         work.steps,
         work.first_order,
@@ -217,6 +218,7 @@ def _inputs(work: Work, cotangents: Cotangents | None) -> list[Tensor]:
         *leaves(work.query),
         *work.buffers.values(),
         work.alpha.detach(),
+        None if work.hyper is None else work.hyper.detach(),
         *given,
     )
     return [x for x in everything if isinstance(x, Tensor)]
@@ -232,6 +234,7 @@ def _on(work: Work, cotangents: Cotangents | None, inputs: list[Tensor]) -> tupl
     support, query = other(work.support), other(work.query)
     buffers = {name: next(given) for name in work.buffers}
     moved = replace(work, support=support, query=query, buffers=buffers, alpha=next(given))
+    moved.hyper = other(work.hyper)
     if cotangents is None:
         return moved, None
     losses = other(cotangents.losses)

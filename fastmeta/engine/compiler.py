@@ -191,6 +191,8 @@ class Compiler:
             return "there is no query set"
         if work.executor == "reference":
             return "the reference executor was asked for"
+        if not work.rule.plain:
+            return f"it runs inner steps along the gradient alone, and the rule has {work.rule.described()}"
         if work.rate_shapes is not None:
             return "inner rates differ within a parameter"
         key = id(support), id(query)

@@ -16,11 +16,15 @@ from fastmeta.engine.work import Work
 
 @dataclass
 class MetaGradient:
-    """Gradients of a meta-loss: of the adapting parameters, of the others, and of the rates, each in its own shape."""
+    """Gradients of a meta-loss, each in its own shape.
+
+    By the adapting parameters, by the others, by the rates and by the inner rule's other hyper-parameters.
+    """
 
     adapted: list[Tensor]
     outer: list[Tensor | None]
     alpha: Tensor | None
+    hyper: Tensor | None = None
 
     def add(self, other: MetaGradient) -> None:
         """Make it the gradient of two chunks of tasks."""
@@ -28,12 +32,14 @@ class MetaGradient:
             total.add_(part)
         self.outer = added(self.outer, other.outer)
         self.alpha = plus(self.alpha, other.alpha)
+        self.hyper = plus(self.hyper, other.hyper)
 
     def scale(self, factor: Tensor) -> None:
         """Make it the gradient of the meta-loss times ``factor``, ``[]``, in place."""
         if factor.is_cpu and factor.item() == 1:  # elsewhere the question would make the processor wait for the device
             return
-        torch._foreach_mul_([d for d in (*self.adapted, *self.outer, self.alpha) if d is not None], factor)
+        every = (*self.adapted, *self.outer, self.alpha, self.hyper)
+        torch._foreach_mul_([d for d in every if d is not None], factor)
 
 
 def added(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None], scale: int = 1) -> list[Tensor | None]:
@@ -101,7 +107,7 @@ class Evaluation:
         """All tensors, and what makes the same of others in their order."""
         gradient = self.gradient
         counts = len(self.outputs), 0 if gradient is None else len(gradient.adapted)
-        others = [] if gradient is None else [*gradient.outer, gradient.alpha]
+        others = [] if gradient is None else [*gradient.outer, gradient.alpha, gradient.hyper]
         given = [other is not None for other in others]
         names = [tuple(values) for values in self.mutations]
 
@@ -111,8 +117,8 @@ class Evaluation:
             again = None
             if gradient is not None:
                 adapted = list(islice(rest, counts[1]))
-                *outer, alpha = (next(rest) if there else None for there in given)
-                again = MetaGradient(adapted, outer, alpha)
+                *outer, alpha, hyper = (next(rest) if there else None for there in given)
+                again = MetaGradient(adapted, outer, alpha, hyper)
             return Evaluation(*own, again, [{name: next(rest) for name in of_pass} for of_pass in names])
 
         tensors = [self.loss, self.losses, self.support_losses, *self.outputs]

@@ -170,7 +170,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     """The explanation of a program. For the reference executor one inner step runs, to count what its tape holds."""
     native = programs.native
     peak, at_once, recomputes = 0, work.tasks, False
-    learned = work.alpha.requires_grad
+    learned = work.learned
     refusal = native if isinstance(native, str) else native.refusal(work, outputs=False)
     fit = fitted(work, programs, MEAN, native=not refusal, learned=learned, outputs=False)
     if fit is not None and not refusal:
@@ -227,7 +227,7 @@ def _captured(work: Work, programs: Programs) -> str:
     """Whether the meta-step's gradient is replayed from a CUDA graph, or why not; nothing where there is no GPU."""
     if not work.alpha.is_cuda:
         return ""
-    kind = programs.kind(learned=work.alpha.requires_grad, outputs=False)
+    kind = programs.kind(learned=work.learned, outputs=False)
     reason = objection(work) or programs.captures.reason(kind, work, MEAN)
     return f", not captured in a CUDA graph ({reason})" if reason else ", captured in a CUDA graph"
 
@@ -252,8 +252,9 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         kept["cotangents"] = sum(row.cotangents for row in rows)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
-    if work.alpha.requires_grad:
-        kept["gradients"] = work.packing.size * work.tasks * tape.loss.element_size()
+    if work.learned:
+        size = work.rule.records * work.packing.size * work.tasks * tape.loss.element_size()
+        kept["gradients" if work.rule.plain else "vectors of the inner rule"] = size
     return rows, kept, once
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from fastmeta.core.low_rank import LowRank, rank_limit
 from fastmeta.core.packing import Packing
 from fastmeta.engine.work import Work
+from fastmeta.inner.descent import Descent
 from fastmeta.inner.rates import collected, rates_of
-from fastmeta.inner.sgd import SGD
+from fastmeta.inner.rule import Back, Forth
 
 Weight = Tensor | LowRank
 
@@ -31,7 +33,7 @@ class Vector:
 
 
 class FastWeights:
-    """The inner rule on both kinds of parameters: eq. (3) and its adjoint, eq. (5)-(7).
+    """Both kinds of parameters: the inner rule on them, and what that may do with vectors (``inner/rule.py``).
 
     Args:
         work: the meta-step.
@@ -56,8 +58,9 @@ class FastWeights:
         self._rates = [{name: rates[name] for name in self._factored} for rates in own]
         self._descents = [{name: -rate for name, rate in rates.items()} for rates in self._rates]
         self._shapes = work.rate_shapes or ((),) * len(self._names)
-        self._rule = SGD(alpha, segments, self._packing)
+        self._descent = Descent(alpha, segments, self._packing)
         self._alpha = work.alpha
+        self._rule = work.rule.rule(work.hyper)
 
     def start(self) -> Vector:
         """``phi_0``, eq. (1)."""
@@ -79,31 +82,70 @@ class FastWeights:
         factors = {name: replace(v, limit=self._limits.get(name)) for name, v in low_rank.items()}
         return Vector(self._packing.pack(formed) if formed else self._nothing(), factors)
 
-    def step(self, phi: Vector, g: Sequence[Weight], k: int) -> Vector:
+    def step(self, phi: Vector, state: Any, g: Sequence[Weight], k: int, *, keep: bool) -> Forth[Vector]:
+        """The rule's step k; see :meth:`fastmeta.inner.rule.Rule.step`."""
+        return self._rule.step(self, phi, state, g, k, keep=keep)
+
+    def adjoint(self, lam: Vector, state: Any, record: Any, k: int) -> Back[Vector]:
+        """Its adjoint; see :meth:`fastmeta.inner.rule.Rule.adjoint`."""
+        return self._rule.adjoint(self, lam, state, record, k)
+
+    def plus(self, a: Vector, b: Vector, scale: Tensor | float = 1.0) -> Vector:
+        """``a + scale * b``."""
+        if isinstance(scale, Tensor):
+            packed = torch.addcmul(a.packed, b.packed, scale)
+        else:
+            packed = torch.add(a.packed, b.packed, alpha=scale)
+        return Vector(packed, {name: part.plus(b.factors[name], scale) for name, part in a.factors.items()})
+
+    def times(self, a: Vector, scale: Tensor) -> Vector:
+        """``scale * a``."""
+        return Vector(a.packed * scale, {name: part.times(scale) for name, part in a.factors.items()})
+
+    def inner(self, a: Vector, b: Vector) -> Tensor:
+        """The entries' products, summed over tasks, ``[]``."""
+        total = (a.packed * b.packed).sum()
+        for name, part in a.factors.items():
+            product = part.inner(b.factors[name])
+            total = total if product is None else total + product
+        return total
+
+    def descend(self, phi: Vector, s: Vector | Sequence[Weight], k: int) -> Vector:
         """Eq. (3)."""
-        formed = [d for d in g if isinstance(d, Tensor)]
-        packed = self._rule.step(phi.packed, formed, k) if formed else phi.packed
-        gradient = {name: d for name, d in zip(self._names, g, strict=True) if isinstance(d, LowRank)}
+        packed = phi.packed
+        if isinstance(s, Vector):
+            along = s.factors
+            packed = self._descent.packed_step(packed, s.packed, k) if self._formed else packed
+        else:
+            along = {name: d for name, d in zip(self._names, s, strict=True) if isinstance(d, LowRank)}
+            formed = [d for d in s if isinstance(d, Tensor)]
+            packed = self._descent.step(packed, formed, k) if formed else packed
         if not self._factored:
             return Vector(packed, {})
         descents = self._descents[k if len(self._descents) > 1 else 0]
-        return Vector(packed, {n: w.plus(gradient[n], descents[n]) for n, w in phi.factors.items()})
+        return Vector(packed, {n: w.plus(along[n], descents[n]) for n, w in phi.factors.items()})
 
-    def adjoint(self, lam: Vector, g: Vector | None, k: int) -> tuple[Vector, Tensor | None]:
-        """``u`` of eq. (5) and, with the step's gradient, ``d_alpha`` of eq. (7), in alpha's shape."""
+    def descend_adjoint(self, lam: Vector, s: Vector | None, k: int) -> tuple[Vector, Tensor | None]:
+        """``u`` of eq. (5) and, with what the step went along, ``d_alpha`` of eq. (7), in alpha's shape."""
         packed, d_rate = lam.packed, None
         if self._formed:
-            packed, d_rate = self._rule.adjoint(lam.packed, None if g is None else g.packed, k)
+            packed, d_rate = self._descent.adjoint(lam.packed, None if s is None else s.packed, k)
         rates = self._rates[k if len(self._rates) > 1 else 0] if self._factored else {}
         u = Vector(packed, {name: part.times(rates[name]) for name, part in lam.factors.items()})
-        if g is None or not (self._factored or self._expanded):
+        if s is None or not (self._factored or self._expanded):
             return u, d_rate
-        return u, self._joined(d_rate, g, lam)
+        return u, self._joined(d_rate, s, lam)
 
-    def less(self, lam: Vector, product: Sequence[Weight]) -> Vector:
-        """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed."""
+    def less(self, lam: Vector, product: Sequence[Weight], *, alone: bool) -> Vector:
+        """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed.
+
+        Args:
+            lam: a cotangent.
+            product: ``H u``, what each parameter has.
+            alone: no cotangent of a state has matrices of ``lam`` under another scale.
+        """
         formed = [h for h in product if isinstance(h, Tensor)]
-        if formed and lam.packed.is_cuda and self._rule.packs(lam.packed):
+        if formed and lam.packed.is_cuda and self._descent.packs(lam.packed):
             lam.packed.sub_(self._packing.pack(formed))
         elif formed:
             for part, dense in zip(self._packing.unpack(lam.packed), formed, strict=True):
@@ -111,7 +153,7 @@ class FastWeights:
         factors = dict(lam.factors)
         for name, h in zip(self._names, product, strict=True):
             if isinstance(h, LowRank):
-                factors[name] = factors[name].minus_(h)
+                factors[name] = factors[name].minus_(h) if alone else factors[name].plus(h, -1.0)
         return Vector(lam.packed, factors)
 
     def over_tasks(self, lam: Vector) -> list[Tensor]:
@@ -136,12 +178,12 @@ class FastWeights:
         each = [rate.expand(shape).reshape(-1) for rate, shape in zip(own, self._packing.shapes, strict=True)]
         return torch.cat(each)[None], None
 
-    def _joined(self, d_rate: Tensor | None, g: Vector, lam: Vector) -> Tensor:
+    def _joined(self, d_rate: Tensor | None, s: Vector, lam: Vector) -> Tensor:
         """Eq. (7) for all parameters, from what it is for those that are formed."""
         shapes = dict(zip(self._names, self._shapes, strict=True))
         own: dict[str, Tensor] = {}
         for name, part in lam.factors.items():
-            product = g.factors[name].inner(part, shapes[name])
+            product = s.factors[name].inner(part, shapes[name])
             own[name] = self._alpha.new_zeros(shapes[name]) if product is None else -product
         if self._alpha.shape[1] == 1:
             total = torch.stack(list(own.values())).sum()

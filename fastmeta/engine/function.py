@@ -34,7 +34,7 @@ class Step:
     work: Work
     programs: Programs
     custom: Custom
-    learned: bool  # whether the rates are
+    learned: bool  # whether the rates are, or other hyper-parameters of the inner rule
     support_losses: Tensor = _NONE
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
     differentiated: bool = field(default_factory=torch.is_grad_enabled, init=False)  # a Function's forward cannot ask
@@ -43,7 +43,7 @@ class Step:
         """Mean loss, task losses and the query outputs."""
         work = self.work
         parameters = work.parameters.values()
-        inputs = (*parameters, work.alpha) if self.learned else parameters
+        inputs = (*parameters, work.alpha, work.hyper) if self.learned else parameters
         results: Sequence[Tensor] = MetaStep.apply(self, *inputs)
         return results
 
@@ -61,8 +61,8 @@ class MetaStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return mean loss, task losses and the query outputs; ``inputs`` are the parameters, and learned rates."""
+    def forward(ctx: Any, step: Step, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Return mean loss, task losses and the query outputs; ``inputs`` are the parameters, and a learned rule's."""
         work, programs = step.work, step.programs
         wanted = step.differentiated and True in ctx.needs_input_grad
         cotangents = MEAN if wanted and not step.custom.seen else None
@@ -72,7 +72,7 @@ class MetaStep(torch.autograd.Function):
         if wanted:
             kept = *work.parameters.values(), *leaves(work.support), *leaves(work.query)
             buffers = _read_buffers(work, programs) if work.buffers else ()
-            ctx.save_for_backward(work.alpha, *kept, *buffers)
+            ctx.save_for_backward(work.alpha, work.hyper, *kept, *buffers)
             ctx.step, ctx.dice, ctx.gradient = step, dice, result.gradient
         constant = [o for o in result.outputs if not o.is_floating_point()]
         if constant:
@@ -101,12 +101,12 @@ class MetaStep(torch.autograd.Function):
             gradient = MetaStep._again(ctx, saved, d_mean, *d_others)
         else:
             gradient.scale(d_mean)
-        rates = (gradient.alpha,) if step.learned else ()
+        rule = (gradient.alpha, gradient.hyper) if step.learned else ()
         if len(gradient.adapted) == len(step.work.parameters):  # packed in the parameters' own order
-            return None, *gradient.adapted, *rates
+            return None, *gradient.adapted, *rule
         by_name: dict[str, Tensor | None] = dict(zip(step.work.packing.names, gradient.adapted, strict=True))
         by_name.update(zip(step.programs.both[1].outer, gradient.outer, strict=True))
-        return None, *map(by_name.get, step.work.parameters), *rates
+        return None, *map(by_name.get, step.work.parameters), *rule
 
     @staticmethod
     def _again(
@@ -115,7 +115,7 @@ class MetaStep(torch.autograd.Function):
         step: Step = ctx.step
         work = step.work
         counts = len(work.parameters), len(leaves(work.support)), len(leaves(work.query)), len(work.buffers)
-        alpha, *others = saved
+        alpha, hyper, *others = saved
         parameters, support, query, buffers = _cut(others, counts)
         again = replace(
             work,
@@ -124,6 +124,7 @@ class MetaStep(torch.autograd.Function):
             support=_like(work.support, support),
             query=_like(work.query, query),
             alpha=alpha,
+            hyper=hyper,
         )
         d_losses = alpha.new_zeros(work.tasks) if d_tasks is None else d_tasks
         if d_mean is not None:

@@ -26,7 +26,7 @@ def evaluate(
         work: the meta-step.
         programs: its programs.
         cotangents: of the objective whose gradient is wanted, or ``None`` for no gradient.
-        learned: whether the rates get a gradient.
+        learned: whether the inner rule's rates and hyper-parameters get a gradient.
         outputs: whether the losses of each task and the query outputs are wanted beside the mean loss.
 
     Raises:
@@ -69,7 +69,7 @@ def fitted(
         least = programs.native.least_bytes(work, learned=learned)
     found = None
     if not native or (least > budget and work.executor == "auto"):
-        settings = budget, work.tasks, work.steps, work.first_order, programs.chunk_size
+        settings = budget, work.tasks, work.steps, work.first_order, work.rule, programs.chunk_size
         kind = *settings, cotangents is None, learned, outputs
         found = programs.room.fits.get(kind)
         if found is None:
@@ -129,7 +129,7 @@ def _by_reference(
             support,
             query,
             keep_tapes=second_order and not recompute,
-            keep_gradients=cotangents is not None and learned,
+            keep_records=cotangents is not None and learned,
             keep_points=second_order and recompute,
             again_from=() if cotangents is None else query.segments if recompute else None,
         )

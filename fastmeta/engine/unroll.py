@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
 from fastmeta.engine.evaluation import MetaGradient, added
 from fastmeta.engine.executor import Invariants, Tape
@@ -27,7 +29,7 @@ class Trajectory:
         tapes: one a step, if kept: operands and cotangents of every operation.
         points: ``phi_k``, one a step, if kept: what tapes can be computed from again.
         invariants: what is the same at every step.
-        gradients: ``g_k``, one a step, if kept (for rates that are learned).
+        records: what the inner rule wants of each step, if kept (for rates or hyper-parameters that are learned).
         query: the query pass.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
     """
@@ -37,7 +39,7 @@ class Trajectory:
     tapes: list[Tape] = field(default_factory=list)
     points: list[Vector] = field(default_factory=list)
     invariants: Invariants | None = None
-    gradients: list[Vector] = field(default_factory=list)
+    records: list[Any] = field(default_factory=list)
     query: Tape | None = None
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ def unroll(
     query: Program | None,
     *,
     keep_tapes: bool,
-    keep_gradients: bool,
+    keep_records: bool,
     keep_points: bool = False,
     again_from: Sequence[int] | None = None,
 ) -> Trajectory:
@@ -66,26 +68,27 @@ def unroll(
         support: program at the support shapes.
         query: program at the query shapes, or ``None`` to adapt only.
         keep_tapes: keep each step's tape for the Hessian-vector products.
-        keep_gradients: keep each step's gradient for eq. (7).
+        keep_records: keep of each step what gradients to the inner rule's rates and hyper-parameters are made of.
         keep_points: keep what each step's tape can be computed from again.
         again_from: where the query pass is computed again from, as in :func:`executor.forward`.
     """
     rule = FastWeights(work, support.factored, support.bounded)
-    phi = rule.start()
+    phi, state = rule.start(), None
     losses, trajectory = [], Trajectory(phi, phi.packed)
     for k in range(work.steps):
         tape, g = _inner(work, support, rule, phi, k, trajectory.invariants)
         trajectory.invariants = tape.invariants
         if keep_points:
             trajectory.points.append(phi)
-        phi = rule.step(phi, g, k)
+        forth = rule.step(phi, state, g, k, keep=keep_records)
+        phi, state = forth.phi, forth.state
         losses.append(tape.loss)
         trajectory.mutations.append(tape.mutations)
         if keep_tapes:
             trajectory.tapes.append(tape)
-        if keep_gradients:
-            trajectory.gradients.append(rule.vector(g))
-        del tape, g  # what is not kept must be gone before the next step
+        if keep_records:
+            trajectory.records.append(forth.record)
+        del tape, g, forth  # what is not kept must be gone before the next step
     trajectory.phi = phi
     trajectory.support_losses = torch.stack(losses) if losses else work.alpha.new_empty((0, work.tasks))
     if query is not None:
@@ -123,29 +126,29 @@ def adjoint(
     trajectory.query = None
     lam, outer = rule.vector(gradients.adapted), gradients.outer
     del gradients  # packed, it is there twice
-    d_alpha: list[Tensor] = []
+    state, d_alpha, d_hyper = None, list[Tensor](), None
     invariants, flowing = None, dict[int, Tensor]()  # cotangents of what is the same at every step
     for k in range(work.steps - 1, -1, -1):
-        g = trajectory.gradients[k] if trajectory.gradients else None
-        u, d_rate = rule.adjoint(lam, g, k)
-        if d_rate is not None:
-            d_alpha.append(d_rate)
+        back = rule.adjoint(lam, state, trajectory.records[k] if trajectory.records else None, k)
+        lam, state, d_hyper = back.lam, back.state, plus(d_hyper, back.d_hyper)
+        if back.d_alpha is not None:
+            d_alpha.append(back.d_alpha)
         if work.first_order:
             continue
         if trajectory.tapes:
             tape = trajectory.tapes.pop()
         else:
             tape, _ = _inner(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
-        product = executor.hessian_vector_product(support, tape, rule.values(u))
-        lam = rule.less(lam, product.adapted)
+        product = executor.hessian_vector_product(support, tape, rule.values(back.u))
+        lam = rule.less(lam, product.adapted, alone=state is None)
         outer = added(outer, product.outer, -1)
         invariants = tape.invariants
         for slot, d in product.invariants.items():
             flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
-        del tape, product  # before the next step's are there
+        del tape, product, back  # before the next step's are there
     if invariants is not None and flowing:
         outer = added(outer, executor.invariant_backward(support, invariants, flowing), -1)
-    return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]))
+    return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]), d_hyper)
 
 
 def _inner(

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from fastmeta.core.packing import Packing
 from fastmeta.engine.objective import Objective
 from fastmeta.inner.rates import Shapes
+from fastmeta.inner.rule import RuleKind
+from fastmeta.inner.sgd_rule import PLAIN
 
 Plan = str | tuple[tuple[str, str], ...]
 
@@ -30,6 +32,8 @@ class Work:
         alpha: inner rates ``[1 or K, R]``, of :meth:`fastmeta.inner.rates.Rates.alpha`.
         segments: ``[S + 1]`` where alpha has one rate a parameter.
         rate_shapes: of each adapting parameter's own rates, where not every one has a single rate; otherwise ``None``.
+        rule: the inner rule.
+        hyper: the values of its hyper-parameters beside the rates, ``[H]``; ``None`` where it has none.
         first_order: drop the Hessian.
         check_finite: stop at the first loss that is not finite.
         differentiate: whether a meta-gradient will be asked for.
@@ -62,6 +66,8 @@ class Work:
     cuda_graph: bool = True
     memory_budget: int | None = None
     rate_shapes: Shapes | None = None
+    rule: RuleKind = PLAIN
+    hyper: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -69,6 +75,11 @@ class Work:
         """T."""
         leaf: Tensor = leaves(self.support)[0]
         return leaf.shape[0]
+
+    @property
+    def learned(self) -> bool:
+        """Whether rates or other hyper-parameters of the inner rule get a gradient."""
+        return self.alpha.requires_grad or (self.hyper is not None and self.hyper.requires_grad)
 
     def has_rate_an_element(self, name: str) -> bool:
         """Whether a matrix has rates that differ along its rows and along its columns: its steps are of full rank."""

@@ -43,7 +43,7 @@ class Rates:
                     f"and entries for unknown {unknown}"
                 )
             for name, shape in zip(packing.names, packing.shapes, strict=True):
-                _check_rate(f"lr[{name!r}]", lr[name])
+                check_rate("MAML", f"lr[{name!r}]", lr[name])
                 value = lr[name]
                 if isinstance(value, Tensor) and _broadcast(value.shape, shape) != tuple(shape):
                     raise ValueError(
@@ -54,7 +54,7 @@ class Rates:
             self.kind = "tensor" if not any(own) else "mixed"
             self.shapes: Shapes | None = own if any(own) else None
         else:
-            _check_rate("lr", lr)
+            check_rate("MAML", "lr", lr)
             if isinstance(lr, Tensor) and lr.dim() > 1:
                 raise ValueError(f"MAML: lr must have shape [] or [steps], got {tuple(lr.shape)}; use a mapping")
             self.kind, self.shapes = "scalar", None
@@ -77,8 +77,8 @@ class Rates:
             ValueError: one rate a step was given, and for fewer steps than ``steps``.
         """
         if isinstance(self.lr, Mapping):
-            return torch.cat([_as_tensor(self.lr[name], like).reshape(-1) for name in self.packing.names])[None]
-        value = _as_tensor(self.lr, like)
+            return torch.cat([as_tensor(self.lr[name], like).reshape(-1) for name in self.packing.names])[None]
+        value = as_tensor(self.lr, like)
         if value.dim() == 1 and value.shape[0] < steps:
             raise ValueError(
                 f"MAML: lr with one rate a step must have at least {steps} rates for {steps} steps, "
@@ -87,12 +87,13 @@ class Rates:
         return value.reshape(-1, 1)
 
 
-def _check_rate(name: str, value: object) -> None:
+def check_rate(op: str, name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a number or a floating-point tensor."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"MAML: {name} must be a floating-point tensor, got {value.dtype}")
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {value.dtype}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"MAML: {name} must be a number or a tensor, got {type(value).__name__}")
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
 
 
 def rates_of(alpha: Tensor, shapes: Shapes | None, count: int) -> list[Tensor]:
@@ -122,7 +123,8 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None
         return None
 
 
-def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+def as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a tensor in ``like``'s dtype and device."""
     if isinstance(value, Tensor):
         return value.to(dtype=like.dtype, device=like.device)
     return torch.tensor(value, dtype=like.dtype, device=like.device)
@@ -145,3 +147,13 @@ class RateTable(nn.Module):
     def as_mapping(self) -> dict[str, float | Tensor]:
         """Rates by the parameters' own names."""
         return {name: getattr(self, key) for name, key in self._names.items()}
+
+
+def registered(lr: Rate | None) -> float | Tensor | RateTable | None:
+    """Rates as an attribute of a module, which then knows the parameters among them."""
+    return RateTable(lr) if isinstance(lr, Mapping) else lr
+
+
+def given(lr: float | Tensor | RateTable) -> Rate:
+    """The rates of such an attribute."""
+    return lr.as_mapping() if isinstance(lr, RateTable) else lr

@@ -1,0 +1,97 @@
+"""The inner rule of a MAML: the one configured, or plain descent at a rate given by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta.core.packing import Packing
+from fastmeta.engine.evaluation import MetaGradient
+from fastmeta.engine.work import Work
+from fastmeta.inner.rates import Rates, RateTable, Shapes, given
+from fastmeta.inner.rule import RuleKind
+from fastmeta.inner.sgd import SGD
+from fastmeta.inner.sgd_rule import PLAIN
+
+DEFAULT = 0.01  # the rate, where nothing is said
+
+
+class Parts(NamedTuple):
+    """Of a rule, what a meta-step holds; :class:`fastmeta.engine.work.Work` says what each is."""
+
+    alpha: Tensor
+    segments: Tensor | None
+    rate_shapes: Shapes | None
+    rule: RuleKind
+    hyper: Tensor | None
+
+
+class InnerRule:
+    """What ``lr`` and ``inner`` of a MAML say at this moment; exactly one of them says it.
+
+    Args:
+        lr: rates by themselves, or ``None``.
+        inner: a configured rule, or ``None``.
+
+    Raises:
+        TypeError: ``inner`` is no rule.
+        ValueError: both are given, or neither.
+    """
+
+    def __init__(self, lr: float | Tensor | RateTable | None, inner: SGD | None) -> None:
+        if inner is not None and not isinstance(inner, SGD):
+            raise TypeError(f"MAML: inner must be a rule of fastmeta.inner, got {type(inner).__name__}")
+        if inner is not None and lr is not None:
+            raise ValueError(f"MAML: lr must be None beside inner, got {lr}; give the rate to inner, as SGD(lr=...)")
+        rates = lr if inner is None else inner.lr
+        if rates is None:
+            raise ValueError("MAML: lr must be given where there is no inner, got None")
+        self._lr, self._inner = rates, inner
+
+    def settings(self) -> Any:
+        """What a prepared meta-step depends on, and everything that is a number."""
+        if self._inner is not None:
+            return self._inner.kind(), self._inner.numbers()
+        return self._lr if isinstance(self._lr, (float, int)) else None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the settings say everything."""
+        if self._inner is not None:
+            return None not in self._inner.numbers()
+        return isinstance(self._lr, (float, int))
+
+    def rates(self, packing: Packing) -> Rates:
+        """The rates, checked."""
+        return Rates(given(self._lr), packing)
+
+    def parts(self, packing: Packing, like: Tensor, steps: int) -> Parts:
+        """As it is for the parameters packed so, in ``like``'s dtype and device.
+
+        Raises:
+            ValueError: one rate a step was given, and for fewer steps than ``steps``.
+        """
+        rates = self.rates(packing)
+        rule, hyper = (PLAIN, None) if self._inner is None else (self._inner.kind(), self._inner.values(like))
+        return Parts(rates.alpha(like, steps), rates.segments(like.device), rates.shapes, rule, hyper)
+
+    def learned(self) -> dict[str, Tensor]:
+        """The tensors that require grad, by the names that ``value_and_grad`` has for them."""
+        if self._inner is not None:
+            return {f"inner.{name}": value for name, value in self._inner.learned().items()}
+        if isinstance(self._lr, RateTable):
+            table = self._lr.as_mapping()
+            return {f"lr.{n}": v for n, v in table.items() if isinstance(v, Tensor) and v.requires_grad}
+        return {"lr": self._lr} if isinstance(self._lr, Tensor) and self._lr.requires_grad else {}
+
+
+def to_learned(work: Work, gradient: MetaGradient, learned: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients to what is learned of the rule, from those to the rates and hyper-parameters of a meta-step."""
+    both = ((work.alpha, gradient.alpha), (work.hyper, gradient.hyper))
+    pairs = [(value, d) for value, d in both if value is not None and value.requires_grad]
+    cotangents = [torch.zeros_like(value) if d is None else d for value, d in pairs]  # without a step there is none
+    found = torch.autograd.grad([value for value, _ in pairs], learned, cotangents, allow_unused=True)
+    return [torch.zeros_like(value) if d is None else d for value, d in zip(learned, found, strict=True)]
