@@ -13,7 +13,7 @@ from fastmeta.engine import cost, executor
 from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
-from fastmeta.engine.factor import compared
+from fastmeta.engine.factor import compared, formed_after
 from fastmeta.engine.meta_step import fitted, predicted
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.resident import ResidentStep
@@ -240,11 +240,12 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         executor.backward(program, tape, torch.ones_like(tape.loss), outer=False)
     second_order = not work.first_order and work.steps > 0
     seen = {t.untyped_storage().data_ptr() for t in (*work.parameters.values(), *leaves(work.support))}
-    rows = []
+    rows, switches = [], formed_after(program, work.steps)
     for i, (call, query) in enumerate(cost.paired(program, programs.query)):
         saved = _new_bytes(tape.saved[i], seen) if second_order else 0
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
-        rows.append(_row(call, call.op.backend, cost.flops(work, call, query), saved, cotangents, plans))
+        flops, after = cost.flops(work, call, query), switches.get(id(call), 0)
+        rows.append(_row(call, call.op.backend, flops, saved, cotangents, plans, formed_after=after))
     kept = {}
     once = sum(row.saved for row, i in zip(rows, program.instructions, strict=True) if i.invariant)
     if second_order:
@@ -268,6 +269,7 @@ def _row(
     reason: str = "",
     *,
     collected: bool = False,
+    formed_after: int = 0,
 ) -> Row:
     route = instruction.later
     reason = reason or instruction.reason
@@ -280,6 +282,7 @@ def _row(
     factored = Need.FACTORS in route.need
     if factored and not reason:
         reason = "each task's weight is the shared one and products of few rows"
+        reason += f", formed after {formed_after} steps" if formed_after else ""
     choice = plans.get(id(instruction))
     if isinstance(choice, str) and not reason:
         reason = choice

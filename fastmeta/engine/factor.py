@@ -68,6 +68,17 @@ def _limit(instruction: Instruction) -> int:
     return rank_limit(op.fan_out, op.fan_in)
 
 
+def formed_after(program: Program, steps: int) -> dict[int, int]:
+    """By ``id`` of the operation, after how many of the steps a weight that begins as factors is formed."""
+    found = {}
+    for name, instruction in candidates(program).items():
+        grows = bool(instruction.later.need[0])  # else all steps' products are of the same rows
+        after = _limit(instruction) // _linear(instruction).rows + 1
+        if name in program.bounded and (grows or after == 1) and after <= steps:
+            found[id(instruction)] = after
+    return found
+
+
 def choose(support: Program, query: Program, work: Work, *, tight: bool = False) -> frozenset[str]:
     """The parameters for which factors are asked for, or take fewer operations than a weight of each task's own.
 
