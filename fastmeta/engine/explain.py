@@ -254,7 +254,8 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
     if work.learned:
-        size = work.rule.records * work.packing.size * work.tasks * tape.loss.element_size()
+        vectors = work.rule.records - ({"phi"} if second_order else set())  # which then is kept already
+        size = len(vectors) * work.packing.size * work.tasks * tape.loss.element_size()
         kept["gradients" if work.rule.plain else "vectors of the inner rule"] = size
     return rows, kept, once
 

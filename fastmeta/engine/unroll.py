@@ -89,6 +89,7 @@ def unroll(
         if keep_records:
             trajectory.records.append(forth.record)
         del tape, g, forth  # what is not kept must be gone before the next step
+    del state
     trajectory.phi = phi
     trajectory.support_losses = torch.stack(losses) if losses else work.alpha.new_empty((0, work.tasks))
     if query is not None:
@@ -129,7 +130,7 @@ def adjoint(
     state, d_alpha, d_hyper = None, list[Tensor](), None
     invariants, flowing = None, dict[int, Tensor]()  # cotangents of what is the same at every step
     for k in range(work.steps - 1, -1, -1):
-        back = rule.adjoint(lam, state, trajectory.records[k] if trajectory.records else None, k)
+        back = rule.adjoint(lam, state, trajectory.records.pop() if trajectory.records else None, k)
         lam, state, d_hyper = back.lam, back.state, plus(d_hyper, back.d_hyper)
         if back.d_alpha is not None:
             d_alpha.append(back.d_alpha)

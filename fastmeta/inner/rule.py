@@ -123,8 +123,8 @@ class RuleKind(ABC):
 
     @property
     @abstractmethod
-    def records(self) -> int:
-        """How many vectors are kept of each step, where rates or hyper-parameters are learned."""
+    def records(self) -> frozenset[str]:
+        """Which vectors are kept of each step, where rates or hyper-parameters are learned; ``phi`` is phi_k."""
 
     @abstractmethod
     def rule(self, values: Tensor | None) -> Rule:

@@ -38,9 +38,11 @@ class SGDKind(RuleKind):
         return tuple(name for name in ("momentum", "dampening", "weight_decay") if getattr(self, name))
 
     @property
-    def records(self) -> int:
+    def records(self) -> frozenset[str]:
         """Vectors kept of a step."""
-        return 1 if self.plain else len(self.learned) + (self.nesterov and "momentum" in self.learned)
+        along = "b" if self.momentum and not self.nesterov else "s"
+        made_of = {"lr": along, "momentum": "b", "dampening": "d", "weight_decay": "phi"}
+        return frozenset({"s"} if self.plain else {made_of[name] for name in self.learned})
 
     def rule(self, values: Tensor | None) -> Rule:
         """With its hyper-parameters."""

@@ -231,9 +231,15 @@ def test_executors_say_why_they_do_not_run() -> None:
     maml.executor = "native"
     with pytest.raises(RuntimeError, match="the rule has momentum and weight decay"):
         maml.value_and_grad(tasks)
-    maml.executor, maml.inner = "reference", of_parameters(momentum=0.9, nesterov=True)
-    elements = sum(p.numel() for p in model.parameters())
-    assert maml.explain(tasks).kept["vectors of the inner rule"] == 3 * 3 * 8 * elements  # s, b before and after
+    size = 3 * 8 * sum(p.numel() for p in model.parameters())
+    maml.executor, maml.plan = "reference", "dense"
+    for name, vectors in {
+        "nesterov decay": 2,
+        "all": 2,
+        "decay": 1,
+    }.items():  # s and b, b and d, s; phi is there anyway
+        maml.inner = of_parameters(**RULES[name])
+        assert maml.explain(tasks).kept["vectors of the inner rule"] == vectors * size
 
 
 def test_a_plain_rule_runs_as_a_rate_by_itself_does() -> None:
