@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -50,20 +51,27 @@ def factored(program: Program, names: frozenset[str]) -> Program:
     return replace(program, instructions=instructions, factored=names)
 
 
-def choose(support: Program, query: Program, work: Work) -> frozenset[str]:
+def choose(support: Program, query: Program, work: Work, tables: Collection[str] = ()) -> frozenset[str]:
     """The parameters for which factors are asked for, or take fewer operations than a weight of each task's own.
 
+    Args:
+        support: program at the support shapes.
+        query: program at the query shapes.
+        work: the meta-step.
+        tables: names of the tables of which rows can be taken, which is asked for in the same way.
+
     Raises:
-        ValueError: factors are asked for by name where they cannot be.
+        ValueError: factors, or rows, are asked for by name where they cannot be.
     """
     possible = {} if _of_full_rank(work) else _costs(support, query, work)
     if not isinstance(work.plan, str):
+        names = [*possible, *tables]
         patterns = [pattern for pattern, form in work.plan if form == "factored"]
-        impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in possible)]
+        impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
         if impossible:
             raise ValueError(
-                f"MAML: plan 'factored' must be for linear layers' weights that one call reads, at one rate each; "
-                f"got {impossible}, possible: {list(possible)}"
+                f"MAML: plan 'factored' must be for linear layers' weights that one call reads, at one rate each, or "
+                f"for tables that embeddings alone read; got {impossible}, possible: {names}"
             )
     return frozenset(
         name

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmeta.core.low_rank import LowRank
 from fastmeta.core.packing import Packing
 from fastmeta.engine.work import Work
-from fastmeta.inner.sgd import SGD
+from fastmeta.inner.sgd import SGD, TaskwiseSGD
 
 Weight = Tensor | LowRank
 
@@ -40,19 +40,21 @@ class FastWeights:
     def __init__(self, work: Work, factored: frozenset[str]) -> None:
         self._names = work.packing.names
         self._theta = dict(zip(self._names, work.theta, strict=True))
-        self._tasks = work.tasks
+        self._tasks, self._own = work.tasks, work.own
         self._factored = [name for name in self._names if name in factored]
         self._formed = [name for name in self._names if name not in factored]
         if not factored:
             self._packing, alpha, segments = work.packing, work.alpha, work.segments
         else:
-            self._packing = Packing.of({name: self._theta[name] for name in self._formed})
+            shapes = dict(zip(self._names, work.packing.shapes, strict=True))
+            self._packing = Packing(tuple(self._formed), tuple(shapes[name] for name in self._formed))
             alpha, segments = work.alpha, None
             if work.segments is not None:
                 formed = [alpha[:, i : i + 1] for i, name in enumerate(self._names) if name not in factored]
                 alpha = torch.cat(formed, 1) if formed else alpha[:, :0]
                 segments = self._packing.segments(alpha.device)
-        self._rule = SGD(alpha, segments, self._packing)
+        taskwise = bool(work.own) and segments is None and alpha.shape[1] > 1
+        self._rule = TaskwiseSGD(alpha, self._packing) if taskwise else SGD(alpha, segments, self._packing)
         self._alpha = work.alpha
 
     def start(self) -> Vector:
@@ -60,8 +62,14 @@ class FastWeights:
         factors = {name: LowRank(self._theta[name]) for name in self._factored}
         if not self._formed:
             return Vector(self._nothing(), factors)
-        shared = self._packing.pack_shared([self._theta[name] for name in self._formed])
-        return Vector(shared.expand(self._tasks, -1), factors)
+        theta = [self._theta[name] for name in self._formed]
+        if self._own:
+            each = [
+                p if name in self._own else p.expand(self._tasks, *p.shape)
+                for name, p in zip(self._formed, theta, strict=True)
+            ]
+            return Vector(self._packing.pack(each), factors)
+        return Vector(self._packing.pack_shared(theta).expand(self._tasks, -1), factors)
 
     def values(self, vector: Vector) -> list[Weight]:
         """Each parameter's, in the packing's order: ``[T, *shape]`` or factors."""
@@ -108,7 +116,13 @@ class FastWeights:
         return Vector(lam.packed, factors)
 
     def over_tasks(self, lam: Vector) -> list[Tensor]:
-        """The sum over tasks, eq. (8), ``[*shape]`` for each parameter in the packing's order."""
+        """The sum over tasks, eq. (8), ``[*shape]`` for each parameter in the packing's order.
+
+        Those that came for each task stay so, ``[T, *shape]``.
+        """
+        if self._own:
+            each = self.values(lam)
+            return [_summed(part, own=name in self._own) for name, part in zip(self._names, each, strict=True)]
         formed = iter(self._packing.unpack_shared(lam.packed.sum(0)) if self._formed else ())
         return [lam.factors[n].over_tasks() if n in lam.factors else next(formed) for n in self._names]
 
@@ -125,3 +139,9 @@ class FastWeights:
             return d_rate + torch.stack(list(of_factors.values())).sum()
         formed = iter(d_rate.reshape(-1))
         return torch.stack([of_factors[n] if n in of_factors else next(formed) for n in self._names])
+
+
+def _summed(part: Weight, *, own: bool) -> Tensor:
+    if isinstance(part, LowRank):
+        return part.over_tasks()
+    return part if own else part.sum(0)

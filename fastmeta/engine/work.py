@@ -26,7 +26,7 @@ class Work:
         packing: the adapting parameters and their order.
         support, query: pytrees with leaves ``[T, ...]``; ``query`` is ``None`` where only adaptation is wanted.
         steps: K.
-        alpha: inner rates ``[1 or K, 1 or S or P]``.
+        alpha: inner rates ``[1 or K, 1 or S or P]``; one an element of each task where some come with their own.
         segments: ``[S + 1]`` where alpha has one rate a parameter.
         first_order: drop the Hessian.
         check_finite: stop at the first loss that is not finite.
@@ -38,6 +38,7 @@ class Work:
             names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
+        own: names of the parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
 
@@ -59,6 +60,7 @@ class Work:
     keep_mutations: bool
     cuda_graph: bool = True
     memory_budget: int | None = None
+    own: frozenset[str] = frozenset()
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -92,7 +94,7 @@ class Work:
 
     @property
     def theta(self) -> list[Tensor]:
-        """The adapting parameters in packing order, ``[*shape]``."""
+        """The adapting parameters in packing order, ``[*shape]``, or ``[T, *shape]`` where each task has its own."""
         return [self.parameters[name] for name in self.packing.names]
 
 

@@ -69,3 +69,20 @@ class SGD:
         if g is None:
             return inner_update.adjoint(lam, lam, self.rate(k), self._segments, need_alpha=False)
         return inner_update.adjoint(lam, g, self.rate(k), self._segments, need_alpha=True)
+
+
+class TaskwiseSGD(SGD):
+    """The same with one rate an element of each task, ``alpha`` ``[1, T P]``: the elements of all tasks as one's."""
+
+    def __init__(self, alpha: Tensor, packing: Packing) -> None:
+        super().__init__(alpha, None, packing)
+
+    def step(self, phi: Tensor, g: Sequence[Tensor], k: int) -> Tensor:
+        """Eq. (3); see :meth:`SGD.step`."""
+        packed = self._packing.pack(g)
+        return inner_update.step(phi.reshape(1, -1), packed.view(1, -1), self.rate(k)).view_as(packed)
+
+    def adjoint(self, lam: Tensor, g: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
+        """Eq. (5) and (7), with ``d_alpha`` ``[T P]``; see :meth:`SGD.adjoint`."""
+        u, d_alpha = super().adjoint(lam.reshape(1, -1), None if g is None else g.reshape(1, -1), k)
+        return u.view_as(lam), d_alpha
