@@ -34,8 +34,8 @@ class Work:
         chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
         memory_budget: bytes that the meta-step may hold beside its parameters and tasks; ``None`` for no limit.
         executor: ``auto``, ``native`` or ``reference``.
-        plan: how fast weights are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of parameters'
-            names and one of these, of which the first that fits holds.
+        plan: how weights and tables are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of
+            parameters' names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
         own: names of the parameters that come for each task, ``[T, *shape]``: rows of tables.
