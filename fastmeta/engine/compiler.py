@@ -151,27 +151,12 @@ class Compiler:
             rows = self._tables(work, support, query)
             by_name = () if isinstance(work.plan, str) else tables.possible(support, query)
             names = choose(support, query, work, by_name)
-            spared = names if rows is None else names | {table.name for table in rows.tables}  # what no task forms
-            if isinstance(native, NativeStep) and work.executor == "auto":
-                native = native.objection(work, rates.known()) or native
-            if isinstance(native, ResidentStep) or (isinstance(native, NativeStep) and rows is not None):
-                native = native.refusal(work, outputs=False) or native
-            runs_natively = not isinstance(native, str)
-            if runs_natively and any(plan_of(work.plan, name) == "factored" for name in spared):
-                native, runs_natively = "weights that no task forms are asked for", False
-            if (
-                isinstance(native, NativeStep)
-                and work.executor == "auto"
-                and (reason := _quicker(native, work, support, query, names, rows))
-            ):
-                native, runs_natively = reason, False
-            if isinstance(native, NativeStep) and spared and (excess := _excess(native, work)):
-                native, runs_natively = excess, False
-            if runs_natively:
-                rows = None
-            else:
+            native = _settled(native, work, support, query, names, rows)
+            if isinstance(native, str):
                 support, query = (support, query) if rows is None else rows.programs
                 support, query = self._factored(support, names), self._factored(query, names)
+            else:
+                rows = None
         if work.executor == "auto" and work.alpha.is_cuda:
             support = self._joined(support, work.alpha.device)
             query = None if query is None else self._joined(query, work.alpha.device)
@@ -254,17 +239,29 @@ class Compiler:
         )
 
 
-def _quicker(
-    native: NativeStep, work: Work, support: Program, query: Program, factors: frozenset[str], rows: Rows | None
-) -> str:
-    """Why the task-batched executor takes less time without some weights than the native one; empty where not."""
-    if quicker(support, query, work, factors, rates.known()):
+def _settled(
+    native: Compiled | str, work: Work, support: Program, query: Program, factors: frozenset[str], rows: Rows | None
+) -> Compiled | str:
+    """What runs the meta-step, or why the task-batched executor does it, with these factors and rows."""
+    auto, spared = work.executor == "auto", factors if rows is None else factors | rows.own
+    if isinstance(native, NativeStep) and auto:
+        native = native.objection(work, rates.known()) or native
+    if isinstance(native, ResidentStep) or (isinstance(native, NativeStep) and rows is not None):
+        native = native.refusal(work, outputs=False) or native
+    if isinstance(native, str):
+        return native
+    asked = (*factors, *(() if rows is None else (table.name for table in rows.tables)))
+    if any(plan_of(work.plan, name) == "factored" for name in asked):
+        return "weights that no task forms are asked for"
+    if isinstance(native, ResidentStep):
+        return native
+    if auto and quicker(support, query, work, factors, rates.known()):
         return "weights that no task forms take less time"
-    if rows is None:
-        return ""
-    beside = native.seconds(work, rates.known())
-    less = tables.quicker(rows.programs, rows.tables, beside, work, rates.known())
-    return "rows of embedding tables take less time than a table of each task's own" if less else ""
+    if auto and rows is not None and rows.own:
+        beside = native.seconds(work, rates.known())
+        if tables.quicker(rows.programs, rows.tables, beside, work, rates.known()):
+            return "rows of embedding tables take less time than a table of each task's own"
+    return (_excess(native, work) if spared else "") or native
 
 
 def _excess(native: NativeStep, work: Work) -> str:

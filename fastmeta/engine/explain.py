@@ -295,7 +295,7 @@ def _row(
     choice = plans.get(id(instruction))
     if isinstance(choice, str) and not reason:
         reason = choice
-    dense_ms, factored_ms = (1e3 * s for s in choice) if type(choice) is tuple else (None, None)
+    dense_ms, factored_ms = (1e3 * s for s in choice) if isinstance(choice, tuple) else (None, None)
     held = choice if isinstance(choice, Held) else None
     on_rows = held is not None and held.on_rows
     if on_rows and not reason:

@@ -33,12 +33,16 @@ class Rows:
         tables: which.
         support, query: programs that form them.
         device: where they run.
+
+    Attributes:
+        tables: which.
+        own: names of those that adapt.
     """
 
     def __init__(self, tables: tuple[Table, ...], support: Program, query: Program, device: torch.device) -> None:
         self.tables = tables
         self._both, self._device = (support, query), device
-        self._names = frozenset(table.name for table in tables)
+        self.own = frozenset(table.name for table in tables if table.adapts)
         self._slots = [list(dict.fromkeys(s for table in tables for s in table.slots[which])) for which in (0, 1)]
         self._preludes = [Prelude(p, slots) for p, slots in zip(self._both, self._slots, strict=True)]
 
@@ -82,9 +86,9 @@ class Rows:
             query=(work.query, added[1]),
             parameters=parameters,
             packing=packing,
-            alpha=_rates(work, touched) if _one_an_element(work) else work.alpha,
+            alpha=_rates(work, touched) if self.own and _one_an_element(work) else work.alpha,
             segments=None if work.segments is None else packing.segments(work.alpha.device),
-            own=self._names,
+            own=self.own,
         )
         return Taken(taken, work, touched, self._both[1].outer)
 
@@ -112,7 +116,8 @@ class Rows:
         graph.data = (*graph.data, *numbers.values())
         graph.nodes = [_renumbered(node, tables, numbers) for node in graph.nodes]
         drop_unread(graph)
-        return plan(graph, program.adapted, program.outer, self._device, self._names)
+        names = [table.name for table in self.tables]
+        return plan(graph, program.adapted, program.outer, self._device, names)
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,8 @@ class Taken:
         return add_rows(whole, self.touched[name], d)
 
     def _of_rates(self, d_alpha: Tensor | None) -> Tensor | None:
-        """By the whole work's rates: one an element of each task's rows becomes one an element of the table."""
-        if d_alpha is None or not _one_an_element(self.whole):
+        """By the rates of the whole: of one an element of each task's rows, one an element of the table."""
+        if d_alpha is None or self.work.alpha is self.whole.alpha:
             return d_alpha
         parts = self.work.packing.unpack(d_alpha.view(self.work.tasks, -1))
         named = zip(self.work.packing.names, parts, strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fastmeta.core.rates import GPU, Rates
 from fastmeta.engine.cut import reference_seconds
@@ -20,8 +19,15 @@ PASSES_A_STEP, PASSES_FIRST_ORDER, PASSES_AROUND, PASSES_SHARED = 10, 6, 4, 5
 CALLS = 20  # to number rows, take them, and add them up: for each table and chunk
 
 
-class Held(NamedTuple):
-    """Bytes of every task's table, or of one gradient where it does not adapt; of every task's rows; which it is."""
+@dataclass(frozen=True)
+class Held:
+    """What tasks hold of a table.
+
+    Attributes:
+        dense: bytes of every task's table, or of one gradient where it does not adapt.
+        rows: bytes of every task's rows.
+        on_rows: whether they hold the rows.
+    """
 
     dense: int
     rows: int
@@ -66,8 +72,8 @@ class Table:
         rates = GPU if work.alpha.is_cuda else rates
         chunks = math.ceil(work.tasks / max(1, at_once))
         passes = _passes(work) if self.adapts else PASSES_SHARED
-        dense, rows, _ = self.held(work.tasks, on_rows=True)
-        saved = passes * (dense * (1 if self.adapts else chunks) - rows) / rates.bytes
+        held = self.held(work.tasks, on_rows=True)
+        saved = passes * (held.dense * (1 if self.adapts else chunks) - held.rows) / rates.bytes
         return saved > chunks * CALLS * rates.call_s
 
     def native_seconds(self, work: Work, rates: Rates) -> float:

@@ -38,7 +38,7 @@ class Work:
             parameters' names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
-        own: names of the parameters that come for each task, ``[T, *shape]``: rows of tables.
+        own: names of the adapting parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
 
