@@ -104,9 +104,10 @@ class MAML(nn.Module):
             ``"reference"`` the operations in torch; ``"auto"`` the native one where it can. :meth:`explain` says
             which, and why.
         plan: how each task's weights are held: ``"dense"`` forms them; ``"factored"`` keeps linear layers' weights as
-            the shared one and products of few rows, on the reference executor; ``"auto"`` takes what costs less. Or a
-            mapping from names or ``fnmatch`` patterns of parameters to one of these, of which the first that fits
-            holds; what fits none is ``"auto"``.
+            the shared one and products of few rows, and embeddings' tables as the shared one and the rows that a task's
+            data name, on the reference executor; ``"auto"`` takes what costs less. Or a mapping from names or
+            ``fnmatch`` patterns of parameters to one of these, of which the first that fits holds; what fits none is
+            ``"auto"``. :meth:`adapt` forms what it returns.
         cuda_graph: on a GPU, capture the meta-step in a CUDA graph when it comes for the second time with the same
             shapes, and replay it from then on. :meth:`explain` says why where that is not done.
 

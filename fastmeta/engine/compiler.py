@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.core import rates
+from fastmeta.engine import tables
 from fastmeta.engine.capture import Captures
 from fastmeta.engine.factor import choose, factored, plan_of, quicker
 from fastmeta.engine.joined import joined
@@ -21,6 +22,7 @@ from fastmeta.engine.native import NativeStep
 from fastmeta.engine.plan import chunk_size, plan
 from fastmeta.engine.program import Program
 from fastmeta.engine.resident import ResidentStep
+from fastmeta.engine.rows import Rows
 from fastmeta.engine.trace import Graph, NotTraceable, trace
 from fastmeta.engine.work import Work, task_of
 
@@ -67,6 +69,7 @@ class Programs:
     captures: Captures
     room: Room
     native: Compiled | str = "there is no query set"  # what runs them, or why nothing does
+    rows: Rows | None = None  # the tables of which tasks have rows, where the programs are on such
 
     @property
     def chunk_size(self) -> int:
@@ -115,6 +118,7 @@ class Compiler:
         self._programs: dict[Any, Program] = {}
         self._steps: dict[tuple[int, int], Compiled | str] = {}  # by the programs, which are never dropped alone
         self._factors: dict[tuple[int, frozenset[str], frozenset[str]], Program] = {}  # likewise
+        self._rows: dict[tuple[int, int, tuple[tables.Table, ...]], Rows] = {}  # likewise
         self._blocks: dict[int, Program] = {}  # likewise
         self._captures = Captures()
         self._rooms: dict[tuple[int, int], Room] = {}  # likewise
@@ -125,6 +129,7 @@ class Compiler:
         self._programs.clear()
         self._steps.clear()
         self._factors.clear()
+        self._rows.clear()
         self._blocks.clear()
         self._captures.clear()
         self._rooms.clear()
@@ -141,36 +146,41 @@ class Compiler:
         support = self._program(work, work.support, () if work.first_order else work.outer_names)
         query = None if work.query is None else self._program(work, work.query, work.outer_names)
         native = self._native(work, support, query)
+        rows = None
         if query is not None:
             excess = _excess(native, work)
-            names = choose(support, query, work, tight=bool(excess))
-            if isinstance(native, NativeStep) and work.executor == "auto":
-                native = native.objection(work, rates.known()) or native
-            if isinstance(native, ResidentStep):
-                native = native.refusal(work, outputs=False) or native
-            runs_natively = not isinstance(native, str)
-            if runs_natively and any(plan_of(work.plan, name) == "factored" for name in names):
-                native, runs_natively = "weights that no task forms are asked for", False
-            if (
-                isinstance(native, NativeStep)
-                and work.executor == "auto"
-                and quicker(support, query, work, names, rates.known())
-            ):
-                native, runs_natively = "weights that no task forms take less time", False
-            if isinstance(native, NativeStep) and names and excess:
-                native, runs_natively = excess, False
-            if not runs_natively:
+            rows = self._tables(work, support, query, tight=bool(excess))
+            by_name = () if isinstance(work.plan, str) else tables.possible(support, query, work)
+            names = choose(support, query, work, by_name, tight=bool(excess))
+            native = _settled(native, work, support, query, names, rows, excess)
+            if isinstance(native, str):
                 bounded = frozenset(name for name in names if plan_of(work.plan, name) == "auto")
-                support, query = (self._factored(program, names, bounded) for program in (support, query))
+                programs = (support, query) if rows is None else rows.programs
+                support, query = (self._factored(program, names, bounded) for program in programs)
+            else:
+                rows = None
         if work.executor == "auto" and work.alpha.is_cuda:
             support = self._joined(support, work.alpha.device)
             query = None if query is None else self._joined(query, work.alpha.device)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in support.factored)
+        formed -= 0 if rows is None else rows.spared
         size = work.chunk_size or min(
             chunk_size(p, formed, work.alpha.device) for p in (support, query) if p is not None
         )
         room = self._rooms.setdefault((id(support), id(query)), Room())
-        return Programs(support, query, size, self._captures, room, native)
+        return Programs(support, query, size, self._captures, room, native, rows)
+
+    def _tables(self, work: Work, support: Program, query: Program, *, tight: bool) -> Rows | None:
+        """The programs on rows of the tables that are to be held so; ``None`` where there are none."""
+        device = work.alpha.device
+        at_once = work.chunk_size or chunk_size(query, work.packing.size, device)
+        chosen = tables.choose(support, query, work, min(work.tasks, at_once), rates.known(), tight=tight)
+        if not chosen:
+            return None
+        key = id(support), id(query), chosen
+        if key not in self._rows:
+            self._rows[key] = Rows(chosen, support, query, device)
+        return self._rows[key]
 
     def _factored(self, program: Program, names: frozenset[str], bounded: frozenset[str]) -> Program:
         if not names:
@@ -233,6 +243,37 @@ class Compiler:
             tuple(_kind(b) for b in work.buffers.values()),
             work.objective.modes(),
         )
+
+
+def _settled(
+    native: Compiled | str,
+    work: Work,
+    support: Program,
+    query: Program,
+    factors: frozenset[str],
+    rows: Rows | None,
+    excess: str,
+) -> Compiled | str:
+    """What runs the meta-step, or why the task-batched executor does it, with these factors and rows."""
+    auto, spared = work.executor == "auto", factors if rows is None else factors | rows.own
+    if isinstance(native, NativeStep) and auto:
+        native = native.objection(work, rates.known()) or native
+    if isinstance(native, ResidentStep) or (isinstance(native, NativeStep) and rows is not None):
+        native = native.refusal(work, outputs=False) or native
+    if isinstance(native, str):
+        return native
+    asked = (*factors, *(() if rows is None else (table.name for table in rows.tables)))
+    if any(plan_of(work.plan, name) == "factored" for name in asked):
+        return "weights that no task forms are asked for"
+    if isinstance(native, ResidentStep):
+        return native
+    if auto and quicker(support, query, work, factors, rates.known()):
+        return "weights that no task forms take less time"
+    if auto and rows is not None and rows.own:
+        beside = native.seconds(work, rates.known())
+        if tables.quicker(rows.programs, rows.tables, beside, work, rates.known()):
+            return "rows of embedding tables take less time than a table of each task's own"
+    return (excess if spared else "") or native
 
 
 def _excess(native: Compiled | str, work: Work) -> str:

@@ -29,18 +29,49 @@ def pays(programs: tuple[Program, Program], cuts: tuple[Collection[int], ...], w
         work: the meta-step.
         rates: of the machine.
     """
-    native = reference = 0.0
+    return native_seconds(programs, cuts, work, rates) < reference_seconds(programs, work, rates)
+
+
+def native_seconds(
+    programs: tuple[Program, Program], cuts: tuple[Collection[int], ...], work: Work, rates: Rates
+) -> float:
+    """What the native executor takes: see :func:`pays`."""
+    total = 0.0
     for program, cut, (steps, maps) in zip(programs, cuts, _passes(work), strict=True):
         for position, instruction in enumerate(program.instructions):
-            generic = instruction.op.name == "generic"
-            times = steps * maps if not instruction.invariant else maps
-            flops = work.tasks * steps * instruction.op.flops() * sum(products(instruction)[:maps])
-            moved = work.tasks * steps * sum(PASSES[:maps]) * _bytes(instruction) / rates.bytes
-            reference += times * (GENERIC if generic else OWN) * rates.call_s + flops / rates.flops + moved
-            native += flops / rates.native
+            total += _flops(instruction, work, steps, maps) / rates.native
             if position in cut:
-                native += work.tasks * times * (GENERIC_BACK if generic else OWN_BACK) * rates.call_s + moved
-    return native < reference
+                back = GENERIC_BACK if instruction.op.name == "generic" else OWN_BACK
+                total += work.tasks * _times(instruction, steps, maps) * back * rates.call_s
+                total += _moved(instruction, work, steps, maps, rates)
+    return total
+
+
+def reference_seconds(programs: tuple[Program, Program], work: Work, rates: Rates) -> float:
+    """What the task-batched executor takes."""
+    total = 0.0
+    for program, (steps, maps) in zip(programs, _passes(work), strict=True):
+        for instruction in program.instructions:
+            call = GENERIC if instruction.op.name == "generic" else OWN
+            total += _times(instruction, steps, maps) * call * rates.call_s
+            total += _flops(instruction, work, steps, maps) / rates.flops
+            total += _moved(instruction, work, steps, maps, rates)
+    return total
+
+
+def _flops(instruction: Instruction, work: Work, steps: int, maps: int) -> int:
+    """Of its products, for all tasks."""
+    return work.tasks * steps * instruction.op.flops() * sum(products(instruction)[:maps])
+
+
+def _times(instruction: Instruction, steps: int, maps: int) -> int:
+    """How many maps run."""
+    return maps if instruction.invariant else steps * maps
+
+
+def _moved(instruction: Instruction, work: Work, steps: int, maps: int, rates: Rates) -> float:
+    """Seconds that its operands take on their way, for all tasks."""
+    return work.tasks * steps * sum(PASSES[:maps]) * _bytes(instruction) / rates.bytes
 
 
 def _passes(work: Work) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmeta.core import rates
 from fastmeta.core.task_op import Need, Tensors
-from fastmeta.engine import cost, executor
+from fastmeta.engine import cost, executor, tables
 from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
@@ -17,9 +17,10 @@ from fastmeta.engine.factor import compared, formed_after
 from fastmeta.engine.meta_step import fitted, predicted
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.resident import ResidentStep
+from fastmeta.engine.tables import Held
 from fastmeta.engine.work import Work, leaves
 
-Plans = dict[int, tuple[float, float] | str]  # of factor.compared
+Plans = dict[int, tuple[float, float] | Held | str]  # of factor.compared and tables.compared
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Row:
         dense_ms: what the products of a linear layer are predicted to take in the meta-step, with a weight of each
             task's own; by the native executor on a CPU. ``None`` where there is no choice.
         factored_ms: the same with factors, by the task-batched executor.
+        dense_bytes: of an embedding's table of each task's own, for all tasks, or of its gradient where it does not
+            adapt. ``None`` where there is no choice.
+        factored_bytes: of the rows alone that the tasks touch.
         reason: why the generic operation stands in, or why it runs once, or why its weight is held as it is.
     """
 
@@ -57,6 +61,8 @@ class Row:
     keeps: str
     dense_ms: float | None
     factored_ms: float | None
+    dense_bytes: int | None
+    factored_bytes: int | None
     reason: str
 
     def cells(self) -> tuple[str, ...]:
@@ -73,6 +79,7 @@ class Row:
             f"{self.cotangents / 1024:.1f}",
             self.keeps,
             *("" if ms is None else f"{ms:.3g}" for ms in (self.dense_ms, self.factored_ms)),
+            *("" if size is None else f"{size / 1024:.1f}" for size in (self.dense_bytes, self.factored_bytes)),
             self.reason,
         )
 
@@ -138,6 +145,8 @@ class Explanation:
                 "keeps",
                 "dense ms",
                 "factored ms",
+                "dense KiB",
+                "factored KiB",
                 "why",
             )
         ]
@@ -175,7 +184,9 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     fit = fitted(work, programs, MEAN, native=not refusal, learned=learned, outputs=False)
     if fit is not None and not refusal:
         refusal = "one task alone would take more than the memory budget on the native one"
-    plans = compared(*programs.both, work, rates.known())
+    taken = () if programs.rows is None else programs.rows.tables
+    of_tables = tables.compared(*programs.both, work, taken)
+    plans: Plans = {**compared(*programs.both, work, rates.known()), **of_tables}
     if isinstance(native, str) or refusal:
         rows, kept, once = _by_reference(work, programs, plans)
         fit = fit or predicted(work, programs, MEAN, learned=learned, outputs=False)
@@ -235,6 +246,8 @@ def _captured(work: Work, programs: Programs) -> str:
 def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Row], dict[str, int], int]:
     program = programs.support
     with torch.no_grad():
+        if programs.rows is not None:
+            work = programs.rows.take(work).work
         state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
         tape = executor.forward(program, work.theta, state, leaves(work.support), first=True)
         executor.backward(program, tape, torch.ones_like(tape.loss), outer=False)
@@ -288,13 +301,17 @@ def _row(
     if isinstance(choice, str) and not reason:
         reason = choice
     dense_ms, factored_ms = (1e3 * s for s in choice) if isinstance(choice, tuple) else (None, None)
+    held = choice if isinstance(choice, Held) else None
+    on_rows = held is not None and held.on_rows
+    if on_rows and not reason:
+        reason = "each task has the rows that its data name, and shares the others"
     formed = "resident" if backend in ("native", "callback", "cuda") else "shared" if route.single else "dense"
     return Row(
         instruction.module,
         instruction.op.name,
         str(instruction.op.call.target).removeprefix("aten.").partition(".")[0],
         instruction.op.call.outputs[0].shape,
-        "factored" if collected or factored else formed,
+        "factored" if collected or factored or on_rows else formed,
         backend,
         flops,
         saved,
@@ -302,6 +319,8 @@ def _row(
         ", ".join(instruction.op.saved_names),
         dense_ms,
         factored_ms,
+        None if held is None else held.dense,
+        None if held is None else held.rows,
         reason,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -79,26 +80,31 @@ def formed_after(program: Program, steps: int) -> dict[int, int]:
     return found
 
 
-def choose(support: Program, query: Program, work: Work, *, tight: bool = False) -> frozenset[str]:
+def choose(
+    support: Program, query: Program, work: Work, tables: Collection[str] = (), *, tight: bool = False
+) -> frozenset[str]:
     """The parameters for which factors are asked for, or take fewer operations than a weight of each task's own.
 
     Args:
         support: program at the support shapes.
         query: program at the query shapes.
         work: the meta-step.
+        tables: names of the tables of which rows can be taken, which is asked for in the same way.
         tight: memory is dear: factors are taken wherever they are smaller.
 
     Raises:
-        ValueError: factors are asked for by name where they cannot be.
+        ValueError: factors, or rows, are asked for by name where they cannot be.
     """
     possible = _costs(support, query, work)
     if not isinstance(work.plan, str):
+        names = [*possible, *tables]
         patterns = [pattern for pattern, form in work.plan if form == "factored"]
-        impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in possible)]
+        impossible = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
         if impossible:
             raise ValueError(
                 f"MAML: plan 'factored' must be for linear layers' weights that one call reads, with one rate, or "
-                f"one a row or a column; got {impossible}, possible: {list(possible)}"
+                f"one a row or a column, or for tables that embeddings alone read, with one rate, or one a column; "
+                f"got {impossible}, possible: {names}"
             )
     return frozenset(
         name

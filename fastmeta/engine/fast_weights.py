@@ -44,13 +44,14 @@ class FastWeights:
     def __init__(self, work: Work, factored: frozenset[str], bounded: frozenset[str]) -> None:
         self._names = work.packing.names
         self._theta = dict(zip(self._names, work.theta, strict=True))
-        self._tasks = work.tasks
+        self._tasks, self._own = work.tasks, work.own
         self._factored = [name for name in self._names if name in factored]
         self._formed = [name for name in self._names if name not in factored]
         self._limits = {name: rank_limit(*self._theta[name].shape) for name in self._factored if name in bounded}
         self._packing, alpha, segments = work.packing, work.alpha, work.segments
         if factored:
-            self._packing = Packing.of({name: self._theta[name] for name in self._formed})
+            shapes = dict(zip(self._names, work.packing.shapes, strict=True))
+            self._packing = Packing(tuple(self._formed), tuple(shapes[name] for name in self._formed))
         if alpha.shape[1] > 1 and (factored or work.rate_shapes is not None):
             alpha, segments = self._packed_rates(self._own_rates(work, 0))
         self._expanded = work.rate_shapes is not None and segments is None
@@ -67,8 +68,14 @@ class FastWeights:
         factors = {name: LowRank(self._theta[name], limit=self._limits.get(name)) for name in self._factored}
         if not self._formed:
             return Vector(self._nothing(), factors)
-        shared = self._packing.pack_shared([self._theta[name] for name in self._formed])
-        return Vector(shared.expand(self._tasks, -1), factors)
+        theta = [self._theta[name] for name in self._formed]
+        if self._own:
+            each = [
+                p if name in self._own else p.expand(self._tasks, *p.shape)
+                for name, p in zip(self._formed, theta, strict=True)
+            ]
+            return Vector(self._packing.pack(each), factors)
+        return Vector(self._packing.pack_shared(theta).expand(self._tasks, -1), factors)
 
     def values(self, vector: Vector) -> list[Weight]:
         """Each parameter's, in the packing's order: ``[T, *shape]`` or factors."""
@@ -157,7 +164,13 @@ class FastWeights:
         return Vector(lam.packed, factors)
 
     def over_tasks(self, lam: Vector) -> list[Tensor]:
-        """The sum over tasks, eq. (8), ``[*shape]`` for each parameter in the packing's order."""
+        """The sum over tasks, eq. (8), ``[*shape]`` for each parameter in the packing's order.
+
+        Those that came for each task stay so, ``[T, *shape]``.
+        """
+        if self._own:
+            each = self.values(lam)
+            return [_summed(part, own=name in self._own) for name, part in zip(self._names, each, strict=True)]
         formed = iter(self._packing.unpack_shared(lam.packed.sum(0)) if self._formed else ())
         return [lam.factors[n].over_tasks() if n in lam.factors else next(formed) for n in self._names]
 
@@ -193,3 +206,9 @@ class FastWeights:
             parts = collected(d_rate, self._packing.shapes, of_formed) if self._expanded else list(d_rate)
             own.update(zip(self._formed, parts, strict=True))
         return torch.cat([own[name].reshape(-1) for name in self._names])
+
+
+def _summed(part: Weight, *, own: bool) -> Tensor:
+    if isinstance(part, LowRank):
+        return part.over_tasks()
+    return part if own else part.sum(0)

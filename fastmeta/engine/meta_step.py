@@ -122,7 +122,10 @@ def _by_reference(
     losses, support_losses, kept, mutations = [], [], [], []
     total: MetaGradient | None = None
     for chunk in programs.chunks(work.tasks, None if fit is None else fit.tasks):
-        part = work.part(chunk)
+        part, taken = work.part(chunk), None
+        if programs.rows is not None:
+            taken = programs.rows.take(part)
+            part = taken.work
         second_order = cotangents is not None and not work.first_order
         trajectory = unroll(
             part,
@@ -141,12 +144,14 @@ def _by_reference(
         if cotangents is not None:
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs)
-            if total is None:
+            if taken is not None:
+                total = taken.added(total, gradient)
+            elif total is None:
                 total = gradient
             else:
                 total.add(gradient)
             del gradient
-        del trajectory  # its query tape must be gone before the next chunk
+        del trajectory, taken  # its query tape must be gone before the next chunk
     every = torch.cat(losses)
     return Evaluation(
         every.mean(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmeta.core import native
 from fastmeta.core.rates import Rates
 from fastmeta.engine.callback import Callbacks, Failures, Prelude
-from fastmeta.engine.cut import pays
+from fastmeta.engine.cut import native_seconds, pays
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.factor import WEIGHT, plan_of
 from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
@@ -88,13 +88,20 @@ class NativeStep:
         room = self.sharing(work, learned=learned)[0] * self.workspace_bytes(work, learned=learned)
         if room > ROOM:
             return f"cut at operations without native kernels it would hold {room >> 20} MiB: {reason}"
-        positions = [
-            {i for i, instruction in enumerate(p.instructions) if any(instruction is cut for cut, _ in cuts)}
-            for p, cuts in zip(self._both, self.cuts, strict=True)
-        ]
-        if not pays(self._both, tuple(positions), work, rates):
+        if not pays(self._both, self._positions(), work, rates):
             return f"cut at operations without native kernels it would take longer: {reason}"
         return ""
+
+    def seconds(self, work: Work, rates: Rates) -> float:
+        """What products and calls back are predicted to take; everything else is done in cache."""
+        return native_seconds(self._both, self._positions(), work, rates)
+
+    def _positions(self) -> tuple[set[int], ...]:
+        """Of support and query, those of the instructions that are called back for."""
+        return tuple(
+            {i for i, instruction in enumerate(p.instructions) if any(instruction is cut for cut, _ in cuts)}
+            for p, cuts in zip(self._both, self.cuts, strict=True)
+        )
 
     def least_bytes(self, work: Work, *, learned: bool) -> int:
         """Bytes that a meta-step holds where one task is at work, on one thread."""

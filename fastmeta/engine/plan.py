@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 
 import torch
@@ -24,7 +24,9 @@ CHUNK_WEIGHT_BYTES = 8 << 20
 GPU_CHUNK_BYTES = 1 << 30
 
 
-def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str], device: torch.device) -> Program:
+def plan(
+    graph: Graph, adapted: Sequence[str], outer: Sequence[str], device: torch.device, own: Collection[str] = ()
+) -> Program:
     """Choose an operation for every call and decide what each value depends on.
 
     Args:
@@ -32,6 +34,7 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str], device: tor
         adapted: names of the parameters that the inner loop updates.
         outer: names of the other parameters whose meta-gradient is wanted.
         device: where the program will run, which decides what is fused.
+        own: names of the parameters that differ between tasks from the first step on.
 
     Returns:
         The program.
@@ -43,8 +46,9 @@ def plan(graph: Graph, adapted: Sequence[str], outer: Sequence[str], device: tor
     outer_slots = {graph.parameters[name] for name in outer}
     constants, nodes = _fold_constants(graph)
     nodes, refusals = fuse(graph, nodes, device)
-    first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data))
-    later = _Dependence(graph, adapted_slots, outer_slots, tasked=set(graph.data) | adapted_slots)
+    given = {*graph.data, *(graph.parameters[name] for name in own)}
+    first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(given))
+    later = _Dependence(graph, adapted_slots, outer_slots, tasked=given | adapted_slots)
     instructions = []
     changing = set(adapted_slots)  # from one inner step to the next
     for node in nodes:

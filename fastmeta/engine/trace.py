@@ -372,7 +372,7 @@ def _convert(exported: Any, parameters: list[str], buffers: list[str], leaves: i
         else:
             raise NotTraceable(f"the trace has an output of kind {spec.kind.name}")
     graph.loss, graph.outputs = tensors[0], tuple(tensors[1:])
-    _drop_unread(graph)
+    drop_unread(graph)
     _name_modules(graph)
     return graph
 
@@ -427,7 +427,8 @@ def _name_modules(graph: Graph) -> None:
             graph.nodes[i] = replace(node, module=read[0])
 
 
-def _drop_unread(graph: Graph) -> None:
+def drop_unread(graph: Graph) -> None:
+    """Leave out the calls whose results nothing reads."""
     read = {graph.loss, *graph.outputs, *graph.mutations.values()}
     kept = []
     for node in reversed(graph.nodes):

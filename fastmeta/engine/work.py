@@ -40,10 +40,11 @@ class Work:
         chunk_size: at most so many tasks run at a time; ``None`` lets the plan decide.
         memory_budget: bytes that the meta-step may hold beside its parameters and tasks; ``None`` for no limit.
         executor: ``auto``, ``native`` or ``reference``.
-        plan: how fast weights are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of parameters'
-            names and one of these, of which the first that fits holds.
+        plan: how weights and tables are to be held: ``auto``, ``dense`` or ``factored``; or pairs of a pattern of
+            parameters' names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
+        own: names of the adapting parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
 
@@ -68,6 +69,7 @@ class Work:
     rate_shapes: Shapes | None = None
     rule: RuleKind = PLAIN
     hyper: Tensor | None = None
+    own: frozenset[str] = frozenset()
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -83,10 +85,16 @@ class Work:
 
     def has_rate_an_element(self, name: str) -> bool:
         """Whether a matrix has rates that differ along its rows and along its columns: its steps are of full rank."""
-        if self.rate_shapes is None:
-            return False
-        shape = self.rate_shapes[self.packing.names.index(name)]
+        shape = self._rate_shape(name)
         return len(shape) == 2 and min(shape) > 1
+
+    def has_rates_by_row(self, name: str) -> bool:
+        """Whether a matrix has rates that differ between its rows."""
+        shape = self._rate_shape(name)
+        return len(shape) == 2 and shape[0] > 1
+
+    def _rate_shape(self, name: str) -> tuple[int, ...]:
+        return () if self.rate_shapes is None else self.rate_shapes[self.packing.names.index(name)]
 
     @property
     def outer_names(self) -> tuple[str, ...]:
@@ -113,7 +121,7 @@ class Work:
 
     @property
     def theta(self) -> list[Tensor]:
-        """The adapting parameters in packing order, ``[*shape]``."""
+        """The adapting parameters in packing order, ``[*shape]``, or ``[T, *shape]`` where each task has its own."""
         return [self.parameters[name] for name in self.packing.names]
 
 
