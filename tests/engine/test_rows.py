@@ -138,7 +138,8 @@ def by_name(net: nn.Module) -> Any:
 
 
 def by_column(net: nn.Module) -> Any:
-    return {n: nn.Parameter(torch.rand(1, p.shape[-1]).double()[-p.dim() :] * 0.2) for n, p in net.named_parameters()}
+    shapes = {n: (1, p.shape[1]) if p.dim() == 2 else () for n, p in net.named_parameters()}
+    return {n: nn.Parameter(torch.rand(shape, dtype=torch.float64) * 0.2) for n, shape in shapes.items()}
 
 
 def by_element(net: nn.Module) -> Any:
