@@ -49,7 +49,9 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
       packing_.sizes[p] = sizes.weights[i];
       item.varies = item.varies || p < program.adapted;
       item.active = item.active || p < program.differentiated;
-      if (p < program.differentiated && !maps.takes_steps) item.waiting[i] = take<R>(waiting_, sizes.weights[i]);
+      const bool formed = i > 0 || !(item.collects || item.spreads);
+      if (formed && p < program.differentiated && !maps.takes_steps)
+        item.waiting[i] = take<R>(waiting_, sizes.weights[i]);
     }
     if (item.spreads && (operation.w[0] < program.adapted || operation.w[0] >= program.differentiated))
       throw std::invalid_argument("executor: a gradient that is kept apart must be one of a weight that does not adapt");
