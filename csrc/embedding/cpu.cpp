@@ -13,6 +13,7 @@ namespace {
 
 using executor::Primal;
 using executor::Sizes;
+using executor::Step;
 using executor::Tangent;
 
 template <class R>
@@ -29,13 +30,18 @@ struct Layout {
       for (std::int64_t j = 0; j < row; j += width<R>) store(y + i * row + j, load(table + numbers(p)[i] * row + j));
   }
 
-  void scatter(const Primal<R>& p, const R* d, R* table) const {
-    fill_zero(table, s.rows * row);
+  // Of a step only those rows change that numbers name.
+  void scatter(const Primal<R>& p, const R* d, const Step<R>& step, R* table) const {
+    const R* from = step.from[0];
+    const Vector<R> factor = splat(from != nullptr ? -*step.rate[0] : R(1));
+    if (from == nullptr) fill_zero(table, s.rows * row);
+    if (from != nullptr && from != table)
+      for (std::int64_t j = 0; j < s.rows * row; j += width<R>) store(table + j, load(from + j));
     for (std::int64_t i = 0; i < s.count; ++i) {
       const std::int64_t number = numbers(p)[i];
       if (number == s.padding) continue;
       R* to = table + number * row;
-      for (std::int64_t j = 0; j < row; j += width<R>) store(to + j, load(to + j) + load(d + i * row + j));
+      for (std::int64_t j = 0; j < row; j += width<R>) store(to + j, load(to + j) + factor * load(d + i * row + j));
     }
   }
 };
@@ -72,7 +78,7 @@ void forward(const void* shape, const Primal<R>& p, R*) {
 
 template <class R>
 void backward(const void* shape, const Primal<R>& p, R*) {
-  if (p.dw[0] != nullptr) Layout<R>(shape).scatter(p, p.dy, p.dw[0]);
+  if (p.dw[0] != nullptr) Layout<R>(shape).scatter(p, p.dy, p.step, p.dw[0]);
 }
 
 template <class R>
@@ -82,15 +88,65 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
 
 template <class R>
 void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
-  if (t.dw_dot[0] != nullptr) Layout<R>(shape).scatter(p, t.dy_dot, t.dw_dot[0]);
+  if (t.dw_dot[0] != nullptr) Layout<R>(shape).scatter(p, t.dy_dot, t.step, t.dw_dot[0]);
 }
 
 template <class R>
-constexpr executor::Maps<R> maps{width<R>,   sizes<R>,    pack<R>,    unpack<R>,
-                                 forward<R>, backward<R>, tangent<R>, tangent_backward<R>};
+constexpr executor::Maps<R> maps{width<R>,    sizes<R>,   pack<R>,             unpack<R>, forward<R>,
+                                 backward<R>, tangent<R>, tangent_backward<R>, nullptr,   true};
 
+// A table that does not adapt is read where the caller has it. A task's gradient are the cotangents of the rows that it
+// has read, in the order of its numbers.
+namespace apart {
+
+template <class R>
+Sizes sizes(const void* shape) {
+  const Layout<R> l(shape);
+  Sizes sizes{};
+  sizes.y = sizes.apart = l.s.count * l.row;
+  sizes.weights[0] = l.s.rows * l.s.features;
+  sizes.rereads_y = false;
+  return sizes;
+}
+
+template <class R>
+void forward(const void* shape, const Primal<R>& p, R*) {
+  const Layout<R> l(shape);
+  for (std::int64_t i = 0; i < l.s.count; ++i) {
+    const R* from = p.w[0] + l.numbers(p)[i] * l.s.features;
+    for (std::int64_t j = 0; j < l.row; ++j) p.y[i * l.row + j] = j < l.s.features ? from[j] : R(0);
+  }
+}
+
+template <class R>
+void backward(const void* shape, const Primal<R>& p, R*) {
+  const Layout<R> l(shape);
+  if (p.dw[0] == nullptr) return;
+  for (std::int64_t j = 0; j < l.s.count * l.row; j += width<R>) store(p.dw[0] + j, load(p.dy + j));
+}
+
+template <class R>
+void spread(const void* shape, const Primal<R>& p, const R* dw, R* gradient) {
+  const Layout<R> l(shape);
+  for (std::int64_t i = 0; i < l.s.count; ++i) {
+    const std::int64_t number = l.numbers(p)[i];
+    if (number == l.s.padding) continue;
+    R* to = gradient + number * l.s.features;
+    for (std::int64_t j = 0; j < l.s.features; ++j) to[j] += dw[i * l.row + j];
+  }
+}
+
+// The rows that are read are the same at every step: no derivative comes from here, and none arrives in a product.
+template <class R>
+void tangent_backward(const void*, const Primal<R>&, const Tangent<R>&, R*) {}
+
+template <class R>
+constexpr executor::Maps<R> maps{width<R>, sizes<R>,            nullptr, nullptr, forward<R>, backward<R>,
+                                 nullptr,  tangent_backward<R>, nullptr, false,   nullptr,    spread<R>};
+
+}  // namespace apart
 }  // namespace
 
-extern const Table table{maps<float>, maps<double>};
+extern const Table table{maps<float>, maps<double>, apart::maps<float>, apart::maps<double>};
 
 }  // namespace fastmeta::embedding::FASTMETA_ISA

@@ -17,6 +17,8 @@ struct Shape {
 struct Table {
   executor::Maps<float> f32;
   executor::Maps<double> f64;
+  executor::Maps<float> apart32;  // the gradient kept apart
+  executor::Maps<double> apart64;
 };
 
 FASTMETA_TABLES

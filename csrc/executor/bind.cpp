@@ -39,6 +39,11 @@ void bind_type(py::module_& m, const char* name, const char* call_name) {
               int within) {
              return self.workspace_bytes({steps, second_order, learned, rate_per_parameter}, within);
            })
+      .def("common_bytes",
+           [](const Self& self, std::int64_t tasks, std::int64_t steps, bool second_order, bool learned,
+              bool rate_per_parameter) {
+             return self.common_bytes(tasks, {steps, second_order, learned, rate_per_parameter});
+           })
       .def("profile", &Self::profile)
       .def("kept_bytes", [](const Self& self, bool second_order, bool learned) {
         const auto size = static_cast<std::int64_t>(sizeof(R));

@@ -206,6 +206,11 @@ void describe_embedding(const py::dict& d, Operation& operation) {
   operation.table_rows = shape->rows;
   operation.numbers = shape->count;
   operation.shape = shape;
+  if (get<bool>(d, "apart")) {
+    operation.f32 = [](Isa isa) { return embedding::table_of(isa).apart32; };
+    operation.f64 = [](Isa isa) { return embedding::table_of(isa).apart64; };
+    return;
+  }
   operation.f32 = [](Isa isa) { return embedding::table_of(isa).f32; };
   operation.f64 = [](Isa isa) { return embedding::table_of(isa).f64; };
 }

@@ -9,6 +9,7 @@
 
 #include "packed.h"
 #include "plan.h"
+#include "shelf.h"
 
 namespace fastmeta::executor {
 
@@ -64,32 +65,34 @@ class MetaGradient {
   const Plan<R>& support() const { return support_; }
   std::unique_ptr<Profile> profile() const;  // an empty one
   Sharing sharing(std::int64_t tasks, const Kind& kind, int threads) const;
-  // Bytes that each of the tasks at work holds.
+  // Bytes that each of the tasks at work holds, and those that are held beside them, but for the results.
   std::int64_t workspace_bytes(const Kind& kind, int within) const;
+  std::int64_t common_bytes(std::int64_t tasks, const Kind& kind) const;
 
  private:
   struct Layout;
-  struct Memory;
   struct Workspace;
   struct Watches;
-  template <class T>
-  class Shelf;
+  struct Blocks;
 
   Layout layout(const Kind& kind, int within) const;
+  Blocks blocks(std::int64_t tasks, const Kind& kind) const;
+  std::int64_t theta_elements(const Kind& kind) const;
   void check(const Request<R>& request) const;
   void write_rates(const Request<R>& request, R* rates) const;
   void bind(Workspace& workspace, const Kind& kind, int within, const R* theta) const;
-  void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, R* total, bool first,
-                double& loss, double* d_alpha, Watches* watches) const;
-  const R* adjoint(const Request<R>& request, std::int64_t task, Workspace& workspace, double* d_alpha,
-                   Stopwatch* watch) const;
+  // Leaves the task's gradients in the workspace.
+  void run_task(const Request<R>& request, std::int64_t task, Workspace& workspace, double& loss,
+                Watches* watches) const;
+  void adjoint(const Request<R>& request, std::int64_t task, Workspace& workspace, Stopwatch* watch) const;
+  bool runs_once(const Workspace& workspace) const;  // whether the adjoint has a sweep over what runs once
 
   const Isa isa_;
   const packed::Kernels<R>& kernels_;
   const Program support_program_, query_program_;
   const Plan<R> support_, query_;
   const bool collects_;  // some weight is formed for no task
-  const std::unique_ptr<Shelf<Memory>> thetas_;         // shared weights, packed, and the rates behind them
+  const std::unique_ptr<Shelf<Memory<R>>> thetas_;      // shared weights, packed, and the rates behind them
   const std::unique_ptr<Shelf<Workspace>> workspaces_;  // one a task at work
 };
 

@@ -29,15 +29,19 @@ struct Sizes {
   std::int64_t thread_scratch;        // beside, behind it, for each thread; 0 where the maps run on one thread
   std::int64_t weights[max_weights];  // packed; 0 where there is none
   std::int64_t turned;                // weights[0] in a second form, for cotangents; 0 where there is none
+  std::int64_t apart;                 // dw[0], where gradients are kept apart; see Maps::spread
   bool rereads_x = true, rereads_y = true;  // whether backward reads x, and y
 };
 
 // A weight's gradient is wanted alone, or as a step along it, eq. (3) and (6): dw = from - rate * gradient. An
-// operation may leave steps to the executor and give gradients always.
+// operation that takes steps may find dw where w, w_dot or `from` lies, so that a task's weights or their adjoint need
+// no second place: it writes a weight's gradient when it has read that weight for the last time. Others leave steps to
+// the executor and give gradients always, which wait in a place of their own.
 template <class R>
 struct Step {
-  const R* from[max_weights];  // packed, apart from dw; null where the gradient alone is wanted
+  const R* from[max_weights];  // packed; null where the gradient alone is wanted
   const R* rate[max_weights];
+  R* to[max_weights];  // where the executor takes what waits in dw; null where it stays there
 };
 
 template <class R>
@@ -53,7 +57,8 @@ struct Past {
   const R* rate;
 };
 
-// One operation at one inner step of one task. No buffer overlaps another; all start at multiples of 64 bytes.
+// One operation at one inner step of one task. No buffer overlaps another, but as a Step says; all start at multiples
+// of 64 bytes.
 template <class R>
 struct Primal {
   const R* x[max_inputs];
@@ -106,6 +111,10 @@ struct Maps {
   // Not null where w[0] is never formed for a task: the maps are given the shared weight and the past, all of whose
   // values stay in place, and no dw[0]; this adds the gradient of the shared weight to dw, or writes it.
   void (*collect)(const void* shape, const Primal<R>& query, bool adds, R* dw, R* scratch) = nullptr;
+  // Not null where w[0] does not adapt, and what a task's gradient has beside zeros is small: dw[0] then is kept apart
+  // in a form of the operation's own, Sizes::apart elements, and this adds it to the whole gradient. The maps are given
+  // w[0] as the caller has it, neither packed nor aligned, and so is the whole gradient.
+  void (*spread)(const void* shape, const Primal<R>& call, const R* dw, R* gradient) = nullptr;
 };
 
 }  // namespace fastmeta::executor

@@ -39,6 +39,7 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
     item.maps = maps;
     item.sizes = maps.sizes(item.shape);
     item.collects = maps.collect != nullptr;
+    item.spreads = maps.spread != nullptr;
     const Sizes& sizes = item.sizes;
     const int number = static_cast<int>(items_.size());
     for (int i = 0; i < max_weights; ++i) {
@@ -48,7 +49,13 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
       packing_.sizes[p] = sizes.weights[i];
       item.varies = item.varies || p < program.adapted;
       item.active = item.active || p < program.differentiated;
+      const bool formed = i > 0 || !(item.collects || item.spreads);
+      if (formed && p < program.differentiated && !maps.takes_steps)
+        item.waiting[i] = take<R>(waiting_, sizes.weights[i]);
     }
+    if (item.spreads && (operation.w[0] < program.adapted || operation.w[0] >= program.differentiated))
+      throw std::invalid_argument("executor: a gradient that is kept apart must be one of a weight that does not adapt");
+    if (item.spreads) item.apart = take<R>(apart_, sizes.apart);
     if (item.collects && operation.w[0] >= program.adapted)
       throw std::invalid_argument("executor: a collected weight must adapt, got one that does not");
     for (const Source& x : operation.x) {
@@ -73,12 +80,14 @@ Plan<R>::Plan(const Program& program, Isa isa, const packed::Kernels<R>& kernels
   share_cotangents();
   find_places(kept);
   packing_.offsets.resize(program.parameters);
-  std::vector<bool> collected(program.parameters);
-  for (const Item& item : items_)
+  std::vector<bool> collected(program.parameters), apart(program.parameters);
+  for (const Item& item : items_) {
     if (item.collects) collected[item.operation->w[0]] = true;
+    if (item.spreads) apart[item.operation->w[0]] = true;
+  }
   const auto place = [&](int first, int last, bool these) {
     for (int p = first; p < last; ++p)
-      if (collected[p] == these) packing_.offsets[p] = take<R>(packing_.total, packing_.sizes[p]);
+      if (collected[p] == these && !apart[p]) packing_.offsets[p] = take<R>(packing_.total, packing_.sizes[p]);
     return packing_.total;
   };
   packing_.adapted = place(0, program.adapted, false);
@@ -172,7 +181,8 @@ void Plan<R>::pack(const R* const* parameters, R* packed) const {
   for (const Item& item : items_) {
     const int* w = item.operation->w;
     for (int i = 0; i < max_weights; ++i)
-      if (w[i] != absent) item.maps.pack(item.shape, i, parameters[w[i]], packed + packing_.offsets[w[i]]);
+      if (w[i] != absent && !(i == 0 && item.spreads))
+        item.maps.pack(item.shape, i, parameters[w[i]], packed + packing_.offsets[w[i]]);
     if (item.sizes.turned > 0)
       item.maps.turn(item.shape, packed + packing_.offsets[w[0]], packed + packing_.total + item.turned);
   }
@@ -182,7 +192,7 @@ template <class R>
 void Plan<R>::unpack(const R* packed, R* const* tensors) const {
   for (const Item& item : items_)
     for (int i = 0; i < max_weights; ++i)
-      if (const int p = item.operation->w[i]; p != absent && p < program_.differentiated)
+      if (const int p = item.operation->w[i]; p != absent && p < program_.differentiated && !(i == 0 && item.spreads))
         item.maps.unpack(item.operation->shape.get(), i, packed + packing_.offsets[p], tensors[p]);
 }
 
@@ -191,11 +201,22 @@ Step<R> Plan<R>::step_of(const Item& item, const Gradients<R>& to) const {
   Step<R> step{};
   for (int i = 0; i < max_weights; ++i) {
     const int q = item.operation->w[i];
-    if (q == absent || to.from == nullptr || (i == 0 && item.collects)) continue;
+    if (q == absent || to.from == nullptr || (i == 0 && (item.collects || item.spreads))) continue;
     step.from[i] = to.from + packing_.offsets[q];
     step.rate[i] = to.rates + q;
   }
   return step;
+}
+
+template <class R>
+R* Plan<R>::gradient_of(const Item& item, int i, const Gradients<R>& to, Step<R>& step) const {
+  const int q = item.operation->w[i];
+  if (i == 0 && item.collects) return nullptr;
+  if (i == 0 && item.spreads) return to.apart == nullptr ? nullptr : to.apart + item.apart;
+  R* const dw = to.dw + packing_.offsets[q];
+  if (to.waiting == nullptr || item.maps.takes_steps) return dw;
+  step.to[i] = dw;
+  return to.waiting + item.waiting[i];
 }
 
 template <class R>
@@ -205,6 +226,7 @@ Calls<R> Plan<R>::bind(R* tape, R* once, const R* own, const R* shared, const Gr
   for (const Item& item : items_) {
     const Operation& operation = *item.operation;
     Primal<R> p{};
+    p.step = step_of(item, to);
     for (int i = 0; i < max_inputs; ++i) {
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
@@ -216,13 +238,12 @@ Calls<R> Plan<R>::bind(R* tape, R* once, const R* own, const R* shared, const Gr
     for (int i = 0; i < max_weights; ++i) {
       const int q = operation.w[i];
       if (q == absent) continue;
-      const bool collected = i == 0 && item.collects;
-      p.w[i] = (q < program_.adapted && !collected ? own : shared) + packing_.offsets[q];
-      p.dw[i] = q < wanted && !collected ? to.dw + packing_.offsets[q] : nullptr;
+      const bool whole = i == 0 && item.collects;
+      p.w[i] = (q < program_.adapted && !whole ? own : shared) + packing_.offsets[q];
+      if (q < wanted) p.dw[i] = gradient_of(item, i, to, p.step);
     }
     const bool is_shared = own == shared || operation.w[0] >= program_.adapted;
     if (item.sizes.turned > 0 && is_shared) p.turned = shared + packing_.total + item.turned;
-    p.step = step_of(item, to);
     R* const memory = item.once ? once : tape;
     p.y = memory + slots_[operation.y].y;
     p.dy = memory + slots_[operation.y].dy;
@@ -239,6 +260,7 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, const Gradients<R>
   for (const Item& item : items_) {
     const Operation& operation = *item.operation;
     Tangent<R> t{};
+    t.step = step_of(item, to);
     for (int i = 0; i < max_inputs; ++i) {
       const Source& x = operation.x[i];
       if (x.is_data || x.index == absent) continue;
@@ -250,9 +272,8 @@ TangentCalls<R> Plan<R>::bind_tangent(R* tangent, const R* u, const Gradients<R>
       if (q == absent) continue;
       if (i == 0 && item.collects) continue;
       t.w_dot[i] = q < program_.adapted ? u + packing_.offsets[q] : nullptr;
-      t.dw_dot[i] = q < program_.differentiated ? to.dw + packing_.offsets[q] : nullptr;
+      if (q < program_.differentiated) t.dw_dot[i] = gradient_of(item, i, to, t.step);
     }
-    t.step = step_of(item, to);
     t.y_dot = tangent + slots_[operation.y].y_dot;
     t.saved_dot = tangent + item.saved_dot;
     t.dy_dot = tangent + slots_[operation.y].dy_dot;
@@ -301,13 +322,28 @@ void Plan<R>::collect(const Calls<R>& query, bool adds, R* gradient, R* scratch)
 }
 
 template <class R>
-void Plan<R>::aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task) const {
+void Plan<R>::clear_apart(R* const* gradients) const {
+  for (const Item& item : items_)
+    if (item.spreads) std::fill_n(gradients[item.operation->w[0]], item.sizes.weights[0], R(0));
+}
+
+template <class R>
+void Plan<R>::spread(const Calls<R>& calls, R* const* gradients) const {
+  for (std::size_t n = 0; n < items_.size(); ++n)
+    if (items_[n].spreads)
+      items_[n].maps.spread(items_[n].shape, calls[n], calls[n].dw[0], gradients[items_[n].operation->w[0]]);
+}
+
+template <class R>
+void Plan<R>::aim(Calls<R>& calls, const std::vector<Leaf>& data, std::int64_t task,
+                  const R* const* parameters) const {
   const auto address = [&](int index) { return data[index].address + task * data[index].stride; };
   for (std::size_t n = 0; n < items_.size(); ++n) {
     const Operation& operation = *items_[n].operation;
     for (int i = 0; i < max_inputs; ++i)
       if (operation.x[i].is_data) calls[n].x[i] = reinterpret_cast<const R*>(address(operation.x[i].index));
     if (operation.target != absent) calls[n].target = address(operation.target);
+    if (items_[n].spreads) calls[n].w[0] = parameters[operation.w[0]];
   }
 }
 
@@ -324,9 +360,14 @@ void Plan<R>::add_cotangents(const Item& item, R* memory, R* once, const std::in
 template <class R>
 void Plan<R>::take_steps(const Item& item, const Step<R>& step, R* const* dw) const {
   if (item.maps.takes_steps) return;
-  for (int i = 0; i < max_weights; ++i)
-    if (dw[i] != nullptr && step.from[i] != nullptr)
-      kernels_.step(dw[i], step.from[i], *step.rate[i], dw[i], item.sizes.weights[i]);
+  for (int i = 0; i < max_weights; ++i) {
+    if (dw[i] == nullptr) continue;
+    R* const to = step.to[i] != nullptr ? step.to[i] : dw[i];
+    if (step.from[i] != nullptr)
+      kernels_.step(to, step.from[i], *step.rate[i], dw[i], item.sizes.weights[i]);
+    else if (to != dw[i])
+      std::copy_n(dw[i], item.sizes.weights[i], to);
+  }
 }
 
 template <class R>
@@ -395,17 +436,10 @@ void Plan<R>::backward_once(R* tape, R* once, const Calls<R>& calls, R* scratch,
   for (std::size_t n = items_.size(); n-- > 0;) {
     if (!items_[n].active || !items_[n].once) continue;
     items_[n].maps.backward(items_[n].shape, calls[n], scratch);
+    take_steps(items_[n], calls[n].step, calls[n].dw);
     add_cotangents(items_[n], tape, once, aside_, &Slot::dy);
     if (watch != nullptr) watch->lap(n, backward_map);
   }
-}
-
-template <class R>
-void Plan<R>::add_once(R* to, const R* gradient) const {
-  for (const Item& item : items_)
-    for (const int p : item.operation->w)
-      if (item.once && p != absent && p < program_.differentiated)
-        kernels_.add(to + packing_.offsets[p], gradient + packing_.offsets[p], packing_.sizes[p]);
 }
 
 template class Plan<float>;

@@ -101,16 +101,16 @@ void backward(const void* shape, const Primal<R>& p, R* scratch) {
   const Room<R> room(l, p, scratch);
   descend(l, p);
   const R* dz = l.dz_of(p);
-  if (p.dw[0] != nullptr) {
-    const Term<R> term = outer_products(l, p.x[0], l.x_row, dz);
-    to_weight(l, &term, 1, p.step, p.dw[0], room);
-  }
-  if (p.dw[1] != nullptr) to_bias(l, dz, p.step, p.dw[1]);
   if (p.dx[0] != nullptr) {
     Term<R> term{dz, l.out, p.turned, l.in, l.s.out};
     if (p.turned == nullptr) term = to_input(l, dz, p.w[0], p.saved + l.behind_dz());
     multiply<R, false>(l, &term, 1, l.s.n, l.s.in, Result<R>{p.dx[0], l.in}, room);
   }
+  if (p.dw[0] != nullptr) {  // where the weight lies, perhaps
+    const Term<R> term = outer_products(l, p.x[0], l.x_row, dz);
+    to_weight(l, &term, 1, p.step, p.dw[0], room);
+  }
+  if (p.dw[1] != nullptr) to_bias(l, dz, p.step, p.dw[1]);
 }
 
 template <class R>
@@ -130,14 +130,6 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
   const Room<R> room(l, p, scratch);
   const R* dz = l.dz_of(p);
   const R* dz_dot = descend_tangent(l, p, t, scratch);
-  if (t.dw_dot[0] != nullptr) {
-    Term<R> terms[2];
-    int count = 0;
-    terms[count++] = outer_products(l, p.x[0], l.x_row, dz_dot);
-    if (t.x_dot[0] != nullptr) terms[count++] = outer_products(l, t.x_dot[0], l.in, dz);
-    to_weight(l, terms, count, t.step, t.dw_dot[0], room);
-  }
-  if (t.dw_dot[1] != nullptr) to_bias(l, dz_dot, t.step, t.dw_dot[1]);
   if (t.dx_dot[0] != nullptr) {
     Term<R> terms[2];
     int count = 0;
@@ -148,6 +140,14 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     if (t.w_dot[0] != nullptr) terms[count++] = to_input(l, dz, t.w_dot[0], t.saved_dot + l.behind_z_dots());
     multiply<R, false>(l, terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in}, room);
   }
+  if (t.dw_dot[0] != nullptr) {  // where the direction lies, perhaps
+    Term<R> terms[2];
+    int count = 0;
+    terms[count++] = outer_products(l, p.x[0], l.x_row, dz_dot);
+    if (t.x_dot[0] != nullptr) terms[count++] = outer_products(l, t.x_dot[0], l.in, dz);
+    to_weight(l, terms, count, t.step, t.dw_dot[0], room);
+  }
+  if (t.dw_dot[1] != nullptr) to_bias(l, dz_dot, t.step, t.dw_dot[1]);
 }
 
 template <class R>

@@ -77,6 +77,7 @@ Sizes sizes(const void* shape) {
   const Layout<R> l(shape);
   Sizes sizes{};
   sizes.y = l.s.samples * l.size;
+  sizes.rereads_y = l.s.activation != Activation::identity;
   sizes.saved = Saved<R>::elements(l);
   sizes.saved_dot = SavedDot<R>::elements(l);
   sizes.scratch = Scratch<R>::elements(l);

@@ -41,8 +41,10 @@ struct Layout {
 
 template <class R>
 Sizes sizes(const void* shape) {
+  const Layout<R> l(shape);
   Sizes sizes{};
-  sizes.y = Layout<R>(shape).elements;
+  sizes.y = l.elements;
+  sizes.rereads_x = sizes.rereads_y = l.s.activation != Activation::identity;
   return sizes;
 }
 

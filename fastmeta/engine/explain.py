@@ -213,7 +213,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         once = native.kept_once(work, learned=learned)
         room = native.workspace_bytes(work, learned=learned)
         at_once, threads = native.sharing(work, learned=learned)
-        peak = at_once * room
+        peak = native.peak_bytes(work, learned=learned)
         sharing = f"tasks at once: {at_once}, each in {room / 2**20:.1f} MiB on {threads} thread{'s' * (threads > 1)}"
         executor = f"native, instruction set {native.instruction_set}, {sharing}"
         if native.cuts[0]:

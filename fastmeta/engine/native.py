@@ -16,7 +16,7 @@ from fastmeta.engine.callback import Callbacks, Failures, Prelude
 from fastmeta.engine.cut import native_seconds, pays
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.factor import WEIGHT, plan_of
-from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram
+from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram, with_tables_apart
 from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.profile import collecting
 from fastmeta.engine.program import Instruction, Program
@@ -55,7 +55,7 @@ class NativeStep:
             raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
         self._type = extension.MetaGradient64 if double else extension.MetaGradient32
-        self._programs = lowered[0].program, lowered[1].program
+        self._programs = with_tables_apart(lowered[0].program, lowered[1].program)
         called = [o["call"] for p in self._programs for o in p["operations"] if o["operation"] == "callback"]
         self._callbacks = Callbacks(called, self._failures) if called else None
         self._operands = [one.operands for one in lowered]
@@ -85,7 +85,7 @@ class NativeStep:
             return ""
         reason = next(reason for cuts in self.cuts for _, reason in cuts)
         learned = work.alpha.requires_grad
-        room = self.sharing(work, learned=learned)[0] * self.workspace_bytes(work, learned=learned)
+        room = self.peak_bytes(work, learned=learned)
         if room > ROOM:
             return f"cut at operations without native kernels it would hold {room >> 20} MiB: {reason}"
         if not pays(self._both, self._positions(), work, rates):
@@ -105,16 +105,29 @@ class NativeStep:
 
     def least_bytes(self, work: Work, *, learned: bool) -> int:
         """Bytes that a meta-step holds where one task is at work, on one thread."""
-        return int(self._step(work, learned).workspace_bytes(*self._kind(work, learned), 1))
+        workspace = self._step(work, learned).workspace_bytes(*self._kind(work, learned), 1)
+        return int(workspace + self._common_bytes(work, learned))
+
+    def peak_bytes(self, work: Work, *, learned: bool) -> int:
+        """Bytes that a meta-step holds at the most, beside its parameters and tasks."""
+        at_once, _ = self.sharing(work, learned=learned)
+        return at_once * self.workspace_bytes(work, learned=learned) + self._common_bytes(work, learned)
+
+    def _common_bytes(self, work: Work, learned: bool) -> int:
+        """What is held beside the tasks at work: packed weights, sums over tasks, the meta-gradient."""
+        results = [work.parameters[name] for name in self._lowered.parameters[: self._wanted[1]]]
+        held = self._step(work, learned).common_bytes(work.tasks, *self._kind(work, learned))
+        return int(held) + sum(p.numel() * p.element_size() for p in results)
 
     def _threads(self, work: Work, learned: bool) -> int:
         """Those that work: as many as there are, or as the memory budget allows."""
         threads, step, kind = torch.get_num_threads(), self._step(work, learned), self._kind(work, learned)
         if work.memory_budget is None:
             return threads
+        room = work.memory_budget - self._common_bytes(work, learned)
         while threads > 1:
             at_once, each = step.sharing(work.tasks, *kind, threads)
-            if at_once * step.workspace_bytes(*kind, each) <= work.memory_budget:
+            if at_once * step.workspace_bytes(*kind, each) <= room:
                 break
             threads -= 1
         return threads

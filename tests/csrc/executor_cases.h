@@ -384,6 +384,40 @@ Program embedded(std::int64_t n) {
   return p;
 }
 
+// Tables that do not adapt, their gradients kept apart, one read for the first layer and one behind it; a table that
+// adapts between them.
+Program tables_apart(std::int64_t n) {
+  const auto table = [n](int w, int y, bool apart) {
+    Operation operation;
+    auto shape = std::make_shared<embedding::Shape>();
+    *shape = {n, classes, hidden, -1};
+    operation.shape = shape;
+    FASTMETA_MAPS(operation, embedding)
+    if (apart) {
+      operation.f32 = [](Isa isa) { return embedding::table_of(isa).apart32; };
+      operation.f64 = [](Isa isa) { return embedding::table_of(isa).apart64; };
+    }
+    operation.x[0] = {true, 1};
+    operation.w[0] = w;
+    operation.y = y;
+    return operation;
+  };
+  Program p;
+  p.operations = {table(5, 0, true),
+                  linear(n, hidden, hidden, Activation::tanh, {false, 0}, 3, 1),
+                  table(0, 2, false),
+                  sum(n, hidden, Activation::tanh, 1, 2, 3),
+                  table(6, 4, true),
+                  sum(n, hidden, Activation::identity, 3, 4, 5),
+                  linear(n, hidden, classes, Activation::identity, {false, 5}, 1, 6),
+                  loss_of(loss::Kind::cross_entropy, n, 6, 7)};
+  p.values = 8;
+  p.output = 6;
+  p.adapted = 3;
+  p.differentiated = p.parameters = 7;
+  return p;
+}
+
 // Batch norm in evaluation mode, in a convolution and elsewhere.
 Program evaluation(std::int64_t n) {
   Program p;
@@ -425,6 +459,9 @@ const Case cases[] = {
      true},
     {"attention", attending, {features * 6, 6, features * 6, 6, features * 6, 6, 6 * classes, classes}, features, true},
     {"embedding", embedded, {classes * hidden, hidden * classes, classes}, features, true, 0, true, false},
+    {"tables apart", tables_apart,
+     {classes * hidden, hidden * classes, classes, hidden * hidden, hidden, classes * hidden, classes * hidden}, features,
+     true, 0, true, false},
     {"convolutions", images, {108, 6, 6, 6, 270, 5, 5, 5, 60, 3}, 2 * side * side, true},
     {"running statistics", evaluation, {108, 6, 6, 6, 6, 6, 270, 5, 5, 5, 60, 3, 6, 6, 6, 6, 5, 5}, 2 * side * side,
      true, 6},

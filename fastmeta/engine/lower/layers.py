@@ -38,6 +38,7 @@ def _embedding(lowering: Lowering, instruction: Instruction) -> None:
     if not isinstance(held, Data) or given.dtype != torch.int64 or op.count == 0:
         raise NotLowered("an embedding of indices that are computed, or not of int64")
     described = {"count": op.count, "rows": op.size, "features": op.width, "padding": op.padding}
+    described["apart"] = False
     index = lowering.emit("embedding", described, [(True, held.index)], [lowering.parameter(table)])
     lowering.held[instruction.outputs[0]] = Value(index, op.count, op.width)
 
