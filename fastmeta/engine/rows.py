@@ -1,4 +1,4 @@
-"""Programs and meta-steps on the rows of embedding tables that each task's data name, renumbered: eq. (14)."""
+"""Programs and meta-steps on the rows of embedding tables that each task's data name, renumbered: eq. (12'')."""
 
 from __future__ import annotations
 
