@@ -11,9 +11,9 @@ from torch import Tensor
 from fastmeta.core.packing import Packing
 from fastmeta.engine.evaluation import MetaGradient
 from fastmeta.engine.work import Work
+from fastmeta.inner.configuration import Configuration
 from fastmeta.inner.rates import Rates, RateTable, Shapes, given
 from fastmeta.inner.rule import RuleKind
-from fastmeta.inner.sgd import SGD
 from fastmeta.inner.sgd_rule import PLAIN
 
 DEFAULT = 0.01  # the rate, where nothing is said
@@ -41,8 +41,8 @@ class InnerRule:
         ValueError: both are given, or neither.
     """
 
-    def __init__(self, lr: float | Tensor | RateTable | None, inner: SGD | None) -> None:
-        if inner is not None and not isinstance(inner, SGD):
+    def __init__(self, lr: float | Tensor | RateTable | None, inner: Configuration | None) -> None:
+        if inner is not None and not isinstance(inner, Configuration):
             raise TypeError(f"MAML: inner must be a rule of fastmeta.inner, got {type(inner).__name__}")
         if inner is not None and lr is not None:
             raise ValueError(f"MAML: lr must be None beside inner, got {lr}; give the rate to inner, as SGD(lr=...)")

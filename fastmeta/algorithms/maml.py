@@ -33,8 +33,8 @@ from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.unroll import unroll
 from fastmeta.engine.work import Work
+from fastmeta.inner.configuration import Configuration
 from fastmeta.inner.rates import Rate, registered
-from fastmeta.inner.sgd import SGD
 from fastmeta.tasks.batch import TaskBatch
 
 Engine = Literal["auto", "program", "autodiff"]
@@ -123,7 +123,7 @@ class MAML(nn.Module):
         lr: Rate | None = None,
         steps: int = 1,
         *,
-        inner: SGD | None = None,
+        inner: Configuration | None = None,
         first_order: bool = False,
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,

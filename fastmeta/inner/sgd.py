@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmeta.inner.rates import Rate, as_tensor, check_rate, registered
+from fastmeta.inner.configuration import Configuration
+from fastmeta.inner.rates import Rate, check_rate
 from fastmeta.inner.sgd_rule import SGDKind
 
-_HYPER = ("momentum", "dampening", "weight_decay")
 
-
-class SGD(nn.Module):
+class SGD(Configuration):
     """Inner stochastic gradient descent as ``torch.optim.SGD`` does it, differentiated exactly through every step.
 
     Each parameter's step, eq. (15) of docs/maths.md, is::
@@ -43,6 +40,8 @@ class SGD(nn.Module):
     Source: I. Sutskever, J. Martens, G. Dahl, G. Hinton, ICML 2013, as PyTorch has it.
     """
 
+    hyper: ClassVar[tuple[str, ...]] = ("momentum", "dampening", "weight_decay")
+
     def __init__(
         self,
         lr: Rate,
@@ -51,13 +50,7 @@ class SGD(nn.Module):
         nesterov: bool = False,
         weight_decay: float | Tensor = 0.0,
     ) -> None:
-        super().__init__()
-        if isinstance(lr, Mapping):
-            for name, rate in lr.items():
-                check_rate("SGD", f"lr[{name!r}]", rate)
-        else:
-            check_rate("SGD", "lr", lr)
-        self.lr = registered(lr)
+        super().__init__(lr)
         self.momentum, self.dampening, self.weight_decay = momentum, dampening, weight_decay
         self.nesterov = nesterov
         self.kind()
@@ -68,11 +61,11 @@ class SGD(nn.Module):
         Raises:
             As the class.
         """
-        for name in _HYPER:
+        for name in self.hyper:
             _check(name, getattr(self, name))
         if not isinstance(self.nesterov, bool):
             raise TypeError(f"SGD: nesterov must be a bool, got {type(self.nesterov).__name__}")
-        has = {name: isinstance(getattr(self, name), Tensor) or getattr(self, name) != 0 for name in _HYPER}
+        has = {name: isinstance(getattr(self, name), Tensor) or getattr(self, name) != 0 for name in self.hyper}
         if self.nesterov and not has["momentum"]:
             raise ValueError(f"SGD: momentum must not be 0 with nesterov, got {self.momentum}")
         if self.nesterov and has["dampening"]:
@@ -82,28 +75,9 @@ class SGD(nn.Module):
         learned = {name for name in learned if has.get(name, True)}
         return SGDKind(**has, nesterov=self.nesterov, learned=frozenset(learned))
 
-    def values(self, like: Tensor) -> Tensor | None:
-        """The hyper-parameters that the rule has beside its rates, ``[H]``; ``None`` where there are none."""
-        names = self.kind().names
-        return torch.stack([as_tensor(getattr(self, name), like) for name in names]) if names else None
-
-    def learned(self) -> dict[str, Tensor]:
-        """The tensors that require grad, by name; rates of a mapping are ``lr.<name>``."""
-        named: dict[str, Any] = {}
-        if isinstance(self.lr, nn.Module):
-            named = {f"lr.{name}": rate for name, rate in self.lr.as_mapping().items()}
-        named |= {name: getattr(self, name) for name in ("lr", *_HYPER)}
-        return {name: v for name, v in named.items() if isinstance(v, Tensor) and v.requires_grad}
-
-    def numbers(self) -> tuple[float | None, ...]:
-        """The hyper-parameters, the rate among them; ``None`` for what is no number."""
-        every = (getattr(self, name) for name in ("lr", *_HYPER))
-        return tuple(v if isinstance(v, (float, int)) else None for v in every)
-
     def extra_repr(self) -> str:
         """Settings, for ``print``."""
-        names = (*_HYPER, "nesterov") if isinstance(self.lr, nn.Module) else ("lr", *_HYPER, "nesterov")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{super().extra_repr()}, nesterov={self.nesterov}"
 
 
 def _check(name: str, value: object) -> None:
