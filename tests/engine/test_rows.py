@@ -101,7 +101,7 @@ def test_the_gradient_is_exact(parameters: Any) -> None:
                 assert relative_error(rows.value_and_grad(tasks, steps=steps)[1], exact) <= EXACT
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     size=st.integers(1, 30),
     width=st.integers(1, 5),
@@ -176,7 +176,7 @@ def test_rules_with_a_state_do_to_rows_what_they_do_to_tables(steps: int) -> Non
 def test_several_lookups_and_indices_that_are_computed() -> None:
     net, tasks = model(Twice), words()
     every = {"table.weight": "factored", "position.weight": "factored"}
-    for parameters in (None, ["position.*", "head.*"], ["head.*"]):
+    for parameters in (None, ["position.*", "head.*"]):
         options: dict[str, Any] = {"lr": 0.3, "steps": 2, "parameters": parameters}
         maml = fm.MAML(net, F.cross_entropy, plan=every, **options)
         assert plans(maml, tasks) == ["factored"] * 3
@@ -266,12 +266,12 @@ def test_other_objectives_evaluation_and_adapted_models() -> None:
     assert relative_error(*tables) <= EXACT
 
 
-@pytest.mark.parametrize("wrong", [-1, 40])
-def test_an_index_outside_the_table_is_an_error(wrong: int) -> None:
-    tasks = words()
-    tasks.query[0][2, 1, 0] = wrong
-    with pytest.raises(IndexError, match=rf"indices must be in \[0, 40\), got {wrong}; check the tokenizer"):
-        fm.MAML(model(), F.cross_entropy, plan=ROWS).value_and_grad(tasks)
+def test_an_index_outside_the_table_is_an_error() -> None:
+    maml, tasks = fm.MAML(model(), F.cross_entropy, plan=ROWS), words()
+    for wrong in (-1, 40):
+        tasks.query[0][2, 1, 0] = wrong
+        with pytest.raises(IndexError, match=rf"indices must be in \[0, 40\), got {wrong}; check the tokenizer"):
+            maml.value_and_grad(tasks)
 
 
 def test_numbers_of_touched_rows() -> None:
