@@ -168,13 +168,18 @@ class BuildExtension(build_ext):
         compiler = nvcc()
         if not compiler:
             raise CompileError("nvcc was not found; NVCC or CUDA_HOME can name it")
-        target, objects = Path(self.get_ext_fullpath(extension.name)), []
-        for folder in (target.parent, Path(self.build_temp) / "cuda"):
+        target, temporary = Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp) / "cuda"
+        for folder in (target.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        for source in extension.sources:
-            objects.append(str(Path(self.build_temp) / "cuda" / f"{Path(source).parent.name}_{Path(source).name}.o"))
-            includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *extension.include_dirs)]
-            call(compiler, *NVCC_FLAGS, *includes, "-c", source, "-o", objects[-1])
+        includes = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *extension.include_dirs)]
+
+        def compile_one(source: str) -> str:
+            made = str(temporary / f"{Path(source).parent.name}_{Path(source).name}.o")
+            call(compiler, *NVCC_FLAGS, *includes, "-c", source, "-o", made)
+            return made
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_one, extension.sources))
         call(compiler, "-shared", "-cudart", "static", *objects, "-o", str(target), "-Xlinker", "--strip-all")
 
     def flags(self) -> list[str]:

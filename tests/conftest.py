@@ -29,6 +29,12 @@ hypothesis.settings.register_profile("fastmeta", deadline=None, derandomize=True
 hypothesis.settings.load_profile("fastmeta")
 
 
+# Each process begins with its share of the tests in their order, and takes from others at its end.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: one that began last would leave every other core idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         lack("cuda", environment.gpu()["reason"])

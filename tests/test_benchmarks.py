@@ -180,6 +180,7 @@ def test_peers_do_not_know_fastmeta() -> None:
             assert not [n for n in names if n.split(".")[0] == "fastmeta"], path
 
 
+@pytest.mark.slow
 def test_pytest_entries_carry_the_interleaved_times(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--threads", "1"]
     command += ["--workload", "sinusoid_k1", "--variant", "loop", "--variant", "fastmeta", "--rounds", "2"]
@@ -263,11 +264,15 @@ def test_relative_errors_of_null_and_non_finite_gradients() -> None:
         relative_errors({"a": truth["a"]}, truth)
 
 
+@pytest.mark.slow
 def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
     monkeypatch.setattr(scaling, "PEERS", ("loop", "torch.func"))
     path = tmp_path / "scaling.json"
-    data = scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
+    monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8,))})
+    scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
+    monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
+    data = scaling.run(["width"], BRIEF, memory=False, path=path)  # memory takes a process for each number
+    assert (data["points"]["square:16,3,5,8"]["fastmeta"]["mib"] is not None) == RESET.exists()
     assert scaling.run(["width"], BRIEF, path=path) == data == json.loads(path.read_text())  # nothing is done again
     rows = scaling.rows_of(data, "width")
     assert scaling.curve(rows, "peer", "ms") == [

@@ -1,13 +1,18 @@
 """Compiles shipped builds of Triton kernels ahead of time, without a GPU, and reads what they take from the cubin.
 
-``python -m tests.kernels.resources [--write] [module ...]`` compares with ``resources.json``, or writes it; with
-another version of Triton than the one that file is of, only what no build may have is looked for. It runs in a process
-of its own: kernels that were made for the interpreter cannot be compiled.
+``python -m tests.kernels.resources [--write] [--all] [module ...]`` compares with ``resources.json``, or writes it;
+with another version of Triton than the one that file is of, only what no build may have is looked for. It runs in a
+process of its own: kernels that were made for the interpreter cannot be compiled.
+
+One version of Triton makes the same of the same intermediate code, so ``resources.json`` keeps a digest of that beside
+what was found. The first build of each kernel is compiled every time, and every build whose code is not the one that
+was read; ``--all`` compiles the others too.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -17,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +39,57 @@ def modules() -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
 
 
-def read(shipped: Any, capability: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Build:
+    """One shipped build for one compute capability."""
+
+    shipped: Any
+    capability: int
+
+    @property
+    def name(self) -> str:
+        """Unique among all builds."""
+        return f"{self.shipped.name} sm_{self.capability}"
+
+    @property
+    def target(self) -> Any:
+        """The GPU it is for, as Triton names it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's options."""
+        return {"num_warps": self.shipped.num_warps, "num_stages": self.shipped.num_stages, "enable_fp_fusion": True}
+
+    def source(self) -> Any:
+        """The kernel with its constants; addresses are aligned, as torch's are."""
+        from triton.compiler import ASTSource
+
+        kernel, types = self.shipped.kernel, self.shipped.signature
+        pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n].startswith("*")}
+        return ASTSource(kernel, types, self.shipped.constants, pointers)
+
+    def digest(self) -> str:
+        """Of all that Triton's passes are given: code without places in files, target and options."""
+        from triton._C.libtriton import ir
+        from triton.compiler.compiler import make_backend
+
+        backend, context = make_backend(self.target), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        options = backend.parse_options(self.options)
+        parts = options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        code = self.source().make_ir(self.target, *parts).str_nodebug()
+        return hashlib.sha256(f"{self.target} {self.options} {code}".encode()).hexdigest()[:16]
+
+
+def read(build: Build) -> dict[str, Any]:
     """Registers, stack, shared memory and instructions of one build."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = shipped.kernel.arg_names
-    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if shipped.signature[n].startswith("*")}
-    source = ASTSource(shipped.kernel, shipped.signature, shipped.constants, pointers)
-    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    built = triton.compile(build.source(), target=build.target, options=build.options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -74,39 +120,51 @@ def faults(name: str, found: dict[str, Any], capability: int, *, tensor_cores: b
     return wrong
 
 
-def gather(names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Resources of every shipped build of the modules by name, and what is wrong with them."""
-    jobs = [
-        (f"{shipped.name} sm_{capability}", shipped, capability)
-        for module in names
-        for shipped in importlib.import_module(module).shipped()
-        for capability in CAPABILITIES
-        if capability in shipped.capabilities
-    ]
+def builds(names: list[str]) -> list[Build]:
+    """Every shipped build of the modules."""
+    shipped = [one for module in names for one in importlib.import_module(module).shipped()]
+    return [Build(one, capability) for one in shipped for capability in CAPABILITIES if capability in one.capabilities]
+
+
+def gather(wanted: list[Build], known: dict[str, Any], always: set[str]) -> dict[str, dict[str, Any]]:
+    """Resources by name: compiled, or as ``known`` where that is of the same code, ``always`` excepted."""
+
+    def look(build: Build) -> dict[str, Any]:
+        digest, before = build.digest(), known.get(build.name)
+        if build.name not in always and before is not None and before["code"] == digest:
+            return dict(before)
+        return {"code": digest, **read(build)}
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda job: read(job[1], job[2]), jobs))
-    wrong = [
-        fault
-        for (name, shipped, capability), one in zip(jobs, found, strict=True)
-        for fault in faults(name, one, capability, tensor_cores=shipped.tensor_cores)
-    ]
-    return {name: one for (name, _, _), one in zip(jobs, found, strict=True)}, wrong
+        return dict(zip([build.name for build in wanted], pool.map(look, wanted), strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", help="modules that ship kernels; all of them by default")
     parser.add_argument("--write", action="store_true", help="write what is found instead of comparing")
+    parser.add_argument("--all", action="store_true", help="compile every build")
     arguments = parser.parse_args()
-    found, wrong = gather(arguments.modules or modules())
+    wanted = builds(arguments.modules or modules())
     kept = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {"triton": "", "builds": {}}
-    version, golden = importlib.metadata.version("triton"), kept["builds"]
+    version = importlib.metadata.version("triton")
+    golden = kept["builds"] if kept["triton"] == version else {}
+    first = {(id(build.shipped.kernel), build.capability): build for build in reversed(wanted)}
+    always = {build.name for build in (wanted if arguments.all else first.values())}
+    found = gather(wanted, golden, always)
+    wrong = [
+        fault
+        for build in wanted
+        for fault in faults(build.name, found[build.name], build.capability, tensor_cores=build.shipped.tensor_cores)
+    ]
     if arguments.write:
-        others = golden if arguments.modules and kept["triton"] == version else {}
-        builds = dict(sorted({**others, **found}.items()))
-        GOLDEN.write_text(json.dumps({"triton": version, "builds": builds}, indent=1) + "\n")
-    elif version == kept["triton"]:
-        wrong += [f"{name}: {one}, was {golden.get(name)}" for name, one in found.items() if one != golden.get(name)]
+        every = {**(golden if arguments.modules else {}), **found}
+        GOLDEN.write_text(json.dumps({"triton": version, "builds": dict(sorted(every.items()))}, indent=1) + "\n")
+    elif golden:
+        for name, one in found.items():
+            before = golden.get(name, {})
+            if one | {"code": ""} != before | {"code": ""}:
+                wrong.append(f"{name}: {one}, was {before or 'not there'}")
     for name, one in found.items():
         print(name, " ".join(f"{key} {value}" for key, value in one.items()))
     if wrong:

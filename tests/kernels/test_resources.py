@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,20 @@ def test_shipped_builds_take_what_they_took() -> None:
     command = [sys.executable, "-m", "tests.kernels.resources"]
     ran = subprocess.run(command, cwd=resources.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Named(resources.Build):
+        def digest(self) -> str:
+            return "new" if "other code" in self.name else "known"
+
+    monkeypatch.setattr(resources, "read", lambda build: {"registers": 1})
+    names = ["first", "same code", "other code", "not there"]
+    wanted = [Named(SimpleNamespace(name=name), 80) for name in names]
+    known = {f"{name} sm_80": {"code": "known", "registers": 0} for name in names[:3]}
+    found = resources.gather(wanted, known, {"first sm_80"})
+    assert [found[f"{name} sm_80"]["registers"] for name in names] == [1, 0, 1, 1]
+    assert [one["code"] for one in found.values()] == ["known", "known", "new", "known"]
 
 
 @pytest.mark.parametrize(
