@@ -47,8 +47,15 @@ def test_rates_of_rows_and_columns_keep_factors(kind: str) -> None:
             assert relative_error(maml.value_and_grad(tasks, steps=steps)[1], truth) <= EXACT
 
 
-@pytest.mark.parametrize("others", ["one", "element"])
-@pytest.mark.parametrize("kinds", [("row", "element"), ("element", "column"), ("one", "one"), ("column", "row")])
+@pytest.mark.parametrize(
+    ("kinds", "others"),
+    [
+        (("row", "element"), "one"),
+        (("element", "column"), "element"),
+        (("one", "one"), "element"),
+        (("column", "row"), "one"),
+    ],
+)
 def test_only_weights_with_a_rate_an_element_are_formed(kinds: tuple[str, str], others: str) -> None:
     torch.manual_seed(0)
     model, tasks = network(5, 6, 3, activation="tanh"), batch_of(5, 3, "cross entropy")
@@ -128,7 +135,7 @@ def learner(*widths: int) -> tuple[nn.Module, fm.TaskBatch, fm.MAML]:
 
 @hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(
-    widths=st.sampled_from([(3, 4, 2), (1, 3, 1), (2, 1, 3)]),
+    widths=st.sampled_from([(3, 4, 2), (2, 1, 3)]),
     kinds=st.tuples(*[st.sampled_from([*SHAPES])] * 2),
     plan=st.sampled_from(["dense", "factored"]),
     steps=st.integers(1, 3),
