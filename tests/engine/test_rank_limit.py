@@ -75,7 +75,7 @@ def test_learned_rates_get_their_gradient(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:MAML. memory_budget")
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     widths=st.tuples(st.integers(3, 14), st.integers(3, 14)),
     sets=st.tuples(st.integers(1, 5), st.integers(1, 9)),
