@@ -189,12 +189,21 @@ class LowRank:
                 total = part if total is None else total + part
         return total
 
-    def over_tasks(self) -> Tensor:
-        """``[out, in]``: the sum over tasks of one without shared part, one product over the stacked rows."""
-        total = None if self.own is None else self.own.matrix.sum(0) * self.own.scale
-        for left, right, scale in self.factors:
-            part = _scaled(product(left.flatten(0, 1).t(), right.flatten(0, 1)), scale)
+    def over_tasks(self, onto: Tensor | None = None) -> Tensor:
+        """``[out, in]``: the sum over tasks of one without shared part, one product over the stacked rows.
+
+        Args:
+            onto: ``[out, in]``, what it is added to; it is overwritten.
+        """
+        total = onto
+        if self.own is not None:
+            part = _scaled(self.own.matrix.sum(0), self.own.scale)
             total = part if total is None else total.add_(part)
+        for factor in self.factors:
+            left, right, scale = factor.applied()
+            rows = left.flatten(0, 1) if isinstance(scale, float) and scale == 1 else left.flatten(0, 1) * scale
+            stacked = rows.t().unsqueeze(0), right.flatten(0, 1).unsqueeze(0)
+            total = products(*stacked, None if total is None else total.unsqueeze(0)).squeeze(0)
         return _require(total)
 
     def formed(self) -> Tensor:

@@ -26,10 +26,9 @@ class MetaGradient:
     alpha: Tensor | None
     hyper: Tensor | None = None
 
-    def add(self, other: MetaGradient) -> None:
-        """Make it the gradient of two chunks of tasks."""
-        for total, part in zip(self.adapted, other.adapted, strict=True):
-            total.add_(part)
+    def take(self, other: MetaGradient) -> None:
+        """Make it the gradient of two chunks of tasks, where the other's for adapting parameters is that already."""
+        self.adapted = other.adapted
         self.outer = added(self.outer, other.outer)
         self.alpha = plus(self.alpha, other.alpha)
         self.hyper = plus(self.hyper, other.hyper)

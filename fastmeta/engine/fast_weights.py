@@ -163,16 +163,22 @@ class FastWeights:
                 factors[name] = factors[name].minus_(h) if alone else factors[name].plus(h, -1.0)
         return Vector(lam.packed, factors)
 
-    def over_tasks(self, lam: Vector) -> list[Tensor]:
+    def over_tasks(self, lam: Vector, onto: Sequence[Tensor | None]) -> list[Tensor]:
         """The sum over tasks, eq. (8), ``[*shape]`` for each parameter in the packing's order.
 
         Those that came for each task stay so, ``[T, *shape]``.
+
+        Args:
+            lam: cotangent of the weights that tasks share.
+            onto: for each parameter the sum that its own is added to, and that is overwritten, if there is one.
         """
         if self._own:
-            each = self.values(lam)
-            return [_summed(part, own=name in self._own) for name, part in zip(self._names, each, strict=True)]
-        formed = iter(self._packing.unpack_shared(lam.packed.sum(0)) if self._formed else ())
-        return [lam.factors[n].over_tasks() if n in lam.factors else next(formed) for n in self._names]
+            values = zip(self._names, self.values(lam), strict=True)
+            each = [d if name in self._own or isinstance(d, LowRank) else d.sum(0) for name, d in values]
+        else:
+            formed = iter(self._packing.unpack_shared(lam.packed.sum(0)) if self._formed else ())
+            each = [lam.factors[name] if name in lam.factors else next(formed) for name in self._names]
+        return [_added(d, total) for d, total in zip(each, onto or [None] * len(each), strict=True)]
 
     def _nothing(self) -> Tensor:
         """What is packed where every parameter is factors."""
@@ -208,7 +214,7 @@ class FastWeights:
         return torch.cat([own[name].reshape(-1) for name in self._names])
 
 
-def _summed(part: Weight, *, own: bool) -> Tensor:
-    if isinstance(part, LowRank):
-        return part.over_tasks()
-    return part if own else part.sum(0)
+def _added(d: Weight, total: Tensor | None) -> Tensor:
+    if isinstance(d, LowRank):
+        return d.over_tasks(total)
+    return d if total is None else total.add_(d)

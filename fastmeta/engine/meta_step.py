@@ -143,13 +143,16 @@ def _by_reference(
             kept.append(trajectory.evaluated.outputs)
         if cotangents is not None:
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
-            gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs)
+            earlier: Sequence[Tensor | None] = () if total is None else total.adapted
             if taken is not None:
+                gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
                 total = taken.added(total, gradient)
-            elif total is None:
-                total = gradient
             else:
-                total.add(gradient)
+                gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs, earlier)
+                if total is None:
+                    total = gradient
+                else:
+                    total.take(gradient)
             del gradient
         del trajectory, taken  # its query tape must be gone before the next chunk
     every = torch.cat(losses)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,25 +136,38 @@ class Taken:
     touched: dict[str, Tensor]
     outer: tuple[str, ...]
 
+    def as_it_is(self, adapted: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of one each for the adapting parameters, those that are no tables on rows."""
+        pairs = zip(self.whole.packing.names, adapted, strict=False)
+        return [None if name in self.touched else d for name, d in pairs]
+
     def added(self, total: MetaGradient | None, gradient: MetaGradient) -> MetaGradient:
-        """``gradient`` by rows added to ``total`` by whole parameters, which is overwritten."""
+        """``gradient`` by rows added to ``total`` by whole parameters, which is overwritten.
+
+        Where ``gradient`` has whole parameters that adapt, ``total`` is in it already.
+        """
         names = self.whole.packing.names
         adapted: Sequence[Tensor | None] = [None] * len(names) if total is None else total.adapted
         outer: Sequence[Tensor | None] = [None] * len(self.outer) if total is None else total.outer
         return MetaGradient(
-            self._sums(names, adapted, gradient.adapted),
-            self._sums(self.outer, outer, gradient.outer),
+            [self._by_rows(n, old, new) for n, old, new in zip(names, adapted, gradient.adapted, strict=True)],
+            self._outer(outer, gradient.outer),
             plus(None if total is None else total.alpha, gradient.alpha),
             plus(None if total is None else total.hyper, gradient.hyper),
         )
 
-    def _sums(self, names: Sequence[str], totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Any]:
+    def _by_rows(self, name: str, total: Tensor | None, d: Tensor) -> Tensor:
+        """A table's rows added to its total; anything else as it is."""
+        if name not in self.touched:
+            return d
+        whole = torch.zeros_like(self.whole.parameters[name]) if total is None else total
+        return add_rows(whole, self.touched[name], d)
+
+    def _outer(self, totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         totals, rest = list(totals), list(parts)
-        for i, (name, d) in enumerate(zip(names, parts, strict=True)):
+        for i, (name, d) in enumerate(zip(self.outer, parts, strict=True)):
             if name in self.touched and d is not None:
-                whole = totals[i]
-                whole = torch.zeros_like(self.whole.parameters[name]) if whole is None else whole
-                totals[i], rest[i] = add_rows(whole, self.touched[name], d), None
+                totals[i], rest[i] = self._by_rows(name, totals[i], d), None
         return added(totals, rest)
 
 

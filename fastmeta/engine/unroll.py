@@ -111,6 +111,7 @@ def adjoint(
     trajectory: Trajectory,
     d_loss: Tensor,
     d_outputs: Sequence[Tensor | None] = (),
+    onto: Sequence[Tensor | None] = (),
 ) -> MetaGradient:
     """Meta-gradient by the adjoint of the unroll, eq. (5)-(8').
 
@@ -121,6 +122,8 @@ def adjoint(
         trajectory: of :func:`unroll`, with tapes or points unless first order; it is used up.
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
+        onto: gradients of the adapting parameters from other tasks, to which those of these are added; they are
+            overwritten. ``None`` for one that there is none of.
     """
     rule = FastWeights(work, support.factored, support.bounded)
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs, last=True)
@@ -149,7 +152,7 @@ def adjoint(
         del tape, product, back  # before the next step's are there
     if invariants is not None and flowing:
         outer = added(outer, executor.invariant_backward(support, invariants, flowing), -1)
-    return MetaGradient(rule.over_tasks(lam), outer, _stack_rates(work.alpha, d_alpha[::-1]), d_hyper)
+    return MetaGradient(rule.over_tasks(lam, onto), outer, _stack_rates(work.alpha, d_alpha[::-1]), d_hyper)
 
 
 def _inner(
