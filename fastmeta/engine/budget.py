@@ -1,7 +1,7 @@
 """A memory budget: how many tasks run at a time, and whether activations are kept or computed again, so that it holds.
 
-The task-batched executor's memory is predicted from what it takes for one task and for two, whose tensors are counted
-while they run: beyond that it grows by the same amount a task.
+The task-batched executor's memory is predicted from what it takes for one task, for two at a time and for two one after
+the other, whose tensors are counted while they run: beyond that it grows by the same amount a task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastmeta.core.live_bytes import Exceeded, LiveBytes
 from fastmeta.engine.compiler import Fit, Programs
 from fastmeta.engine.work import Work
 
-Run = Callable[[Work, bool], object]  # a meta-step, all its tasks at a time; whether activations are computed again
+Run = Callable[[Work, int, bool], object]  # a meta-step; how many tasks at a time; whether activations come again
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Peak:
         first: bytes with one task.
         more: bytes with each further one.
         tasks: T.
-        apart: bytes that tasks of several runs add: the gradient of those that are done.
+        apart: bytes that tasks of several runs add: what is held of the gradient of those that are done.
         left: bytes that a task which is done leaves: its outputs.
     """
 
@@ -45,19 +45,18 @@ class Peak:
         run: Run,
         *,
         recompute: bool,
-        gradient: bool,
         outputs: bool,
         limit: int | None = None,
     ) -> Peak:
-        """Run one task and then two, and count, up to ``limit`` bytes."""
+        """Run one task, two at a time and two in turn, and count, up to ``limit`` bytes."""
         counted = []
         devices = [work.alpha.device] if work.alpha.is_cuda else []
-        for count in range(1, min(2, work.tasks) + 1):
+        for count, at_once in ((1, 1), (2, 2), (2, 1))[: 1 if work.tasks == 1 else 3]:
             part = work.part(slice(0, count))
             live = LiveBytes(limit)
             try:
                 with torch.random.fork_rng(devices), live:
-                    run(part, recompute)
+                    run(part, at_once, recompute)
             except Exceeded:
                 pass  # and the peak is beyond the limit
             except torch.OutOfMemoryError:
@@ -65,18 +64,13 @@ class Peak:
                     raise
                 live.peak = limit + 1
             counted.append(live.peak)
-            if limit is not None and live.peak > limit:
+            if limit is not None and counted[0] > limit:
                 break  # where it stopped says nothing of how much more there would be
         graph = programs.both[1].graph
         shown = [graph.values[slot] for slot in graph.outputs] if outputs else []
-        wanted = [work.parameters[name] for name in (*work.packing.names, *work.outer_names)] if gradient else []
-        return Peak(
-            counted[0],
-            max(0, counted[-1] - counted[0]),
-            work.tasks,
-            sum(p.numel() * p.element_size() for p in wanted),
-            sum(prod(v.shape) * v.dtype.itemsize for v in shown),
-        )
+        left = sum(prod(v.shape) * v.dtype.itemsize for v in shown)
+        first, both, in_turn = counted if len(counted) == 3 else counted * 3
+        return Peak(first, max(0, both - first), work.tasks, max(0, in_turn - first - left), left)
 
     def at(self, tasks: int) -> int:
         """Bytes where so many run at a time."""
@@ -111,7 +105,7 @@ def fit_to_budget(
     """
 
     def peak(*, recompute: bool, limit: int | None) -> Peak:
-        return Peak.of(work, programs, run, recompute=recompute, gradient=gradient, outputs=outputs, limit=limit)
+        return Peak.of(work, programs, run, recompute=recompute, outputs=outputs, limit=limit)
 
     planned = min(programs.chunk_size, work.tasks)
     kept = peak(recompute=False, limit=budget)

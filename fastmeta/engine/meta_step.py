@@ -87,9 +87,9 @@ def fitted(
 def predicted(work: Work, programs: Programs, cotangents: Cotangents | None, *, learned: bool, outputs: bool) -> Fit:
     """How the task-batched executor runs a meta-step, within the memory budget if there is one."""
 
-    def run(part: Work, recompute: bool) -> Evaluation:
-        together = Fit(part.tasks, recompute, 0)
-        return _by_reference(part, programs, cotangents, together, learned=learned, outputs=outputs)
+    def run(part: Work, at_once: int, recompute: bool) -> Evaluation:
+        tried = Fit(at_once, recompute, 0)
+        return _by_reference(part, programs, cotangents, tried, learned=learned, outputs=outputs)
 
     gradient = cotangents is not None
     return fit_to_budget(work, programs, run, gradient=gradient, outputs=outputs, budget=work.memory_budget)

@@ -161,6 +161,17 @@ def test_the_prediction_is_what_a_meta_step_holds(share: float) -> None:
     assert live.peak <= maml.memory_budget
 
 
+def test_factors_of_further_tasks_are_added_where_the_sum_is() -> None:
+    torch.manual_seed(0)
+    model, tasks = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 3)), tasks_of((512,), torch.float32, 2)
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 2, plan="factored", chunk_size=1)
+    told = maml.explain(tasks)
+    with LiveBytes() as live:
+        maml.value_and_grad(tasks)
+    assert abs(told.peak / live.peak - 1) <= 0.02
+    assert live.peak <= 1.2 * 4 * 512 * 512  # the gradient, which a second one of all tasks before would double
+
+
 RESIDENT = """
 import ctypes, gc, json, sys
 from pathlib import Path
@@ -289,11 +300,11 @@ def test_a_task_that_is_too_much_ends_the_count() -> None:
     work, programs = maml._prepare(tasks, None, differentiate=True)
     counts: list[int] = []
 
-    def run(part: Any, recompute: bool) -> None:
+    def run(part: Any, at_once: int, recompute: bool) -> None:
         counts.append(part.tasks)
         torch.empty(4000 // part.tasks)  # a count that goes down says that something else was counted
 
-    options = {"recompute": False, "gradient": True, "outputs": False}
+    options = {"recompute": False, "outputs": False}
     peak = Peak.of(work, programs, run, limit=10_000, **options)
     assert counts == [1]
     assert peak.most(10_000, T) == 0
