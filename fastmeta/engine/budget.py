@@ -90,7 +90,7 @@ class Peak:
 def fit_to_budget(
     work: Work, programs: Programs, run: Run, *, gradient: bool, outputs: bool, budget: int | None = None
 ) -> Fit:
-    """How the task-batched executor keeps within ``budget``; the least it can do where it cannot.
+    """How the task-batched executor keeps within ``budget``; where it cannot, one task runs at a time.
 
     Activations are computed again where keeping one task's does not fit; on a GPU, where calls are what is dear, also
     where it lets twice as many tasks run at a time. What draws random numbers cannot be computed again.

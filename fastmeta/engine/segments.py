@@ -10,8 +10,8 @@ def starts(made: Sequence[int], live: Sequence[int]) -> tuple[int, ...]:
     """Positions of instructions to run again from, the first of which is 0.
 
     What is held at a time is the values at every start, and one segment's activations and their cotangents. A smaller
-    bound on a segment's activations means more starts: of the bounds that halve the whole once, twice and so on by
-    steps of a tenth, the one that holds least is taken. Within a bound, segments end where fewest bytes are live.
+    bound on a segment's activations means more starts: of bounds of which each is nine tenths of the one before, the
+    one that holds least is taken. Within a bound, segments end where fewest bytes are live.
 
     Args:
         made: bytes that each instruction makes.

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +19,7 @@ from fastmeta.engine import meta_step
 from fastmeta.engine.budget import Peak
 from fastmeta.engine.segments import starts
 from tests.oracle import relative_error
+from tests.process_memory import in_a_process, needs_a_mark
 
 T = 6
 TINY = 1  # byte: nothing fits
@@ -173,37 +169,23 @@ def test_factors_of_further_tasks_are_added_where_the_sum_is() -> None:
 
 
 RESIDENT = """
-import ctypes, gc, json, sys
-from pathlib import Path
+import json, sys
 from tests.engine.test_budget import F, fm, wide
+from tests.process_memory import high_water, settle
 model, tasks = wide(2000)
 maml = fm.MAML(model, F.cross_entropy, 0.1, 16, executor="reference", chunk_size=6, memory_budget=int(sys.argv[1]))
 told = maml.explain(tasks)
 maml.value_and_grad(tasks)
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-field = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name + ":"))
-Path("/proc/self/clear_refs").write_text("5")
-before = field("VmRSS")
+before = settle()
 maml.value_and_grad(tasks)
-print(json.dumps([told.peak, 1024 * (field("VmHWM") - before), told.tasks_at_once, told.recomputes]))
+print(json.dumps([told.peak, high_water() - before]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can be reset on Linux only")
+@needs_a_mark
 @pytest.mark.parametrize("budget", [1 << 30, 120 << 20, 45 << 20])
 def test_the_prediction_is_what_the_process_takes(budget: int) -> None:
-    # A fixed threshold keeps every larger block a mapping of its own, which returns to the system when it is freed.
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, str(budget)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
-    assert done.returncode == 0, done.stderr
-    predicted, measured, *_ = json.loads(done.stdout.splitlines()[-1])
+    predicted, measured = in_a_process(RESIDENT, budget)
     assert abs(predicted / measured - 1) <= 0.15  # what operations and the allocator hold beside tensors is not counted
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +14,7 @@ import fastmeta as fm
 from fastmeta.core import native as extension
 from tests.engine.test_native import EXACT, batch_of, network
 from tests.oracle import relative_error
+from tests.process_memory import in_a_process, needs_a_mark
 
 pytestmark = pytest.mark.skipif(extension.extension() is None, reason="no extension")
 WAYS = 3
@@ -193,36 +189,22 @@ def test_no_task_holds_a_table_that_does_not_adapt() -> None:
 
 
 RESIDENT = """
-import ctypes, gc, json
-from pathlib import Path
+import json
 import torch
 from tests.engine.test_native_tables import fm, model_of_large_weights, sentences, words
+from tests.process_memory import high_water, settle
 torch.set_num_threads(2)
 small = fm.MAML(words(40, 7), torch.nn.functional.cross_entropy, 0.1, 2, executor="native", parameters=["head.*"])
 small.value_and_grad(sentences(40, 3))
 maml, batch, _ = model_of_large_weights()
 told = maml.explain(batch)
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-field = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name + ":"))
-Path("/proc/self/clear_refs").write_text("5")
-before = field("VmRSS")
+before = settle()
 kept = maml.value_and_grad(batch)
-print(json.dumps([told.peak, 1024 * (field("VmHWM") - before)]))
+print(json.dumps([told.peak, high_water() - before]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can be reset on Linux only")
+@needs_a_mark
 def test_the_prediction_is_what_the_process_takes() -> None:
-    # A fixed threshold keeps every larger block a mapping of its own, which returns to the system when it is freed.
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
-    assert done.returncode == 0, done.stderr
-    predicted, measured = json.loads(done.stdout.splitlines()[-1])
+    predicted, measured = in_a_process(RESIDENT)
     assert abs(predicted / measured - 1) <= 0.15  # what the allocator and threads hold beside is not counted
