@@ -74,6 +74,9 @@ def table(found: dict[str, Any]) -> str:
     for prefix in ("step ", "tf32 "):
         for result in steps_of(found, prefix):
             lines += ["", f"## {result['title']}, {result['precision']}", "", *_step_rows(result)]
+    for key, result in found.items():
+        if key.startswith("kernels "):
+            lines += ["", f"## Kernels: {result['title']}", "", *_kernel_rows(result)]
     for key, title in (("conv", "Convolution blocks"), ("attention", "Attention")):
         if found.get(key):
             lines += ["", f"## {title}", "", *_rows(found[key])]
@@ -96,6 +99,17 @@ def _step_rows(result: dict[str, Any]) -> list[str]:
     if peer is not None:
         lines += ["", f"Best peer / fastmeta: {peer['ms'] / ours['ms']:.2f} ({peer['variant']})."]
     return lines
+
+
+def _kernel_rows(result: dict[str, Any]) -> list[str]:
+    """The kernels that take one per cent of a step and more."""
+    first = f"{result['busy_us']:.0f} us of kernels in {result['step_us']:.0f} us of a captured step."
+    lines = [first, "", "| kernel | launches | us | share |", "|---|---:|---:|---:|"]
+    return lines + [
+        f"| `{k['kernel']}` | {k['calls']:.4g} | {k['us']:.1f} | {100 * k['share']:.0f} % |"
+        for k in result["kernels"]
+        if k["share"] >= 0.01
+    ]
 
 
 def _error(row: dict[str, Any], which: str) -> str:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention, conv, peaks, report, steps
+from benchmarks.gpu import attention, conv, kernels, peaks, report, steps
 from fastmeta.core import environment, files, triton_support
 
-PARTS = ("steps", "conv", "attention", "tf32", "jax")
+PARTS = ("steps", "kernels", "conv", "attention", "tf32", "jax")
 TF32 = ("omniglot_5way", "omniglot_20way", "conv4_84")
 WITH_COMPILE = ("sinusoid_k1", "mlp784")  # compiling takes minutes elsewhere
 
@@ -76,6 +76,8 @@ def main() -> None:
     for name in arguments.workload or steps.WORKLOADS:
         kinds = [v for v in arguments.variant or steps.VARIANTS if v != "torch.compile" or name in WITH_COMPILE]
         part("steps", f"step {name}", lambda name=name, kinds=kinds: steps.compare(name, kinds, say))
+    for name in arguments.workload or steps.WORKLOADS:
+        part("kernels", f"kernels {name}", lambda name=name: kernels.rows(name, say))
     rates = {"flops": measured.of(triton_support.precision()), "bytes": measured.bytes}
     part("conv", "conv", lambda: conv.rows(rates))
     say("conv: done")
