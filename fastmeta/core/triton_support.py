@@ -82,6 +82,11 @@ def precision() -> str:
     return PRECISIONS[torch.get_float32_matmul_precision()]
 
 
+def exact_precision() -> str:
+    """How float32 products are made that must have float32's accuracy whatever the user asked for."""
+    return PRECISIONS["highest"]
+
+
 def build_precision() -> str:
     """:func:`precision` as kernels take it (:mod:`fastmeta.core.triton_dot`).
 

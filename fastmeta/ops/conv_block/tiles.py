@@ -7,6 +7,7 @@ from typing import Any
 from fastmeta.ops.conv_block.geometry import Geometry, Window
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+FIRST = {"num_warps": 4, "enable_fp_fusion": True}  # where ``z`` is computed anew
 ROWS = 64  # positions of a product's tile
 DEPTH = 32  # patch elements, or positions of a correlation, that are multiplied at a time
 PROGRAMS = 528  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
@@ -84,6 +85,18 @@ def first_constants(g: Geometry, *, pooled: bool) -> dict[str, Any]:
     tile = {"BM": first_rows(g) if pooled else ROWS, "BC": width(g.out), "BK": 16 if g.patch <= 16 else 32}
     pool = {f"W{name.removeprefix('K')}": size for name, size in _windows(g.pool).items()} if pooled else {}
     return {"CI": g.channels, "C": g.out, **_windows(g.convolution), **pool, **tile}
+
+
+def covariance_constants(g: Geometry) -> dict[str, Any]:
+    """What a build of the patches' covariance is made for."""
+    return {"CI": g.channels, **_windows(g.convolution), "BM": ROWS, "BK": 16 if g.patch <= 16 else 32}
+
+
+def pieces(count: int, tasks: int, rows: int) -> tuple[int, int]:
+    """Into how many pieces ``count`` windows or positions of a task are cut, and how many each has."""
+    wanted = max(1, min(cdiv(PROGRAMS, max(1, tasks)), cdiv(count, 4 * rows), SPLITS))
+    span = cdiv(cdiv(count, wanted), rows) * rows
+    return cdiv(count, span), span
 
 
 def split(g: Geometry, tasks: int) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.task_op import Need
-from fastmeta.core.triton_support import Shipped, build_precision, precision
+from fastmeta.core.triton_support import Shipped, build_precision, exact_precision, precision
 from fastmeta.ops.conv_block import tiles
 from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
@@ -33,6 +33,8 @@ class Saved:
         scale: ``[T or 1, O]`` or ``None``.
         code, peak: of every window, see ``triton_norm``.
         bias: ``[T or 1, O]`` where ``z`` is computed anew, see ``triton_first``; else ``None``.
+        middle, spread: of the patches where ``z`` is computed anew: ``[T, I]``, and sums of their products with
+            themselves and of themselves, ``[T, F + 1, F]``; else ``None``.
     """
 
     x: Tensor
@@ -45,6 +47,8 @@ class Saved:
     code: Tensor | None = None
     peak: Tensor | None = None
     bias: Tensor | None = None
+    middle: Tensor | None = None
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -333,7 +337,8 @@ def _first(
     mean, rstd, new = _moments(_first_moments(kept, None, g), running, g)
     kept = replace(kept, mean=mean, rstd=rstd, scale=affine[0])
     y, peak, code = _windows(kept.x, g), _windows(kept.x, g), _windows(kept.x, g, torch.uint8)
-    kept = replace(kept, code=code, peak=peak)
+    middle = kept.x.mean((1, 2, 3))
+    kept = replace(kept, code=code, peak=peak, middle=middle, spread=_spread_of_patches(kept.x, middle, g))
     _first_windows(kept, SavedDot(), affine[1], None, y, None, g)
     return y.movedim(-1, 2), new, kept
 
@@ -359,7 +364,7 @@ def _first_moments(saved: Saved, turned_dot: Tensor | None, g: Geometry) -> Tens
     first.moments[(blocks, tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, turned_dot, saved.bias, *statistics, partial, _stride(saved.turned), _stride(turned_dot),
         _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=build_precision(),
-        **tiles.OPTIONS, num_stages=1,
+        **tiles.FIRST, num_stages=1,
     )  # fmt: skip
     return partial
 
@@ -380,8 +385,20 @@ def _first_windows(
         dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.turned), _stride(dot.turned_dot),
         _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
         *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=build_precision(),
-        **tiles.OPTIONS, num_stages=1,
+        **tiles.FIRST, num_stages=1,
     )  # fmt: skip
+
+
+def _spread_of_patches(x: Tensor, middle: Tensor, g: Geometry) -> Tensor:
+    """:attr:`Saved.spread`."""
+    constants, tasks = tiles.covariance_constants(g), x.shape[0]
+    pieces, span = tiles.pieces(g.positions, tasks, constants["BM"])
+    partial = x.new_empty((tasks, pieces, constants["BK"] + 1, constants["BK"]))
+    first.covariance[(pieces, tasks)](
+        x, middle, partial, *g.size, g.images, *g.conv_size, span, **constants, PRECISION=exact_precision(),
+        **tiles.FIRST, num_stages=1,
+    )  # fmt: skip
+    return _folded(partial)
 
 
 def _correlate_anew(
@@ -389,14 +406,14 @@ def _correlate_anew(
 ) -> Tensor:
     """``corr(x, d_z)``, or with a tangent ``corr(x, d_z_dot)``, where neither image exists."""
     constants, tasks = tiles.first_constants(g, pooled=True), saved.x.shape[0]
-    _, pieces, span = tiles.split(g, tasks)
+    pieces, span = tiles.pieces(g.windows, tasks * tiles.cdiv(g.out, constants["BC"]), constants["BM"])
     partial = saved.x.new_empty((tasks, pieces, g.patch, g.out))
     turned_dot = None if d_dot is None else dot.turned_dot
     first.correlation[(pieces, tasks, tiles.cdiv(g.out, constants["BC"]))](
-        saved.x, saved.turned, turned_dot, saved.bias, d, d_dot, saved.code, saved.mean, saved.rstd, saved.scale,
-        dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.bias),
-        _stride(saved.scale), _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants,
-        Q=2 if d_dot is None else 4, PRECISION=build_precision(), **tiles.OPTIONS, num_stages=1,
+        saved.x, saved.turned, turned_dot, saved.middle, saved.spread, d, d_dot, saved.code, saved.rstd, saved.scale,
+        dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.scale),
+        _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants, Q=2 if d_dot is None else 4,
+        PRECISION=build_precision(), EXACT=exact_precision(), **tiles.FIRST, num_stages=1,
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 

@@ -88,13 +88,17 @@ def _first(g: Geometry, precision: str) -> list[Shipped]:
     whole, pooled = (tiles.first_constants(g, pooled=of) | chosen for of in (False, True))
     windows = pooled | {"ACTIVATION": g.activation}
     dots, plain = ("WDot", "ScaleDot", "Moves", "Bias"), ("WDot", "Mean", "Rstd", "Bias")
+    exact, covariance = {"EXACT": DEFAULT}, tiles.covariance_constants(g) | {"PRECISION": DEFAULT}
     return [
         _build(f"first moments {name}", first.moments, whole, plain),
         _build(f"first moments' tangent {name}", first.moments, whole, ("Bias",)),
         _build(f"first windows {name}", first.windows, windows, (*dots, "ShiftDot", "PeakDot")),
         _build(f"first windows' tangent {name}", first.windows, windows, ("Bias", "Shift")),
-        _build(f"first weight cotangent {name}", first.correlation, pooled | {"Q": 2}, (*dots, "DDot")),
-        _build(f"first weight cotangent's tangent {name}", first.correlation, pooled | {"Q": 4}, ("Bias",)),
+        _build(
+            f"first covariance {name}", first.covariance, tiles.covariance_constants(g) | {"PRECISION": DEFAULT}, ()
+        ),
+        _build(f"first weight cotangent {name}", first.correlation, pooled | exact | {"Q": 2}, (*dots[:3], "DDot")),
+        _build(f"first weight cotangent's tangent {name}", first.correlation, pooled | exact | {"Q": 4}, ()),
     ]
 
 

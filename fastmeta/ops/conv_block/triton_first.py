@@ -14,17 +14,8 @@ import triton
 import triton.language as tl
 
 from fastmeta.core.triton_dot import dot
-from fastmeta.ops.conv_block.triton_norm import (
-    PARAMETERS,
-    SIZES,
-    activated,
-    channel,
-    gathered,
-    moved,
-    normal,
-    parameter,
-)
-from fastmeta.ops.conv_block.triton_products import patch
+from fastmeta.ops.conv_block.triton_norm import PARAMETERS, SIZES, activated, channel, moved, parameter
+from fastmeta.ops.conv_block.triton_products import patch, places, places_after
 
 WEIGHTS = ("w_task", "w_dot_task", "in_height", "in_width")
 
@@ -203,17 +194,70 @@ def windows(
         tl.store(Y + at, tl.where(where < 128, y_dot, y_dot * slope), mask=inside)
 
 
+@triton.jit(do_not_specialize=["in_height", "in_width", "images", "height", "width", "span"])
+def covariance(
+    X,  # [T, N, in_height, in_width, CI]
+    Middle,  # [T, CI]: a mean of every channel
+    Partial,  # [T, pieces, BK + 1, BK]
+    in_height,
+    in_width,
+    images,
+    height,
+    width,
+    span,
+    CI: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of ``span`` positions: products of their patches, less the channels' means, with themselves; and their sum."""
+    piece = tl.program_id(0)
+    t = tl.program_id(1).to(tl.int64)
+    count = images * height * width
+    start = piece * span
+    stop = tl.minimum(start + span, count)
+    f = tl.arange(0, BK)
+    middle = _middle(Middle, t, CI, KH * KW * CI, BK)
+    x = t * images * in_height * in_width * CI + X
+    total = tl.zeros((BM, BK), tl.float32)
+    acc = tl.zeros((BK, BK), tl.float32)
+    column, row, n = places(start + tl.arange(0, BM), width, height)
+    for m0 in range(start, stop, BM):
+        valid = m0 + tl.arange(0, BM) < stop
+        a = patch(x, n, row, column, valid, 0, in_height, in_width, CI, KH, KW, SH, SW, PH, PW, False, BK)
+        a = tl.where(valid[:, None], a - middle[None, :], 0.0)
+        total += a
+        acc = dot(tl.trans(a), a, acc, PRECISION)
+        column, row, n = places_after(column, row, n, BM, width, height)
+    into = Partial + (t * tl.num_programs(0) + piece) * ((BK + 1) * BK)
+    tl.store(into + f[:, None] * BK + f[None, :], acc)
+    tl.store(into + BK * BK + f, tl.sum(total, 0))
+
+
+@triton.jit
+def _middle(Middle, t, CI: tl.constexpr, PATCH: tl.constexpr, BK: tl.constexpr):
+    """The mean of each patch element's channel."""
+    f = tl.arange(0, BK)
+    return tl.load(Middle + t * CI + f % CI, mask=f < PATCH, other=0.0)
+
+
 @triton.jit(do_not_specialize=[*WEIGHTS, *PARAMETERS, *SIZES, "span"])
 def correlation(
     X,  # [T, N, in_height, in_width, CI]
     W,  # [T or 1, taps * CI, C]
     WDot,  # like W, with DDot; None where only other parameters have a tangent
-    Bias,  # [T or 1, C] or None
+    Middle,  # [T, CI]
+    Spread,  # [T, BK + 1, BK] of ``covariance``, added up
     D,  # [T, N, rows_y, rows_x, C]
     DDot,  # like D, or None
     Code,  # uint8, like D
-    Mean,  # [T, C]
-    Rstd,
+    Rstd,  # [T, C]
     Scale,  # [T or 1, C] or None
     ScaleDot,
     Moves,  # [T, 2, C], with DDot
@@ -221,7 +265,6 @@ def correlation(
     Partial,  # [T, pieces, taps * CI, C]
     w_task,
     w_dot_task,
-    bias_task,
     scale_task,
     scale_dot_task,
     in_height,
@@ -252,43 +295,70 @@ def correlation(
     BC: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """A weight's cotangent ``corr(x, d_z)``, with ``DDot`` its tangent ``corr(x, d_z_dot)``, of ``span`` positions."""
+    """A weight's cotangent ``corr(x, d_z)``, with ``DDot`` its tangent ``corr(x, d_z_dot)``, of ``span`` windows.
+
+    ``d_z`` is a multiple of ``g``, of ``z``, and a constant. So its products with patches are those of ``g``, which is
+    zero but at the windows' maxima, and the patches' covariance times the weight: what the first piece adds. As ``d_z``
+    sums to zero, patches may be taken from their mean, and the constant has no part.
+    """
     piece = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(2) * BC + tl.arange(0, BC)
     count = images * height * width
+    rows = images * rows_y * rows_x
     start = piece * span
-    stop = tl.minimum(start + span, count)
-    base = t * images * rows_y * rows_x * C
+    stop = tl.minimum(start + span, rows)
+    base = t * rows * C
     x = t * images * in_height * in_width * CI + X
-    w = _weight(W, t, w_task, columns, KH * KW * CI, C, BK)
+    f = tl.arange(0, BK)
+    spread = Spread + t * ((BK + 1) * BK)
+    away = tl.load(spread + BK * BK + f) / count
+    mean = _middle(Middle, t, CI, KH * KW * CI, BK) + away
+
+    rstd = channel(Rstd, t, columns, C)
+    scale = rstd
+    if Scale is not None:
+        scale = rstd * parameter(Scale, t, scale_task, columns, C)
+    m2 = channel(Sums, Q * t + 1, columns, C) / count
+    turn = tl.zeros((BC,), tl.float32)
+    of_z = -scale * m2 * rstd
+    if Q > 2:
+        q2 = channel(Moves, 2 * t + 1, columns, C) / count
+        n2 = channel(Sums, Q * t + 3, columns, C) / count
+        turn = -scale * rstd * q2
+        if ScaleDot is not None:
+            turn += rstd * parameter(ScaleDot, t, scale_dot_task, columns, C)
+        of_z = (scale * rstd * q2 * m2 - turn * m2 - scale * n2) * rstd
+
     acc = tl.zeros((BK, BC), tl.float32)
+    if piece == 0:
+        together = tl.load(spread + f[:, None] * BK + f[None, :]) - count * away[:, None] * away[None, :]
+        moved_by = _weight(W, t, w_task, columns, KH * KW * CI, C, BK) * of_z[None, :]
+        if WDot is not None:
+            of_z_dot = -scale * rstd * m2
+            moved_by += _weight(WDot, t, w_dot_task, columns, KH * KW * CI, C, BK) * of_z_dot[None, :]
+        acc = dot(together, moved_by, acc, EXACT)
+    left, top, n = places(start + tl.arange(0, BM), rows_x, rows_y)
     for m0 in range(start, stop, BM):
         m = m0 + tl.arange(0, BM)
-        valid = m < stop
-        line = m // width
-        n = line // height
-        a = patch(
-            x, n, line % height, m % width, valid, 0, in_height, in_width, CI, KH, KW, SH, SW, PH, PW, False, BK
-        )  # fmt: skip
-        z = dot(a, w, tl.zeros((BM, BC), tl.float32), PRECISION)
-        if Bias is not None:
-            z += parameter(Bias, t, bias_task, columns, C)[None, :]
-        z_dot = tl.zeros((BM, BC), tl.float32)
-        if WDot is not None:
-            z_dot = dot(a, _weight(WDot, t, w_dot_task, columns, KH * KW * CI, C, BK), z_dot, PRECISION)
-        g, g_dot = gathered(
-            D, DDot, Code, base, n, line % height + WPH, m % width + WPW, valid[:, None] & (columns < C)[None, :],
-            columns, rows_y, rows_x, slope, C, WH, WW, WSH, WSW, BM, BC,
-        )  # fmt: skip
-        _, d_z_dot = normal(
-            g, g_dot, z, z_dot, t, columns, count, Mean, Rstd, Scale, scale_task, ScaleDot, scale_dot_task, Moves,
-            Sums, C, Q,
-        )  # fmt: skip
-        # what lies beyond the end has an empty patch, so that its cotangent meets zeros
-        acc = dot(tl.trans(a), d_z_dot, acc, PRECISION)
-    f = tl.arange(0, BK)
+        inside = (m < stop)[:, None] & (columns < C)[None, :]
+        at = base + (m * C)[:, None] + columns[None, :]
+        code = tl.load(Code + at, mask=inside, other=255).to(tl.int32)
+        g = tl.load(D + at, mask=inside, other=0.0)
+        if DDot is None:
+            g = g * scale[None, :]
+        else:
+            g = g * turn[None, :] + tl.load(DDot + at, mask=inside, other=0.0) * scale[None, :]
+        g = tl.where(code < 128, g, g * slope)
+        for tap in tl.static_range(WH * WW):
+            row = top * WSH - WPH + tap // WW
+            column = left * WSW - WPW + tap % WW
+            a = patch(x, n, row, column, m < stop, 0, in_height, in_width, CI, KH, KW, SH, SW, PH, PW, False, BK)
+            here = tl.where((code & 127) == tap, g, 0.0)
+            acc = dot(tl.trans(a - mean[None, :]), here, acc, PRECISION)
+        left, top, n = places_after(left, top, n, BM, rows_x, rows_y)
     inside = (f < KH * KW * CI)[:, None] & (columns < C)[None, :]
     into = Partial + (t * tl.num_programs(0) + piece) * (KH * KW * CI * C)
     tl.store(into + f[:, None] * C + columns[None, :], acc, mask=inside)

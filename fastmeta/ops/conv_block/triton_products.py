@@ -24,6 +24,26 @@ from fastmeta.core.triton_dot import dot
 
 
 @triton.jit
+def places(m, width, height):
+    """Column, row and image of positions that are counted through a task's images."""
+    line = m // width
+    return m % width, line % height, line // height
+
+
+@triton.jit
+def places_after(column, row, image, steps, width, height):
+    """Those of the positions ``steps`` further on, without divisions of every one."""
+    lines = steps // width
+    column += steps % width
+    over = column >= width
+    column = tl.where(over, column - width, column)
+    row += lines % height + over.to(tl.int32)
+    over = row >= height
+    row = tl.where(over, row - height, row)
+    return column, row, image + lines // height + over.to(tl.int32)
+
+
+@triton.jit
 def parts(a):
     """``a`` rounded to tf32's 10 bits of mantissa, and the rest, of either sign: their sum is ``a``."""
     first = ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
@@ -53,7 +73,7 @@ def patch(
     """Elements ``f0 .. f0 + BF`` of the patches at result positions ``(n, y, x)``: ``[positions, BF]``."""
     if C % BF == 0:
         tap = f0 // C
-        c = f0 % C + tl.arange(0, BF)
+        c = tl.multiple_of(f0 % C, BF) + tl.arange(0, BF)  # so that elements are loaded four at a time
         row = y * SH - PH + tap // KW
         column = x * SW - PW + tap % KW
         ok = valid
@@ -123,7 +143,7 @@ def _accumulate(
     for f0 in range(0, KH * KW * CK, BK):
         a = patch(A, n, y, x, valid, f0, height, width, CK, KH, KW, SH, SW, PH, PW, TRANSPOSED, BK)
         if CK % BK == 0:
-            at = (f0 // CK * CN + columns)[None, :] * CK + (f0 % CK + k)[:, None]
+            at = (f0 // CK * CN + columns)[None, :] * CK + (tl.multiple_of(f0 % CK, BK) + k)[:, None]
         else:
             at = (((f0 + k) // CK * CN)[:, None] + columns[None, :]) * CK + ((f0 + k) % CK)[:, None]
         inside = (columns < CN)[None, :]
@@ -253,15 +273,15 @@ def _correlate(
     PRECISION: tl.constexpr,
 ):
     """``acc`` plus the products of patches of ``A`` and rows of ``D`` over positions ``start .. stop``."""
+    x, y, n = places(start + tl.arange(0, BM), rows_x, rows_y)
     for m0 in range(start, stop, BM):
         m = m0 + tl.arange(0, BM)
         valid = m < stop
-        x = m % rows_x
-        line = m // rows_x
-        a = patch(A, line // rows_y, line % rows_y, x, valid, f0, height, width, CI, KH, KW, SH, SW, PH, PW, False, BF)
+        a = patch(A, n, y, x, valid, f0, height, width, CI, KH, KW, SH, SW, PH, PW, False, BF)
         inside = valid[:, None] & (columns < CO)[None, :]
         d = tl.load(D + m[:, None] * CO + columns[None, :], mask=inside, other=0.0)
         acc = dot(tl.trans(a), d, acc, PRECISION)
+        x, y, n = places_after(x, y, n, BM, rows_x, rows_y)
     return acc
 
 
