@@ -19,10 +19,48 @@ def operand(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def parts(a):
+    """``a`` rounded to tf32's 10 bits of mantissa, and the rest, of either sign: their sum is ``a``."""
+    first = ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return first, a - first
+
+
+@triton.jit
+def thirds(a):
+    """Three bfloat16 tiles whose sum is ``a``: its 24 bits of mantissa, eight at a time."""
+    bits = a.to(tl.int32, bitcast=True)
+    rest = a - (bits & -65536).to(tl.float32, bitcast=True)
+    rest_bits = rest.to(tl.int32, bitcast=True)
+    last = rest - (rest_bits & -65536).to(tl.float32, bitcast=True)
+    return _upper(bits), _upper(rest_bits), _upper(last.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _upper(bits):
+    """The upper half of a float32's bits: a bfloat16."""
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a b`` of operands, summed in float32."""
+    """``total + a b`` of operands, summed in float32, the smallest products first."""
     if PRECISION == "bf16" or PRECISION == "bf16 rounded":
         total = tl.dot(a, b, total)
+    elif PRECISION == "tf32x3":
+        a1, a2 = parts(a)
+        b1, b2 = parts(b)
+        total = tl.dot(a2, b1, total, input_precision="tf32")
+        total = tl.dot(a1, b2, total, input_precision="tf32")
+        total = tl.dot(a1, b1, total, input_precision="tf32")
+    elif PRECISION == "bf16x6":
+        a1, a2, a3 = thirds(a)
+        b1, b2, b3 = thirds(b)
+        total = tl.dot(a1, b3, total)
+        total = tl.dot(a3, b1, total)
+        total = tl.dot(a2, b2, total)
+        total = tl.dot(a1, b2, total)
+        total = tl.dot(a2, b1, total)
+        total = tl.dot(a1, b1, total)
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmeta.core.triton_dot import dot
+from fastmeta.core.triton_dot import dot, parts
 
 
 @triton.jit
@@ -41,13 +41,6 @@ def places_after(column, row, image, steps, width, height):
     over = row >= height
     row = tl.where(over, row - height, row)
     return column, row, image + lines // height + over.to(tl.int32)
-
-
-@triton.jit
-def parts(a):
-    """``a`` rounded to tf32's 10 bits of mantissa, and the rest, of either sign: their sum is ``a``."""
-    first = ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-    return first, a - first
 
 
 @triton.jit
