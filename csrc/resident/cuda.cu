@@ -22,6 +22,20 @@ std::size_t bytes(const Plan& plan) {
   return sizeof(R) * static_cast<std::size_t>(plan.elements);
 }
 
+// The kernel for a plan's curves; one for all is enough for float64, which is for checking.
+template <class R>
+auto meta_step_of(const Plan& plan) {
+  bool smooth = sizeof(R) > sizeof(float);
+  for (int i = 0; i < plan.layers; ++i) smooth = smooth || plan.layer[i].activation >= Activation::tanh;
+  if constexpr (sizeof(R) == sizeof(float)) return smooth ? meta_step<R, true> : meta_step<R, false>;
+  else return meta_step<R, true>;
+}
+
+template <class R>
+void allow_shared(void (*kernel)(Plan, Tensors<R>), int limit) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "shared memory");
+}
+
 }  // namespace
 
 int devices(std::string& reason) {
@@ -54,8 +68,8 @@ Plan fitting_plan(const Network& net, const Kind& kind, int limit) {
 template <class R>
 void prepare(int device) {
   check(cudaSetDevice(device), "device");
-  check(cudaFuncSetAttribute(meta_step<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit(device)),
-        "shared memory");
+  allow_shared<R>(meta_step<R, true>, shared_limit(device));
+  if constexpr (sizeof(R) == sizeof(float)) allow_shared<R>(meta_step<R, false>, shared_limit(device));
 }
 
 template <class R>
@@ -64,7 +78,7 @@ void launch(const Plan& plan, const Tensors<R>& io, int device, std::uintptr_t s
   if (io.tasks > INT_MAX || sums > INT_MAX) throw std::invalid_argument("resident: too many tasks for one launch");
   check(cudaSetDevice(device), "device");
   const auto on = reinterpret_cast<cudaStream_t>(stream);
-  FASTMETA_LAUNCH(meta_step<R>, static_cast<unsigned>(io.tasks), plan.threads, bytes<R>(plan), on, plan, io);
+  FASTMETA_LAUNCH(meta_step_of<R>(plan), static_cast<unsigned>(io.tasks), plan.threads, bytes<R>(plan), on, plan, io);
   check(cudaGetLastError(), "launch");
   FASTMETA_LAUNCH(sum_over_tasks<R>, static_cast<unsigned>(sums), sum_threads, 0, on, plan, io);
   check(cudaGetLastError(), "launch");

@@ -129,7 +129,7 @@ FASTMETA_DEVICE void stage_labels(const Plan& plan, const Tensors<R>& io, const 
 }
 
 // The inner loss or the query's, and all cotangents, of every row.
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void pass(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
   const int which = k == plan.steps;
   const Set<R> set = block.set(plan, which);
@@ -140,9 +140,9 @@ FASTMETA_DEVICE void pass(const Plan& plan, const Tensors<R>& io, const Block<R>
   if (which) factor = io.d_losses == nullptr ? R(1) / static_cast<R>(io.tasks) : io.d_losses[block.task];
   for (int first = rows_at_once * block.warp; first < plan.rows[which]; first += rows_at_once * block.warps) {
     const Rows<R> rows = block.rows(place, plan.rows[which], first);
-    forward(plan, phi, set.x, rows, curvatures);
-    loss(plan, set, rows, factor, block.memory + plan.row_loss, curvatures);
-    if (!which || plan.gradient) backward(plan, phi, rows, curvatures);
+    forward<smooth>(plan, phi, set.x, rows, curvatures);
+    loss<smooth>(plan, set, rows, factor, block.memory + plan.row_loss, curvatures);
+    if (!which || plan.gradient) backward<smooth>(plan, phi, rows, curvatures);
     if (!which || io.outputs == nullptr) continue;
     const Layer& last = plan.layer[plan.layers - 1];
     for (int r = 0; r < rows_at_once && first + r < set.n; ++r)
@@ -240,16 +240,16 @@ FASTMETA_DEVICE void begin_adjoint(const Plan& plan, const Tensors<R>& io, const
 }
 
 // Tangents of every row's activations and cotangents in the direction u_k.
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void tangent_pass(const Plan& plan, const Block<R>& block, int k) {
   const Set<R> set = block.set(plan, 0);
   const R *phi = block.memory + plan.phi_at(k), *u = block.memory + plan.u;
   for (int first = rows_at_once * block.warp; first < plan.rows[0]; first += rows_at_once * block.warps) {
     const Rows<R> rows = block.rows(plan.pass_at(k), plan.rows[0], first);
     const Rows<R> dots = block.rows(plan.query, plan.rows[0], first);
-    tangent(plan, phi, u, set.x, rows, dots);
-    loss_tangent(plan, set, rows, dots);
-    tangent_backward(plan, phi, u, rows, dots);
+    tangent<smooth>(plan, phi, u, set.x, rows, dots);
+    loss_tangent<smooth>(plan, set, rows, dots);
+    tangent_backward<smooth>(plan, phi, u, rows, dots);
   }
 }
 
@@ -329,11 +329,11 @@ FASTMETA_DEVICE void spill(const Plan& plan, const Tensors<R>& io, const Block<R
   __syncthreads();
 }
 
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void adjoint(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
   for (int k = plan.steps - 1; k >= 0; --k) {
     if (plan.spilled) spill(plan, io, block, k, true);
-    if (plan.second_order) tangent_pass(plan, block, k);
+    if (plan.second_order) tangent_pass<smooth>(plan, block, k);
     __syncthreads();
     if (plan.learned) tile_products(plan, block, k);  // of lam before this thread changes it
     if (plan.second_order) adjoint_step(plan, io, block, k);
@@ -342,7 +342,7 @@ FASTMETA_DEVICE void adjoint(const Plan& plan, const Tensors<R>& io, const Block
   }
 }
 
-template <class R>
+template <class R, bool smooth>
 __global__ void __launch_bounds__(most_threads, 1)
     meta_step(const __grid_constant__ Plan plan, const __grid_constant__ Tensors<R> io) {
   FASTMETA_SHARED(memory);
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(most_threads, 1)
   if (block.warp < 2) stage_labels(plan, io, block);
   __syncthreads();
   for (int k = 0; k <= plan.steps; ++k) {
-    pass(plan, io, block, k);
+    pass<smooth>(plan, io, block, k);
     __syncthreads();
     if (k == plan.steps) break;
     if (plan.spilled) spill(plan, io, block, k, false);
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(most_threads, 1)
   begin_adjoint(plan, io, block);
   if (!plan.kept) return;
   __syncthreads();
-  adjoint(plan, io, block);
+  adjoint<smooth>(plan, io, block);
 }
 
 }  // namespace fastmeta::resident

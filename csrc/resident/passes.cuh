@@ -51,7 +51,7 @@ FASTMETA_DEVICE R one_behind(const Plan& plan, int layer) {
   return layer + 1 < plan.layers && plan.layer[layer + 1].bias ? R(1) : R(0);
 }
 
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void forward(const Plan& plan, const R* phi, const R* x, const Rows<R>& rows, bool curvatures) {
   const R* input = x + rows.first * plan.layer[0].stride;
   int stride = plan.layer[0].stride;
@@ -69,7 +69,7 @@ FASTMETA_DEVICE void forward(const Plan& plan, const R* phi, const R* x, const R
         if (feature >= l.out) continue;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const Point<R> y = point(l.activation, z.sum(r, f), static_cast<R>(l.negative_slope));
+          const Point<R> y = point<smooth>(l.activation, z.sum(r, f), static_cast<R>(l.negative_slope));
           a[r * l.a_stride + feature] = y.value;
           if (l.s != absent) rows.s(l)[r * l.d_stride + feature] = y.slope;
           if (curvatures && l.c != absent) rows.c(l)[r * l.d_stride + feature] = y.bend;
@@ -83,15 +83,15 @@ FASTMETA_DEVICE void forward(const Plan& plan, const R* phi, const R* x, const R
 }
 
 // d_y of one element of a layer's result becomes d_z of what its activation was applied to.
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void put_cotangent(const Layer& l, const Rows<R>& rows, int r, int j, R d_y, bool curvatures) {
   const int at = r * l.d_stride + j;
-  rows.d(l)[at] = slope_of(l.activation, rows.a(l)[r * l.a_stride + j], rows.s(l) + at) * d_y;
+  rows.d(l)[at] = slope_of<smooth>(l.activation, rows.a(l)[r * l.a_stride + j], rows.s(l) + at) * d_y;
   if (curvatures && l.c != absent) rows.c(l)[at] *= d_y;
 }
 
 // The rows' losses, and their derivative by what the last layer's activation was applied to, times `factor`.
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void loss(const Plan& plan, const Set<R>& set, const Rows<R>& rows, R factor, R* row_loss,
                           bool curvatures) {
   const Layer& l = plan.layer[plan.layers - 1];
@@ -118,7 +118,7 @@ FASTMETA_DEVICE void loss(const Plan& plan, const Set<R>& set, const Rows<R>& ro
       for (int j = rows.lane; j < l.out; j += warp_size) {
         const R q = label >= 0 ? p[j] / sum : label == ignored_label ? R(0) : nan;
         p[j] = q;
-        put_cotangent(l, rows, r, j, set.scale * factor * (q - (j == label ? R(1) : R(0))), curvatures);
+        put_cotangent<smooth>(l, rows, r, j, set.scale * factor * (q - (j == label ? R(1) : R(0))), curvatures);
       }
       total = label >= 0 ? std::log(sum) - (y[label] - largest) : label == ignored_label ? R(0) : nan;
     } else {
@@ -134,7 +134,7 @@ FASTMETA_DEVICE void loss(const Plan& plan, const Set<R>& set, const Rows<R>& ro
           residual = p - t;
           total += (z > 0 ? z : R(0)) - z * t + std::log1p(tail);
         }
-        put_cotangent(l, rows, r, j, set.scale * factor * (real ? residual : R(0)), curvatures);
+        put_cotangent<smooth>(l, rows, r, j, set.scale * factor * (real ? residual : R(0)), curvatures);
       }
       total = warp_sum(total, reach);
     }
@@ -144,7 +144,7 @@ FASTMETA_DEVICE void loss(const Plan& plan, const Set<R>& set, const Rows<R>& ro
   __syncwarp();
 }
 
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void backward(const Plan& plan, const R* phi, const Rows<R>& rows, bool curvatures) {
   for (int i = plan.layers - 1; i > 0; --i) {
     const Layer &l = plan.layer[i], &below = plan.layer[i - 1];
@@ -155,7 +155,7 @@ FASTMETA_DEVICE void backward(const Plan& plan, const R* phi, const Rows<R>& row
       for (int f = 0; f < 2; ++f) {
         if (j + f >= l.in) continue;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) put_cotangent(below, rows, r, j + f, d.sum(r, f), curvatures);
+        for (int r = 0; r < 2; ++r) put_cotangent<smooth>(below, rows, r, j + f, d.sum(r, f), curvatures);
       }
     }
     put_behind(rows.d(below), below.d_stride, below.out, R(0), rows.lane);
@@ -164,7 +164,7 @@ FASTMETA_DEVICE void backward(const Plan& plan, const R* phi, const Rows<R>& row
 }
 
 // Tangents in the direction u. A layer's d_dot first holds f''(z) d_y z_dot, which its cotangent's tangent begins with.
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void tangent(const Plan& plan, const R* phi, const R* u, const R* x, const Rows<R>& rows,
                              const Rows<R>& dots) {
   const R* input = x + rows.first * plan.layer[0].stride;
@@ -187,8 +187,8 @@ FASTMETA_DEVICE void tangent(const Plan& plan, const R* phi, const R* u, const R
         for (int r = 0; r < 2; ++r) {
           const int at = r * l.d_stride + feature;
           const R y = rows.a(l)[r * l.a_stride + feature], z_dot = z.sum(r, f);
-          a_dot[r * l.a_stride + feature] = slope_of(l.activation, y, rows.s(l) + at) * z_dot;
-          d_dot[at] = curvature_of(l.activation, y, rows.d(l)[at], rows.c(l) + at) * z_dot;
+          a_dot[r * l.a_stride + feature] = slope_of<smooth>(l.activation, y, rows.s(l) + at) * z_dot;
+          d_dot[at] = curvature_of<smooth>(l.activation, y, rows.d(l)[at], rows.c(l) + at) * z_dot;
         }
       }
     }
@@ -199,15 +199,15 @@ FASTMETA_DEVICE void tangent(const Plan& plan, const R* phi, const R* u, const R
   }
 }
 
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void add_cotangent_dot(const Layer& l, const Rows<R>& rows, const Rows<R>& dots, int r, int j,
                                        R d_y_dot) {
   const int at = r * l.d_stride + j;
-  dots.d(l)[at] += slope_of(l.activation, rows.a(l)[r * l.a_stride + j], rows.s(l) + at) * d_y_dot;
+  dots.d(l)[at] += slope_of<smooth>(l.activation, rows.a(l)[r * l.a_stride + j], rows.s(l) + at) * d_y_dot;
 }
 
 // The loss's Hessian times y_dot: 2 y_dot; (diag(p) - p p^T) y_dot; p (1 - p) y_dot.
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void loss_tangent(const Plan& plan, const Set<R>& set, const Rows<R>& rows, const Rows<R>& dots) {
   const Layer& l = plan.layer[plan.layers - 1];
   int reach = 1;
@@ -216,7 +216,7 @@ FASTMETA_DEVICE void loss_tangent(const Plan& plan, const Set<R>& set, const Row
     const R* y_dot = dots.a(l) + r * l.a_stride;
     if (plan.loss == Loss::squared_error) {
       for (int j = rows.lane; j < l.out; j += warp_size)
-        add_cotangent_dot(l, rows, dots, r, j, 2 * set.scale * y_dot[j]);
+        add_cotangent_dot<smooth>(l, rows, dots, r, j, 2 * set.scale * y_dot[j]);
       continue;
     }
     const R* p = rows.p(plan) + r * l.d_stride;
@@ -227,13 +227,13 @@ FASTMETA_DEVICE void loss_tangent(const Plan& plan, const Set<R>& set, const Row
     }
     for (int j = rows.lane; j < l.out; j += warp_size) {
       const R h = plan.loss == Loss::cross_entropy ? y_dot[j] - mean : (1 - p[j]) * y_dot[j];
-      add_cotangent_dot(l, rows, dots, r, j, set.scale * p[j] * h);
+      add_cotangent_dot<smooth>(l, rows, dots, r, j, set.scale * p[j] * h);
     }
   }
   __syncwarp();
 }
 
-template <class R>
+template <bool smooth, class R>
 FASTMETA_DEVICE void tangent_backward(const Plan& plan, const R* phi, const R* u, const Rows<R>& rows,
                                       const Rows<R>& dots) {
   for (int i = plan.layers - 1; i > 0; --i) {
@@ -246,7 +246,7 @@ FASTMETA_DEVICE void tangent_backward(const Plan& plan, const R* phi, const R* u
       for (int f = 0; f < 2; ++f) {
         if (j + f >= l.in) continue;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) add_cotangent_dot(below, rows, dots, r, j + f, d.sum(r, f));
+        for (int r = 0; r < 2; ++r) add_cotangent_dot<smooth>(below, rows, dots, r, j + f, d.sum(r, f));
       }
     }
     __syncwarp();
