@@ -6,7 +6,7 @@ Where the rows grow too many, they are added up to a matrix of each task's own.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,6 +54,31 @@ class Own(NamedTuple):
         return self.matrix.clone() if isinstance(self.scale, float) and self.scale == 1 else self.matrix * self.scale
 
 
+class Met:
+    """Products of rows that are the same at every inner step, those of the data: each is made once.
+
+    What is returned is not to be written.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # with the operands, so that they stay in place
+
+    def rows(self, x: Tensor, right: Tensor) -> Tensor:
+        """``x_t right_t^T``: ``[T, R, in]`` and ``[T, r, in]`` to ``[T, R, r]``."""
+        key = _place(x), _place(right)
+        if key not in self._found:
+            turned = self._found.get(key[::-1])
+            self._found[key] = x, right, products(x, right.mT) if turned is None else turned[2].mT
+        return self._found[key][2]
+
+    def shared(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """``x_t W^T``: ``[T, R, in]`` and ``[out, in]`` to ``[T, R, out]``."""
+        key = _place(x), _place(matrix)
+        if key not in self._found:
+            self._found[key] = x, matrix, linear(x.flatten(0, 1), matrix).unflatten(0, x.shape[:2])
+        return self._found[key][2]
+
+
 @dataclass(frozen=True)
 class LowRank:
     """One matrix a task, ``W_t = coefficient * shared + own_t + sum over factors of scale * left_t^T right_t``.
@@ -66,6 +91,7 @@ class LowRank:
         coefficient: of the shared matrix.
         own: what was formed, the shared matrix with it.
         limit: the rank from which on factors are added up; ``None`` for never.
+        met: where all rows that the matrix meets are the data's, what they gave.
     """
 
     shared: Tensor | None
@@ -73,13 +99,17 @@ class LowRank:
     coefficient: Scale = 1.0
     own: Own | None = None
     limit: int | None = None
+    met: Met | None = None
 
     def of_rows(self, x: Tensor) -> Tensor:
         """``x W^T``, eq. (10): ``[T, R, in] -> [T, R, out]``."""
         y = None
         if self.shared is not None:
             c = self.coefficient
-            y = linear((x * c if _by_column(c) else x).flatten(0, 1), self.shared).unflatten(0, x.shape[:2])
+            if self.met is None or _by_column(c):
+                y = linear((x * c if _by_column(c) else x).flatten(0, 1), self.shared).unflatten(0, x.shape[:2])
+            else:
+                y = self.met.shared(x, self.shared).clone()
             y = y if _by_column(c) else _scaled(y, c.mT if _by_row(c) else c)
         if self.own is not None:
             c = self.own.scale
@@ -88,7 +118,11 @@ class LowRank:
             y = part if y is None else y.add_(part)
         for factor in self.factors:
             left, right, scale = factor.applied()
-            y = products(_scaled(products(x, right.mT), scale), left, y)
+            if self.met is None or right is not factor.right:
+                y = products(_scaled(products(x, right.mT), scale), left, y)
+            else:
+                met = self.met.rows(x, right)
+                y = products(met if isinstance(scale, float) and scale == 1 else met * scale, left, y)
         return _require(y)
 
     def of_cotangents(self, d: Tensor) -> Tensor:
@@ -135,7 +169,8 @@ class LowRank:
             added_own = other.own._replace(scale=other.own.scale * scale)
             own = added_own if own is None else Own(own.scaled().add_(added_own.scaled()))
         limit = other.limit if self.limit is None else self.limit
-        return LowRank(shared, tuple(factors), coefficient, own, limit).within_limit()
+        met = other.met if self.met is None else self.met
+        return LowRank(shared, tuple(factors), coefficient, own, limit, met).within_limit()
 
     def times(self, scale: Scale) -> LowRank:
         """``scale * self``."""
@@ -150,7 +185,7 @@ class LowRank:
         """The same, added up to a matrix of each task's own where the rank is beyond the limit."""
         if self.limit is None or not self.factors or (self.own is None and self.rank <= self.limit):
             return self
-        return LowRank(None, own=Own(self.formed()), limit=self.limit)
+        return LowRank(None, own=Own(self.formed()), limit=self.limit, met=self.met)
 
     def minus_(self, other: LowRank) -> LowRank:
         """``self - other``, where ``other`` has no shared part; what this has of its own is overwritten."""
@@ -218,6 +253,10 @@ class LowRank:
         formed = _require(total)
         return formed if self.shared is None else formed.add_(self.shared * self.coefficient)
 
+    def beside(self, other: LowRank) -> LowRank:
+        """The same, which meets the rows that ``other`` does."""
+        return replace(self, met=other.met)
+
     @property
     def rank(self) -> int:
         """The rank of what is added to the shared matrix, at the most."""
@@ -256,6 +295,10 @@ def _require(y: Tensor | None) -> Tensor:
     return y
 
 
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride()
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether both are the same elements of the same memory."""
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+    return a is b or _place(a) == _place(b)

@@ -56,7 +56,8 @@ def factored(program: Program, names: frozenset[str], bounded: frozenset[str]) -
         replace(i, first=rerouted(i.first), later=rerouted(i.later)) if id(i) in chosen else i
         for i in program.instructions
     )
-    return replace(program, instructions=instructions, factored=names, bounded=bounded)
+    met = frozenset(name for name, i in readers.items() if not i.later.need[0])
+    return replace(program, instructions=instructions, factored=names, bounded=bounded, met=met)
 
 
 def _linear(instruction: Instruction) -> Any:

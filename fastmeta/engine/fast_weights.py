@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.core.low_rank import LowRank, rank_limit
+from fastmeta.core.low_rank import LowRank, Met, rank_limit
 from fastmeta.core.packing import Packing
+from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work
 from fastmeta.inner.descent import Descent
 from fastmeta.inner.rates import collected, rates_of
@@ -37,17 +38,18 @@ class FastWeights:
 
     Args:
         work: the meta-step.
-        factored: names of the adapting parameters that are a shared weight and factors.
-        bounded: those of them that are formed beyond the rank where that takes fewer operations.
+        support: its program on the support sets, which says which parameters are factors.
     """
 
-    def __init__(self, work: Work, factored: frozenset[str], bounded: frozenset[str]) -> None:
+    def __init__(self, work: Work, support: Program) -> None:
+        factored, bounded = support.factored, support.bounded
         self._names = work.packing.names
         self._theta = dict(zip(self._names, work.theta, strict=True))
         self._tasks, self._own = work.tasks, work.own
         self._factored = [name for name in self._names if name in factored]
         self._formed = [name for name in self._names if name not in factored]
         self._limits = {name: rank_limit(*self._theta[name].shape) for name in self._factored if name in bounded}
+        self._met = support.met
         self._packing, alpha, segments = work.packing, work.alpha, work.segments
         if factored:
             shapes = dict(zip(self._names, work.packing.shapes, strict=True))
@@ -65,7 +67,10 @@ class FastWeights:
 
     def start(self) -> Vector:
         """``phi_0``, eq. (1)."""
-        factors = {name: LowRank(self._theta[name], limit=self._limits.get(name)) for name in self._factored}
+        factors = {
+            name: LowRank(self._theta[name], limit=self._limits.get(name), met=Met() if name in self._met else None)
+            for name in self._factored
+        }
         if not self._formed:
             return Vector(self._nothing(), factors)
         theta = [self._theta[name] for name in self._formed]

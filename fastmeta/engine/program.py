@@ -74,6 +74,7 @@ class Program:
         tasked_later: slots that carry it afterwards.
         factored: the adapting parameters whose weights are the shared one and factors.
         bounded: those of them that each task forms from the step on where that takes fewer operations.
+        met: those of them that meet the rows of the data alone.
     """
 
     graph: Graph
@@ -85,6 +86,7 @@ class Program:
     tasked_later: frozenset[int]
     factored: frozenset[str] = frozenset()
     bounded: frozenset[str] = frozenset()
+    met: frozenset[str] = frozenset()
 
     def tasked(self, first: bool) -> frozenset[int]:
         """Slots that carry the task axis in this phase."""

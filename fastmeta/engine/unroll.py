@@ -72,7 +72,7 @@ def unroll(
         keep_points: keep what each step's tape can be computed from again.
         again_from: where the query pass is computed again from, as in :func:`executor.forward`.
     """
-    rule = FastWeights(work, support.factored, support.bounded)
+    rule = FastWeights(work, support)
     phi, state = rule.start(), None
     losses, trajectory = [], Trajectory(phi, phi.packed)
     for k in range(work.steps):
@@ -125,7 +125,7 @@ def adjoint(
         onto: gradients of the adapting parameters from other tasks, to which those of these are added; they are
             overwritten. ``None`` for one that there is none of.
     """
-    rule = FastWeights(work, support.factored, support.bounded)
+    rule = FastWeights(work, support)
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs, last=True)
     trajectory.query = None
     lam, outer = rule.vector(gradients.adapted), gradients.outer
