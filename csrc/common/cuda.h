@@ -11,3 +11,25 @@
 #endif
 
 #define FASTMETA_DEVICE __device__ __forceinline__
+
+namespace fastmeta {
+
+// Copies one number from global to shared memory, by no register: threads go on, and wait for all copies at once.
+template <class R>
+FASTMETA_DEVICE void copy_ahead(R* to, const R* from) {
+#if defined(FASTMETA_CUDA_SHIM)
+  *to = *from;
+#else
+  const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(from), "n"(sizeof(R)) : "memory");
+#endif
+}
+
+// Waits for this thread's copies; other threads see them after the next barrier.
+FASTMETA_DEVICE void await_copies() {
+#if !defined(FASTMETA_CUDA_SHIM)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+}  // namespace fastmeta

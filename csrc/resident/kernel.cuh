@@ -38,74 +38,51 @@ FASTMETA_DEVICE Place place_of(const Plan& plan, int tile) {
   return {layer, 4 * row, 4 * (within - row * plan.layer[layer].quads)};
 }
 
-// What element `i` of the staged part of shared memory is: copied from the address, or else a constant.
+// Rows of a matrix as they lie in shared memory: `behind` each row a column of its own or a constant, then zeros.
 template <class R>
-struct Source {
-  const R* from;
-  R constant;
-};
-
-template <class R>
-FASTMETA_DEVICE Source<R> parameter_source(const Plan& plan, const Tensors<R>& io, int i) {
-  int layer = 0;
-  while (layer + 1 < plan.layers && i >= plan.layer[layer + 1].w) ++layer;
-  const Layer& l = plan.layer[layer];
-  const int row = (i - l.w) / l.stride, column = (i - l.w) - row * l.stride;
-  if (row >= l.out || column >= l.in + l.bias) return {nullptr, R(0)};
-  if (column == l.in) return {io.parameter[layer][1] + row, R(0)};
-  return {io.parameter[layer][0] + row * l.in + column, R(0)};
+FASTMETA_DEVICE void stage_rows(const Block<R>& block, R* to, int stride, int places, const R* from, int rows,
+                                int columns, const R* behind, R constant) {
+  for (int row = block.warp; row < places; row += block.warps) {
+    for (int column = block.lane; column < stride; column += warp_size) {
+      R* place = to + row * stride + column;
+      if (row < rows && column < columns) copy_ahead(place, from + row * columns + column);
+      else if (row < rows && column == columns && behind != nullptr) copy_ahead(place, behind + row);
+      else *place = row < rows && column == columns ? constant : R(0);
+    }
+  }
 }
 
 // Rates of what does not adapt are 0: its step is none, and lam - H u is its gradient, eq. (8').
 template <class R>
-FASTMETA_DEVICE Source<R> rate_source(const Plan& plan, const Tensors<R>& io, int i) {
+FASTMETA_DEVICE R rate_of(const Plan& plan, const Tensors<R>& io, int i) {
   const int k = i / (2 * plan.layers), layer = (i - 2 * k * plan.layers) / 2;
   const int parameter = plan.layer[layer].parameter[i & 1];
-  if (k >= plan.steps || parameter == absent || parameter >= plan.adapted) return {nullptr, R(0)};
+  if (parameter == absent || parameter >= plan.adapted) return R(0);
   const int row = plan.rate_rows > 1 ? k : 0, column = plan.rate_columns > 1 ? parameter : 0;
-  return {io.alpha + row * plan.rate_columns + column, R(0)};
+  return io.alpha[row * plan.rate_columns + column];
 }
 
-template <class R>
-FASTMETA_DEVICE Source<R> source_of(const Plan& plan, const Tensors<R>& io, std::int64_t task, int i) {
-  if (i >= plan.phi) return parameter_source(plan, io, i - plan.phi);
-  if (i >= plan.rates) return rate_source(plan, io, i - plan.rates);
-  const Layer &first = plan.layer[0], &last = plan.layer[plan.layers - 1];
-  if (i >= plan.target[0]) {
-    const int which = i >= plan.target[1], count = plan.n[which] * last.out;
-    i -= plan.target[which];
-    if (plan.loss == Loss::cross_entropy || i >= count) return {nullptr, R(0)};  // stage_labels reads those
-    return {static_cast<const R*>(io.target[which]) + task * count + i, R(0)};
-  }
-  const int which = i >= plan.x[1];
-  i -= plan.x[which];
-  const int row = i / first.stride, column = i - row * first.stride;
-  if (row >= plan.n[which] || column > first.in) return {nullptr, R(0)};
-  if (column == first.in) return {nullptr, first.bias ? R(1) : R(0)};
-  return {io.x[which] + (task * plan.n[which] + row) * first.in + column, R(0)};
-}
-
-// Copies everything the task reads to shared memory; several reads are under way at once.
+// Copies everything the task reads to shared memory.
 template <class R>
 FASTMETA_DEVICE void stage(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
-  constexpr int batch = 8;
-  const bool labels = plan.loss == Loss::cross_entropy;
-  for (int begin = threadIdx.x; begin < plan.staged; begin += batch * blockDim.x) {
-    R values[batch];
-#pragma unroll
-    for (int b = 0; b < batch; ++b) {
-      const int i = begin + b * blockDim.x;
-      if (i >= plan.staged) continue;
-      const Source<R> source = source_of(plan, io, block.task, i);
-      values[b] = source.from == nullptr ? source.constant : *source.from;
-    }
-#pragma unroll
-    for (int b = 0; b < batch; ++b) {
-      const int i = begin + b * blockDim.x;
-      const bool label = labels && i >= plan.target[0] && i < plan.rates;
-      if (i < plan.staged && !label) block.memory[i] = values[b];
-    }
+  const Layer &first = plan.layer[0], &last = plan.layer[plan.layers - 1];
+  for (int which = 0; which < 2; ++which) {
+    const int n = plan.n[which];
+    stage_rows<R>(block, block.memory + plan.x[which], first.stride, plan.rows[which],
+                  io.x[which] + block.task * n * first.in, n, first.in, nullptr, first.bias ? R(1) : R(0));
+    if (plan.loss == Loss::cross_entropy) continue;
+    const R* target = static_cast<const R*>(io.target[which]) + block.task * n * last.out;
+    for (int i = threadIdx.x; i < n * last.out; i += blockDim.x)
+      copy_ahead(block.memory + plan.target[which] + i, target + i);
   }
+  for (int i = 0; i < plan.layers; ++i) {
+    const Layer& l = plan.layer[i];
+    stage_rows<R>(block, block.memory + plan.phi + l.w, l.stride, 4 * ((l.out + 3) / 4), io.parameter[i][0], l.out,
+                  l.in, l.bias ? io.parameter[i][1] : nullptr, R(0));
+  }
+  for (int i = threadIdx.x; i < 2 * plan.steps * plan.layers; i += blockDim.x)
+    block.memory[plan.rates + i] = rate_of(plan, io, i);
+  await_copies();
 }
 
 // Labels and what the sums of losses are multiplied by; a label that is no class makes the loss NaN.

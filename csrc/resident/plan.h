@@ -52,8 +52,8 @@ struct Plan {
   int packed, tiles, threads;
   int p;               // place of probabilities in a pass
   int pass;            // elements of one row in a pass
-  // Places in shared memory, in elements. What is read from global memory comes first: [0, staged).
-  int x[2], target[2], rates, phi, staged;
+  // Places in shared memory, in elements.
+  int x[2], target[2], rates, phi;
   int passes, query, u, row_loss, scale, partial, elements;
   std::int64_t gradient_elements;
 
@@ -156,7 +156,6 @@ inline Plan plan_of(const Network& net, const Kind& kind, bool spilled) {
   for (int i = 0; i < 2; ++i) plan.target[i] = take(std::int64_t{plan.n[i]} * (labels ? 1 : last.out));
   plan.rates = take(std::int64_t{plan.steps} * plan.layers * 2);
   plan.phi = take(packed * (!plan.kept ? 1 : plan.spilled ? 2 : plan.steps + 1));
-  plan.staged = plan.phi + plan.packed;
   plan.passes = take(plan.steps == 0 ? 0 : support * plan.pass * (plan.kept && !plan.spilled ? plan.steps : 1));
   plan.query = take(std::max(query * first_order, plan.second_order ? support * tangents : 0));
   plan.u = take(plan.second_order ? packed : 0);

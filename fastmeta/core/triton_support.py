@@ -83,13 +83,16 @@ def precision() -> str:
 
 
 def exact_precision() -> str:
-    """How float32 products are made that must have float32's accuracy whatever the user asked for."""
-    return PRECISIONS["highest"]
+    """How kernels make products that must have float32's accuracy, whatever the user asked for."""
+    return "ieee" if interpreted() else PRECISIONS["highest"]
 
 
 def build_precision() -> str:
     """:func:`precision` as kernels take it (:mod:`fastmeta.core.triton_dot`).
 
-    The interpreter cannot multiply bfloat16, and rounds operands instead: ``"bf16 rounded"``.
+    The interpreter cannot multiply bfloat16, and rounds operands instead: ``"bf16 rounded"``. Its other products are of
+    float32, in one part.
     """
-    return "bf16 rounded" if precision() == "bf16" and interpreted() else precision()
+    if interpreted():
+        return "bf16 rounded" if precision() == "bf16" else "ieee"
+    return precision()

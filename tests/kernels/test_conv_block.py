@@ -144,7 +144,7 @@ def test_results_do_not_depend_on_the_order_of_programs(name: str) -> None:
 
 def test_partial_sums_of_many_blocks(monkeypatch: pytest.MonkeyPatch, nan_poison: None) -> None:
     """Small tiles stand for large images: sums are merged in groups, a weight's cotangent comes in pieces."""
-    for name, size in (("ROWS", 16), ("BLOCKS", 2), ("DEPTH", 16), ("SUMMED", 4), ("WHOLE", 4)):
+    for name, size in (("ROWS", 16), ("FIRST_ROWS", 16), ("BLOCKS", 2), ("DEPTH", 16), ("SUMMED", 4), ("WHOLE", 4)):
         monkeypatch.setattr(tiles, name, size)
     layer = Layer(channels=2, out=5, size=(9, 16), images=1)
     for moving, tasks in ((NAMES, 1), (NAMES[1:], 2)):

@@ -7,12 +7,12 @@ from typing import Any
 from fastmeta.ops.conv_block.geometry import Geometry, Window
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-FIRST = {"num_warps": 4, "enable_fp_fusion": True}  # where ``z`` is computed anew
 ROWS = 64  # positions of a product's tile
+FIRST_ROWS = 128  # likewise where ``z`` is computed anew for its moments
 DEPTH = 32  # patch elements, or positions of a correlation, that are multiplied at a time
-PROGRAMS = 528  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
+PROGRAMS = 1056  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
 FEW = 132  # programs that leave a large GPU idle
-SPLITS = 128  # at most
+SPLITS = 512  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
 ELEMENTS = 2048  # of an elementwise program
 WHOLE = 256  # windows that one program sums
@@ -54,42 +54,67 @@ def product_constants(g: Geometry, tasks: int, parts: int, *, transposed: bool) 
     wide = width(cn)
     if tasks * cdiv(g.images * size[0] * size[1], ROWS) * cdiv(cn, wide) < FEW:  # small images: more and narrower tiles
         wide = 32
-    # Two parts take the room of two tiles: 64 channels, 14x14, on an H100: 47 us with 16, 65 with 32 in one part.
-    deep = 16 if parts == 2 and ck % 16 == 0 else _depth(ck, g.convolution.taps)
-    tile = {"BM": ROWS, "BN": wide, "BK": deep, "PARTS": parts}
+    tile = {"BM": ROWS, "BN": wide, "BK": _depth(ck, g.convolution.taps), "PARTS": parts}
     return {"CK": ck, "CN": cn, **_windows(g.convolution), "TRANSPOSED": transposed, **tile}
+
+
+def product_options(constants: dict[str, Any], programs: int) -> dict[str, Any]:
+    """Warps and stages of that build: where many programs share a processor, each leaves room to the others.
+
+    On an H100, us with 2 and 3 stages: 64 channels, 14x14, 512 programs 29 and 37; 7x7, 128 programs 17 and 13;
+    32 channels, 42x42 165 and 154.
+    """
+    return OPTIONS | {"num_stages": 2 if constants["BN"] > 32 and programs > 2 * FEW else 3}
 
 
 def correlation_constants(g: Geometry) -> dict[str, Any]:
     """What a build of the weight's cotangent is made for."""
     fine = 32 if g.channels % 32 == 0 else _depth(g.channels, g.convolution.taps)
     wide = width(g.out)
-    # On an H100, 64 channels, 14x14, take 122 us with tiles of 32 x 64 over 32 positions, 133 with 64 x 64.
+    # On an H100, 64 channels, 14x14, take 75 us with tiles of 32 x 64 over 32 positions, 83 with 64 x 64.
     tile = {"BM": DEPTH, "BF": fine, "BN": wide}
     return {"CI": g.channels, "CO": g.out, **_windows(g.convolution), **tile}
 
 
 def correlation_options(g: Geometry) -> dict[str, Any]:
     """Warps and stages of that build."""
-    few = width(g.out) < 64
-    return {"num_warps": 2 if few else 4, "num_stages": 1 if few else 2, "enable_fp_fusion": True}
+    return OPTIONS | {"num_warps": 2 if width(g.out) < 64 else 4, "num_stages": 1}
 
 
-def first_rows(g: Geometry) -> int:
-    """Rows of a tile where ``z`` is computed anew: the operands of longer patches take more registers."""
-    return 32 if g.patch <= 16 else 16
-
-
-def first_constants(g: Geometry, *, pooled: bool) -> dict[str, Any]:
-    """What a build of ``triton_first`` is made for: with windows or without."""
-    tile = {"BM": first_rows(g) if pooled else ROWS, "BC": width(g.out), "BK": 16 if g.patch <= 16 else 32}
+def first_constants(g: Geometry, rows: int, *, pooled: bool) -> dict[str, Any]:
+    """What a build of ``triton_first`` for tiles of so many rows is made for: with windows or without."""
+    tile = {"BM": rows, "BC": width(g.out), "BK": _first_depth(g)}
     pool = {f"W{name.removeprefix('K')}": size for name, size in _windows(g.pool).items()} if pooled else {}
     return {"CI": g.channels, "C": g.out, **_windows(g.convolution), **pool, **tile}
 
 
+def windows_constants(g: Geometry) -> dict[str, Any]:
+    """What a build of its windows is made for: the operands of longer patches take more registers."""
+    return first_constants(g, 32 if g.patch <= 16 else 16, pooled=True)
+
+
+def windows_options(g: Geometry) -> dict[str, Any]:
+    """Warps and stages of that build."""
+    return OPTIONS | {"num_warps": 4 if g.patch <= 16 else 2, "num_stages": 1}
+
+
 def covariance_constants(g: Geometry) -> dict[str, Any]:
     """What a build of the patches' covariance is made for."""
-    return {"CI": g.channels, **_windows(g.convolution), "BM": ROWS, "BK": 16 if g.patch <= 16 else 32}
+    return {"CI": g.channels, **_windows(g.convolution), "BM": 64, "BK": _first_depth(g)}
+
+
+def maxima_constants(g: Geometry) -> dict[str, Any]:
+    """What a build of the weight's cotangent, where ``z`` is computed anew, is made for."""
+    return first_constants(g, 16, pooled=True)
+
+
+# Of that and of the covariance, whose tiles are small.
+FEW_WARPS = OPTIONS | {"num_warps": 2, "num_stages": 1}
+
+
+def _first_depth(g: Geometry) -> int:
+    """Patch elements of a tile that holds whole patches."""
+    return 16 if g.patch <= 16 else 32
 
 
 def pieces(count: int, tasks: int, rows: int) -> tuple[int, int]:

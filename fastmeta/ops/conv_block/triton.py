@@ -5,6 +5,7 @@ Tiles and splits follow from shapes by fixed rules, so that a result is the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ def forward(
     new = None
     scale, shift = (_rows(v) for v in affine)
     if partial is not None:
-        mean, rstd, new = _moments(partial, running, g)
+        mean, rstd, new = _moments(partial, tiles.ROWS, running, g)
         kept = replace(kept, z=z, mean=mean, rstd=rstd, scale=scale)
     y, code = _windows(z, g), _windows(z, g, torch.uint8)
     peak = _windows(z, g) if g.normalised and g.pooled else None
@@ -281,9 +282,11 @@ def _convolve(
     partial = x.new_empty((tasks, blocks, 2, g.out)) if moments else None
     of = (saved.z, saved.mean, saved.rstd) if dot is not None and moments else (None, None, None)
     bias = _rows(bias)
-    products.product[(blocks, tasks, tiles.cdiv(g.out, constants["BN"]))](
+    grid = blocks, tasks, tiles.cdiv(g.out, constants["BN"])
+    products.product[grid](
         *pairs, bias, z, partial, *of, _stride(pairs[1]), _stride(pairs[3]), _stride(bias),
-        g.images, *g.size, *g.conv_size, **constants, PRECISION=build_precision(), **tiles.OPTIONS, num_stages=3,
+        g.images, *g.size, *g.conv_size, **constants, PRECISION=build_precision(),
+        **tiles.product_options(constants, math.prod(grid)),
     )  # fmt: skip
     return z, partial
 
@@ -298,7 +301,8 @@ def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None
     grid = (tiles.cdiv(g.images * g.size[0] * g.size[1], tiles.ROWS), tasks, tiles.cdiv(g.channels, constants["BN"]))
     products.product[grid](
         d, weight, d2, weight2, None, d_x, None, None, None, None, _stride(weight), _stride(weight2), 0,
-        g.images, *g.conv_size, *g.size, **constants, PRECISION=build_precision(), **tiles.OPTIONS, num_stages=3,
+        g.images, *g.conv_size, *g.size, **constants, PRECISION=build_precision(),
+        **tiles.product_options(constants, math.prod(grid)),
     )  # fmt: skip
     return d_x.movedim(-1, 2)
 
@@ -334,7 +338,7 @@ def _first(
     g: Geometry,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Saved]:
     """:func:`forward` where ``z`` is computed anew."""
-    mean, rstd, new = _moments(_first_moments(kept, None, g), running, g)
+    mean, rstd, new = _moments(_first_moments(kept, None, g), tiles.FIRST_ROWS, running, g)
     kept = replace(kept, mean=mean, rstd=rstd, scale=affine[0])
     y, peak, code = _windows(kept.x, g), _windows(kept.x, g), _windows(kept.x, g, torch.uint8)
     middle = kept.x.mean((1, 2, 3))
@@ -357,14 +361,14 @@ def _first_tangent(
 
 def _first_moments(saved: Saved, turned_dot: Tensor | None, g: Geometry) -> Tensor:
     """Partial moments of ``z``, or sums for its tangent, ``[T, blocks, 2, O]``."""
-    constants, tasks = tiles.first_constants(g, pooled=False), saved.x.shape[0]
-    blocks = tiles.cdiv(g.positions, tiles.ROWS)
+    constants, tasks = tiles.first_constants(g, tiles.FIRST_ROWS, pooled=False), saved.x.shape[0]
+    blocks = tiles.cdiv(g.positions, tiles.FIRST_ROWS)
     partial = saved.x.new_empty((tasks, blocks, 2, g.out))
     statistics = (None, None) if turned_dot is None else (saved.mean, saved.rstd)
     first.moments[(blocks, tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, turned_dot, saved.bias, *statistics, partial, _stride(saved.turned), _stride(turned_dot),
         _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=build_precision(),
-        **tiles.FIRST, num_stages=1,
+        **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return partial
 
@@ -379,13 +383,13 @@ def _first_windows(
     g: Geometry,
 ) -> None:
     """Write ``y``, codes and peaks, or with a tangent ``y_dot`` and the peaks' tangents."""
-    constants, tasks = tiles.first_constants(g, pooled=True), saved.x.shape[0]
+    constants, tasks = tiles.windows_constants(g), saved.x.shape[0]
     first.windows[(tiles.cdiv(g.windows, constants["BM"]), tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, dot.turned_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
         dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.turned), _stride(dot.turned_dot),
         _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
         *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=build_precision(),
-        **tiles.FIRST, num_stages=1,
+        **tiles.windows_options(g),
     )  # fmt: skip
 
 
@@ -396,7 +400,7 @@ def _spread_of_patches(x: Tensor, middle: Tensor, g: Geometry) -> Tensor:
     partial = x.new_empty((tasks, pieces, constants["BK"] + 1, constants["BK"]))
     first.covariance[(pieces, tasks)](
         x, middle, partial, *g.size, g.images, *g.conv_size, span, **constants, PRECISION=exact_precision(),
-        **tiles.FIRST, num_stages=1,
+        **tiles.FEW_WARPS,
     )  # fmt: skip
     return _folded(partial)
 
@@ -405,7 +409,7 @@ def _correlate_anew(
     saved: Saved, dot: SavedDot, d: Tensor, d_dot: Tensor | None, sums: Tensor | None, g: Geometry, *, shared: bool
 ) -> Tensor:
     """``corr(x, d_z)``, or with a tangent ``corr(x, d_z_dot)``, where neither image exists."""
-    constants, tasks = tiles.first_constants(g, pooled=True), saved.x.shape[0]
+    constants, tasks = tiles.maxima_constants(g), saved.x.shape[0]
     pieces, span = tiles.pieces(g.windows, tasks * tiles.cdiv(g.out, constants["BC"]), constants["BM"])
     partial = saved.x.new_empty((tasks, pieces, g.patch, g.out))
     turned_dot = None if d_dot is None else dot.turned_dot
@@ -413,16 +417,16 @@ def _correlate_anew(
         saved.x, saved.turned, turned_dot, saved.middle, saved.spread, d, d_dot, saved.code, saved.rstd, saved.scale,
         dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.scale),
         _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants, Q=2 if d_dot is None else 4,
-        PRECISION=build_precision(), EXACT=exact_precision(), **tiles.FIRST, num_stages=1,
+        PRECISION=build_precision(), EXACT=exact_precision(), **tiles.FEW_WARPS,
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 
 
 def _moments(
-    partial: Tensor, running: tuple[Tensor, Tensor] | None, g: Geometry
+    partial: Tensor, span: int, running: tuple[Tensor, Tensor] | None, g: Geometry
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Mean, reciprocal deviation and new running statistics, ``[T, O]``."""
-    tasks, blocks, span = partial.shape[0], partial.shape[1], tiles.ROWS
+    """Mean, reciprocal deviation and new running statistics, ``[T, O]``, from blocks of ``span`` positions."""
+    tasks, blocks = partial.shape[:2]
     columns, tile = tiles.cdiv(g.out, 32), {"C": g.out, "BB": tiles.BLOCKS, "BC": 32}
     while blocks > 4 * tiles.BLOCKS:
         groups = tiles.cdiv(blocks, tiles.BLOCKS)

@@ -6,7 +6,6 @@ Other channels, kernels and windows are built when they are first met; their til
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastmeta.core.triton_support import PRECISIONS, Shipped
@@ -65,12 +64,14 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
     forward, transposed = (tiles.product_constants(g, TASKS, parts, transposed=turned) for turned in (False, True))
 
     def product(label: str, constants: dict[str, Any], missing: Sequence[str]) -> Shipped:
-        return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, 3)
+        side = g.size[0] * g.size[1] * g.images
+        programs = TASKS * tiles.cdiv(side, tiles.ROWS) * tiles.cdiv(constants["CN"], constants["BN"])
+        options = tiles.product_options(constants, programs)
+        return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, options)
 
     def correlation(label: str, missing: Sequence[str]) -> Shipped:
         weight, options = tiles.correlation_constants(g) | {"PRECISION": precision}, tiles.correlation_options(g)
-        built = _build(f"{label} {name}", products.correlation, weight, missing, options["num_stages"])
-        return replace(built, num_warps=options["num_warps"])
+        return _build(f"{label} {name}", products.correlation, weight, missing, options)
 
     return [
         product("forward", forward, (*plain, *other)),
@@ -84,21 +85,21 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
 
 def _first(g: Geometry, precision: str) -> list[Shipped]:
     """The maps of a block whose ``z`` is computed anew."""
-    name, chosen = f"{_name(g)} {precision}", {"PRECISION": precision}
-    whole, pooled = (tiles.first_constants(g, pooled=of) | chosen for of in (False, True))
-    windows = pooled | {"ACTIVATION": g.activation}
-    dots, plain = ("WDot", "ScaleDot", "Moves", "Bias"), ("WDot", "Mean", "Rstd", "Bias")
-    exact, covariance = {"EXACT": DEFAULT}, tiles.covariance_constants(g) | {"PRECISION": DEFAULT}
+    name, chosen, exact = f"{_name(g)} {precision}", {"PRECISION": precision}, {"EXACT": DEFAULT}
+    whole = tiles.first_constants(g, tiles.FIRST_ROWS, pooled=False) | chosen
+    windows = tiles.windows_constants(g) | chosen | {"ACTIVATION": g.activation}
+    maxima = tiles.maxima_constants(g) | chosen | exact
+    covariance = tiles.covariance_constants(g) | {"PRECISION": DEFAULT}
+    dots, plain = ("WDot", "ScaleDot", "Moves"), ("WDot", "Mean", "Rstd", "Bias")
+    of_windows, of_sums = tiles.windows_options(g), tiles.FEW_WARPS
     return [
         _build(f"first moments {name}", first.moments, whole, plain),
         _build(f"first moments' tangent {name}", first.moments, whole, ("Bias",)),
-        _build(f"first windows {name}", first.windows, windows, (*dots, "ShiftDot", "PeakDot")),
-        _build(f"first windows' tangent {name}", first.windows, windows, ("Bias", "Shift")),
-        _build(
-            f"first covariance {name}", first.covariance, tiles.covariance_constants(g) | {"PRECISION": DEFAULT}, ()
-        ),
-        _build(f"first weight cotangent {name}", first.correlation, pooled | exact | {"Q": 2}, (*dots[:3], "DDot")),
-        _build(f"first weight cotangent's tangent {name}", first.correlation, pooled | exact | {"Q": 4}, ()),
+        _build(f"first windows {name}", first.windows, windows, (*dots, "Bias", "ShiftDot", "PeakDot"), of_windows),
+        _build(f"first windows' tangent {name}", first.windows, windows, ("Bias", "Shift"), of_windows),
+        _build(f"first covariance {name}", first.covariance, covariance, (), of_sums),
+        _build(f"first weight cotangent {name}", first.correlation, maxima | {"Q": 2}, (*dots, "DDot"), of_sums),
+        _build(f"first weight cotangent's tangent {name}", first.correlation, maxima | {"Q": 4}, (), of_sums),
     ]
 
 
@@ -125,8 +126,11 @@ def _passes(g: Geometry) -> list[Shipped]:
     ]
 
 
-def _build(name: str, kernel: Any, constants: dict[str, Any], missing: Sequence[str], num_stages: int = 1) -> Shipped:
+def _build(
+    name: str, kernel: Any, constants: dict[str, Any], missing: Sequence[str], options: dict[str, Any] | None = None
+) -> Shipped:
     """A build whose arguments ``missing`` are ``None``."""
+    warps, stages = (4, 1) if options is None else (options["num_warps"], options["num_stages"])
     signature = {}
     for argument in kernel.arg_names:
         kind = "*fp32" if argument[0].isupper() else "i32"
@@ -138,4 +142,4 @@ def _build(name: str, kernel: Any, constants: dict[str, Any], missing: Sequence[
             kind = "fp32"
         signature[argument] = kind
     constants = constants | dict.fromkeys(missing)
-    return Shipped(f"conv_block {name}", kernel, signature, constants, 4, num_stages, "PRECISION" in constants)
+    return Shipped(f"conv_block {name}", kernel, signature, constants, warps, stages, "PRECISION" in constants)
