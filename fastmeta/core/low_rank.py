@@ -253,10 +253,6 @@ class LowRank:
         formed = _require(total)
         return formed if self.shared is None else formed.add_(self.shared * self.coefficient)
 
-    def beside(self, other: LowRank) -> LowRank:
-        """The same, which meets the rows that ``other`` does."""
-        return replace(self, met=other.met)
-
     @property
     def rank(self) -> int:
         """The rank of what is added to the shared matrix, at the most."""

@@ -82,10 +82,18 @@ class FastWeights:
             return Vector(self._packing.pack(each), factors)
         return Vector(self._packing.pack_shared(theta).expand(self._tasks, -1), factors)
 
-    def values(self, vector: Vector) -> list[Weight]:
-        """Each parameter's, in the packing's order: ``[T, *shape]`` or factors."""
+    def values(self, vector: Vector, beside: Vector | None = None) -> list[Weight]:
+        """Each parameter's, in the packing's order: ``[T, *shape]`` or factors.
+
+        Args:
+            vector: of the parameters.
+            beside: weights that meet the same rows.
+        """
         formed = iter(self._packing.unpack(vector.packed) if self._formed else ())
-        return [vector.factors[name] if name in vector.factors else next(formed) for name in self._names]
+        factors = vector.factors
+        if beside is not None:
+            factors = {name: replace(part, met=beside.factors[name].met) for name, part in factors.items()}
+        return [factors[name] if name in factors else next(formed) for name in self._names]
 
     def vector(self, values: Sequence[Weight]) -> Vector:
         """The other way round."""

@@ -143,7 +143,7 @@ def adjoint(
             tape = trajectory.tapes.pop()
         else:
             tape, _ = _inner(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
-        product = executor.hessian_vector_product(support, tape, rule.values(back.u))
+        product = executor.hessian_vector_product(support, tape, rule.values(back.u, beside=trajectory.phi))
         lam = rule.less(lam, product.adapted, alone=state is None)
         outer = added(outer, product.outer, -1)
         invariants = tape.invariants

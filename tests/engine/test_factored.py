@@ -210,3 +210,29 @@ def test_low_rank_matrices(scales: tuple[Any, ...]) -> None:
     assert LowRank(None).inner(two) is None
     with pytest.raises(RuntimeError, match="neither"):
         LowRank(None).formed()
+
+
+def test_rows_of_the_data_meet_each_other_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with the shared matrix and of rows of the data do not grow in number with the steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    tasks = fm.TaskBatch(*((torch.randn(4, n, 40, dtype=torch.float64), torch.randint(3, (4, n))) for n in (3, 7)))
+    counts = Counter[str]()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.bmm.default and args[0].shape[-1] == 40:
+                counts["rows"] += 1
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and args[-2].shape[-1] == 40:
+                counts["shared"] += 1
+            return function(*args, **(kwargs or {}))
+
+    found = []
+    for steps in (2, 5):
+        maml = fm.MAML(model, F.cross_entropy, 0.1, steps, executor="reference", plan={"0.weight": "factored"})
+        maml.value_and_grad(tasks)  # tracing runs the model
+        counts.clear()
+        with Counting():
+            maml.value_and_grad(tasks)
+        found.append(dict(counts))
+    assert found == [{"rows": 2, "shared": 3}] * 2  # the first step's is by the weight itself

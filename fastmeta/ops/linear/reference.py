@@ -61,8 +61,6 @@ def tangent(
         if x_dot is not None:
             return forward(x_dot, weight, bias_dot)
         return None if bias_dot is None else bias_dot.unsqueeze(1).expand(-1, x.shape[1], -1)
-    if isinstance(weight, LowRank) and isinstance(weight_dot, LowRank):
-        weight_dot = weight_dot.beside(weight)
     if x_dot is None:
         return forward(x, weight_dot, bias_dot)
     if not isinstance(weight, LowRank) and not isinstance(weight_dot, LowRank) and x.shape[0] > 1:
