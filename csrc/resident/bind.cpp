@@ -85,7 +85,7 @@ class Call {
 
   std::int64_t workspace_bytes(std::int64_t tasks) const {
     const auto [gradients, products, tape] = workspace(tasks);
-    return static_cast<std::int64_t>(sizeof(R)) * (gradients + products + tape);
+    return static_cast<std::int64_t>(sizeof(R)) * (gradients + products + tape + tasks);
   }
 
   // Addresses of what is read and written on the device; 0 for a result that is not wanted.
@@ -96,7 +96,7 @@ class Call {
     if (static_cast<int>(parameters.size()) != parameters_ || data.size() != 4) refuse("wrong number of tensors");
     for (const Address address : parameters) require(address);
     for (const Address address : data) require(address);
-    for (const Address address : {alpha, loss, losses}) require(address);
+    for (const Address address : {alpha, loss}) require(address);
     if (plan_.gradient && plan_.gradient_elements > 0) require(gradient);
     if (bytes < workspace_bytes(tasks)) refuse("the workspace is too small");
     if (bytes > 0) require(workspace_at);
@@ -119,6 +119,7 @@ class Call {
     io.task_gradients = at(workspace_at);
     io.tape = io.task_gradients + gradients;
     io.rate_products = io.tape + tape;
+    if (io.losses == nullptr) io.losses = io.rate_products + products;
     launch(plan_, io, device_, stream);
   }
 
@@ -127,7 +128,8 @@ class Call {
     if (address == 0) refuse("a tensor has no memory");
   }
 
-  // Elements for gradients, rates and tapes. Gradients and tapes are of whole quads, and lie first.
+  // Elements for gradients, rates and tapes. Gradients and tapes are of whole quads, and lie first; the tasks' losses,
+  // where nobody wants them, lie last.
   std::tuple<std::int64_t, std::int64_t, std::int64_t> workspace(std::int64_t tasks) const {
     return {plan_.gradient ? tasks * plan_.packed : 0, plan_.learned ? tasks * plan_.steps * plan_.layers * 2 : 0,
             plan_.spilled ? tasks * plan_.steps * plan_.tape() : 0};

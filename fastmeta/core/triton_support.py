@@ -82,11 +82,6 @@ def precision() -> str:
     return PRECISIONS[torch.get_float32_matmul_precision()]
 
 
-def exact_precision() -> str:
-    """How kernels make products that must have float32's accuracy, whatever the user asked for."""
-    return "ieee" if interpreted() else PRECISIONS["highest"]
-
-
 def build_precision() -> str:
     """:func:`precision` as kernels take it (:mod:`fastmeta.core.triton_dot`).
 
@@ -96,3 +91,18 @@ def build_precision() -> str:
     if interpreted():
         return "bf16 rounded" if precision() == "bf16" else "ieee"
     return precision()
+
+
+def turned_precision() -> str:
+    """:func:`build_precision` of products whose operands do not lie along what is summed over.
+
+    Tensor cores read bfloat16 from shared memory either way, tf32 one way alone: so float32's accuracy is had by six
+    products of three bfloat16 parts each, and not by three of tf32 parts.
+    """
+    chosen = build_precision()
+    return "bf16x6" if chosen == "tf32x3" else chosen
+
+
+def exact_precision() -> str:
+    """Likewise of those that must have float32's accuracy whatever the user asked for."""
+    return "ieee" if interpreted() else "bf16x6"

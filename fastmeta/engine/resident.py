@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, leaves, require_finite
 
 MOST_LAYERS = 24  # csrc/resident/network.h
+_NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ class ResidentStep:
 
     def _call(self, work: Work, made: Any, gradient: bool, learned: bool, outputs: bool) -> ResidentCall:
         names = self._lowered.parameters
-        wanted = [tuple(work.parameters[name].shape) for name in names[: self._differentiated]]
+        shapes = [tuple(work.parameters[name].shape) for name in names[: self._differentiated]]
+        starts = accumulate((math.prod(shape) for shape in shapes), initial=0)
+        wanted = [(shape, _strides(shape), start) for shape, start in zip(shapes, starts, strict=False)]
         return ResidentCall(
             made,
             [work.parameters[name] for name in names],
@@ -170,6 +174,11 @@ class ResidentStep:
         )
 
 
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of elements that lie row by row."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 @dataclass
 class ResidentCall:
     """Runs meta-steps of one kind; see :meth:`ResidentStep.call`.
@@ -177,7 +186,8 @@ class ResidentCall:
     Attributes:
         native: ``Resident32`` or ``Resident64`` of the extension.
         parameters: in the program's order.
-        wanted: how many adapt, and the shapes of all that get a gradient; ``None`` where no gradient is wanted.
+        wanted: how many adapt, and of all that get a gradient shape, strides and place in the flat one; ``None`` where
+            no gradient is wanted.
         learned: whether the rates get a gradient.
         losses: whether the losses of each task and step are wanted.
         outputs: shape of a task's query outputs, where those are wanted.
@@ -187,7 +197,7 @@ class ResidentCall:
 
     native: Any
     parameters: list[Tensor]
-    wanted: tuple[int, list[tuple[int, ...]]] | None
+    wanted: tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]] | None
     learned: bool
     losses: bool
     outputs: tuple[int, ...] | None
@@ -208,11 +218,13 @@ class ResidentCall:
         alpha = work.alpha.detach()
         sets = [leaves(batch) for batch in (work.support, work.query)]
         data = [batch[at].contiguous() for batch, of in zip(sets, self.data, strict=True) for at in of]
-        parameters = [p.detach().contiguous() for p in self.parameters]
+        parameters = [p if p.is_contiguous() else p.detach().contiguous() for p in self.parameters]
         tasks = data[0].shape[0]
         wants_losses = self.losses or work.check_finite
-        loss, losses = alpha.new_empty(()), alpha.new_empty(tasks)
-        support_losses = alpha.new_empty((work.steps, tasks) if wants_losses else 0)
+        loss = alpha.new_empty(())
+        losses, support_losses = _NONE, _NONE
+        if wants_losses:
+            losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((work.steps, tasks))
         outputs = None if self.outputs is None else alpha.new_empty((tasks, *self.outputs))
         flat = None if self.wanted is None else alpha.new_empty(self.native.gradient_elements)
         d_alpha = None
@@ -229,7 +241,7 @@ class ResidentCall:
             rates.data_ptr(),
             0 if d_losses is None else d_losses.data_ptr(),
             loss.data_ptr(),
-            losses.data_ptr(),
+            losses.data_ptr() if wants_losses else 0,
             support_losses.data_ptr() if wants_losses else 0,
             0 if outputs is None else outputs.data_ptr(),
             0 if flat is None else flat.data_ptr(),
@@ -244,8 +256,7 @@ class ResidentCall:
             require_finite(losses, "query loss")
         gradient = None
         if self.wanted is not None and flat is not None:
-            adapted, shapes = self.wanted
-            pieces = flat.split([math.prod(shape) for shape in shapes])
-            gradients = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+            adapted, places = self.wanted
+            gradients = [flat.as_strided(*place) for place in places]
             gradient = MetaGradient(gradients[:adapted], [*gradients[adapted:]], d_alpha)
         return Evaluation(loss, losses, support_losses, [] if outputs is None else [outputs], gradient, [])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import higher
 import pytest
 import torch
-import torchopt
 
 import fastmeta as fm
 from tests.engine.cases import CASES
 from tests.oracle import relative_error
+
+higher, torchopt = pytest.importorskip("higher"), pytest.importorskip("torchopt")
 
 # float64 through the same sums in another order
 EXACT = 1e-9

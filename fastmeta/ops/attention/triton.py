@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
 
 
 # By kernel and width of a head. Larger tiles spill registers, into which float32 operands are split where tensor cores
-# do not read them from shared memory (tests/kernels/resources.py): Hopper's do, 64 rows of a kernel's own side at a time.
+# do not read them from shared memory (tests/kernels/resources.py); Hopper's do, 64 rows of a kernel's side at a time.
 TILES = {
     **dict.fromkeys(
         (("forward", 16), ("forward", 32), ("forward", 64)),

@@ -11,6 +11,7 @@ ROWS = 64  # positions of a product's tile
 FIRST_ROWS = 128  # likewise where ``z`` is computed anew for its moments
 DEPTH = 32  # patch elements, or positions of a correlation, that are multiplied at a time
 PROGRAMS = 1056  # that keep a large GPU busy: a correlation is split into so many, if its positions suffice
+FIRST_PROGRAMS = 528  # likewise where ``z`` is computed anew
 FEW = 132  # programs that leave a large GPU idle
 SPLITS = 512  # at most
 BLOCKS = 64  # rows of partial sums that one program adds up at a time
@@ -68,11 +69,13 @@ def product_options(constants: dict[str, Any], programs: int) -> dict[str, Any]:
 
 
 def correlation_constants(g: Geometry) -> dict[str, Any]:
-    """What a build of the weight's cotangent is made for."""
+    """What a build of the weight's cotangent is made for.
+
+    On an H100, us: 64 channels, 14x14, 52 with tiles of 64 x 64 over 64 positions, 85 with 32 x 64 over 32.
+    """
+    large = g.channels % 64 == 0 and g.out >= 64
     fine = 32 if g.channels % 32 == 0 else _depth(g.channels, g.convolution.taps)
-    wide = width(g.out)
-    # On an H100, 64 channels, 14x14, take 75 us with tiles of 32 x 64 over 32 positions, 83 with 64 x 64.
-    tile = {"BM": DEPTH, "BF": fine, "BN": wide}
+    tile = {"BM": 2 * DEPTH if large else DEPTH, "BF": 64 if large else fine, "BN": width(g.out)}
     return {"CI": g.channels, "CO": g.out, **_windows(g.convolution), **tile}
 
 
@@ -119,7 +122,7 @@ def _first_depth(g: Geometry) -> int:
 
 def pieces(count: int, tasks: int, rows: int) -> tuple[int, int]:
     """Into how many pieces ``count`` windows or positions of a task are cut, and how many each has."""
-    wanted = max(1, min(cdiv(PROGRAMS, max(1, tasks)), cdiv(count, 4 * rows), SPLITS))
+    wanted = max(1, min(cdiv(FIRST_PROGRAMS, max(1, tasks)), cdiv(count, 4 * rows), SPLITS))
     span = cdiv(cdiv(count, wanted), rows) * rows
     return cdiv(count, span), span
 
@@ -128,8 +131,10 @@ def split(g: Geometry, tasks: int) -> tuple[int, int, int]:
     """Programs of a weight's cotangent for one task, into how many pieces positions are cut, and positions of each."""
     constants = correlation_constants(g)
     programs = cdiv(g.patch, constants["BF"]) * cdiv(g.out, constants["BN"])
-    most = min(cdiv(g.positions, 4 * DEPTH), SPLITS)
-    pieces = max(1, min(cdiv(PROGRAMS, max(1, programs * tasks)), most))
+    # Small tiles take less room, so that twice as many share a processor.
+    wanted, least = (PROGRAMS, 4 * DEPTH) if constants["BF"] > 32 else (2 * PROGRAMS, 8 * DEPTH)
+    most = min(cdiv(g.positions, least), SPLITS)
+    pieces = max(1, min(cdiv(wanted, max(1, programs * tasks)), most))
     span = cdiv(cdiv(g.positions, pieces), constants["BM"]) * constants["BM"]
     return programs, cdiv(g.positions, span), span
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.task_op import Need
-from fastmeta.core.triton_support import Shipped, build_precision, exact_precision, precision
+from fastmeta.core.triton_support import Shipped, build_precision, exact_precision, precision, turned_precision
 from fastmeta.ops.conv_block import tiles
 from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
@@ -316,7 +316,7 @@ def _correlate(
     partial = x.new_empty((tasks, pieces, g.patch, g.out))
     products.correlation[(programs, tasks, pieces)](
         *pair, *(other or (None, None)), partial, g.images, *g.size, *g.conv_size, span,
-        **constants, PRECISION=build_precision(), **tiles.correlation_options(g),
+        **constants, PRECISION=turned_precision(), **tiles.correlation_options(g),
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 
@@ -417,7 +417,7 @@ def _correlate_anew(
         saved.x, saved.turned, turned_dot, saved.middle, saved.spread, d, d_dot, saved.code, saved.rstd, saved.scale,
         dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.scale),
         _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants, Q=2 if d_dot is None else 4,
-        PRECISION=build_precision(), EXACT=exact_precision(), **tiles.FEW_WARPS,
+        PRECISION=turned_precision(), EXACT=exact_precision(), **tiles.FEW_WARPS,
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
 

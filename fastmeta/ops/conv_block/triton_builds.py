@@ -70,7 +70,7 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
         return _build(f"{label} {name}", products.product, constants | {"PRECISION": precision}, missing, options)
 
     def correlation(label: str, missing: Sequence[str]) -> Shipped:
-        weight, options = tiles.correlation_constants(g) | {"PRECISION": precision}, tiles.correlation_options(g)
+        weight, options = tiles.correlation_constants(g) | _turned(precision), tiles.correlation_options(g)
         return _build(f"{label} {name}", products.correlation, weight, missing, options)
 
     return [
@@ -85,11 +85,11 @@ def _products(g: Geometry, precision: str) -> list[Shipped]:
 
 def _first(g: Geometry, precision: str) -> list[Shipped]:
     """The maps of a block whose ``z`` is computed anew."""
-    name, chosen, exact = f"{_name(g)} {precision}", {"PRECISION": precision}, {"EXACT": DEFAULT}
+    name, chosen, exact = f"{_name(g)} {precision}", {"PRECISION": precision}, _turned(DEFAULT)
     whole = tiles.first_constants(g, tiles.FIRST_ROWS, pooled=False) | chosen
     windows = tiles.windows_constants(g) | chosen | {"ACTIVATION": g.activation}
-    maxima = tiles.maxima_constants(g) | chosen | exact
-    covariance = tiles.covariance_constants(g) | {"PRECISION": DEFAULT}
+    maxima = tiles.maxima_constants(g) | _turned(precision) | {"EXACT": exact["PRECISION"]}
+    covariance = tiles.covariance_constants(g) | exact
     dots, plain = ("WDot", "ScaleDot", "Moves"), ("WDot", "Mean", "Rstd", "Bias")
     of_windows, of_sums = tiles.windows_options(g), tiles.FEW_WARPS
     return [
@@ -101,6 +101,11 @@ def _first(g: Geometry, precision: str) -> list[Shipped]:
         _build(f"first weight cotangent {name}", first.correlation, maxima | {"Q": 2}, (*dots, "DDot"), of_sums),
         _build(f"first weight cotangent's tangent {name}", first.correlation, maxima | {"Q": 4}, (), of_sums),
     ]
+
+
+def _turned(precision: str) -> dict[str, str]:
+    """``triton_support.turned_precision`` on a GPU."""
+    return {"PRECISION": "bf16x6" if precision == DEFAULT else precision}
 
 
 def _passes(g: Geometry) -> list[Shipped]:
