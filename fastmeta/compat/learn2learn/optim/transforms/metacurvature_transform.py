@@ -48,6 +48,7 @@ class MetaCurvatureTransform(nn.Module):
             return self.lr * (self.mc * grad)
         if self.dim == 2:
             return self.lr * (self.mc_in @ grad @ self.mc_out)
-        out = self.mc_f @ (grad.flatten(2).mT @ self.mc_out)  # [i, f, o]
-        out = torch.tensordot(self.mc_in, out, dims=1).mT
-        return self.lr * out.reshape(grad.shape)
+        out = grad.flatten(2).permute(2, 0, 1) @ self.mc_out  # [f, i, o]
+        out = torch.tensordot(self.mc_f, out, ([1], [0]))  # [f, i, o]
+        out = torch.tensordot(self.mc_in, out, ([1], [1]))  # [i, f, o]
+        return self.lr * out.mT.reshape(grad.shape)
