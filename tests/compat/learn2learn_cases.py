@@ -111,7 +111,7 @@ def explicit(model: nn.Module, tasks: Iterable[Task], steps: int, update: Step, 
 
 def gradients(value: Tensor, to: Iterable[Tensor]) -> list[Tensor]:
     to = list(to)
-    found = torch.autograd.grad(value, to, allow_unused=True)
+    found = torch.autograd.grad(value, to, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(to, found, strict=True)]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import fastmeta
 import fastmeta.compat.learn2learn as l2l
 from tests.compat.learn2learn_cases import Recurrent, Tied, assert_equal, conv, mlp
 
