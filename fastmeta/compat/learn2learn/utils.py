@@ -133,7 +133,7 @@ def require_as_many(op: str, name: str, given: Sequence[object], parameters: Seq
             name,
             f"one for each of the module's {len(parameters)} parameters",
             f"{len(given)}",
-            "give None for one that stays as it is, in the order of module.parameters()",
+            "their order is that of module.parameters()",
         )
 
 
