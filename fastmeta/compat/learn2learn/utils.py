@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import fail
 
+Memo = dict[int, tuple[Tensor, Tensor]]  # by id: the tensor, which keeps its id while it lives, and what it became
+
 
 def magic_box(x: Any) -> Any:
     """``exp(x - stop_gradient(x))``: 1, whose derivative is that of ``x``.
@@ -35,7 +37,7 @@ def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: p.clone() for name, p in param_dict.items()}
 
 
-def clone_module(module: nn.Module, memo: dict[Tensor, Tensor] | None = None) -> nn.Module:
+def clone_module(module: nn.Module, memo: Memo | None = None) -> nn.Module:
     """A copy of a module whose parameters are ``torch.clone`` of the original's, so that gradients flow back to them.
 
     * A tensor that stands in several places is cloned once: tied weights stay tied, and the parameters of a submodule
@@ -47,7 +49,7 @@ def clone_module(module: nn.Module, memo: dict[Tensor, Tensor] | None = None) ->
 
     Args:
         module: the module.
-        memo: clones by their original, for a module that shares tensors with one cloned before.
+        memo: a dict, empty at first, that ties the clones of several modules which share tensors.
 
     Returns:
         The copy. Its parameters are no leaves and no ``nn.Parameter``.
@@ -56,18 +58,22 @@ def clone_module(module: nn.Module, memo: dict[Tensor, Tensor] | None = None) ->
         return module
     memo = {} if memo is None else memo
     clone = module.__new__(type(module))
-    clone.__dict__ = module.__dict__.copy()
-    clone._parameters = {name: _cloned(p, memo) for name, p in module._parameters.items()}  # type: ignore[misc]
-    clone._buffers = {
-        name: _cloned(b, memo) if b is not None and b.requires_grad else b for name, b in module._buffers.items()
-    }
-    clone._modules = {name: clone_module(child, memo) for name, child in module._modules.items()}  # type: ignore[arg-type]
+    # Straight into __dict__, for a module's own way of setting an attribute takes most of the time of a small clone.
+    state = module.__dict__
+    clone.__dict__.update(
+        state,
+        _parameters={name: p if p is None else _cloned(p, memo) for name, p in state["_parameters"].items()},
+        _buffers={
+            name: _cloned(b, memo) if b is not None and b.requires_grad else b for name, b in state["_buffers"].items()
+        },
+        _modules={name: clone_module(child, memo) for name, child in state["_modules"].items()},
+    )
     _flatten(clone)
     return clone
 
 
 def update_module(
-    module: nn.Module, updates: Sequence[Tensor | None] | None = None, memo: dict[Tensor, Tensor] | None = None
+    module: nn.Module, updates: Sequence[Tensor | None] | None = None, memo: Memo | None = None
 ) -> nn.Module:
     """Replace every parameter ``p`` of a module by ``p + u``, so that gradients flow to both.
 
@@ -77,7 +83,7 @@ def update_module(
         module: the module, usually a clone.
         updates: ``u`` for each of ``module.parameters()``, in their order; a parameter with ``None`` stays. If the
             whole is ``None``, each parameter or buffer that has an attribute ``update`` moves by that.
-        memo: what tensors have become, for a module that shares tensors with one updated before.
+        memo: a dict, empty at first, that ties the updates of several modules which share tensors.
 
     Returns:
         The module.
@@ -93,13 +99,13 @@ def update_module(
         require_as_many("update_module", "updates", updates, parameters)
         for p, u in zip(parameters, updates, strict=True):
             p.update = u  # type: ignore[attr-defined]
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                tensors[name] = _updated(tensor, memo)  # type: ignore[assignment]
-    for child in module._modules.values():
-        update_module(child, None, memo)  # type: ignore[arg-type]
-    _flatten(module)
+    _update(module, memo)
+    return module
+
+
+def replace_parameters(module: nn.Module, steps: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
+    """:func:`update_module` with pairs of a parameter and what stands for it from now on, not its update."""
+    _update(module, {id(pair[0]): pair for pair in steps})
     return module
 
 
@@ -137,27 +143,39 @@ def require_as_many(op: str, name: str, given: Sequence[object], parameters: Seq
         )
 
 
-def _cloned(tensor: Tensor | None, memo: dict[Tensor, Tensor]) -> Tensor | None:
-    if tensor is None:
-        return None
-    if tensor not in memo:
-        memo[tensor] = tensor.clone()
-    return memo[tensor]
+def _cloned(tensor: Tensor, memo: Memo) -> Tensor:
+    found = memo.get(id(tensor))
+    if found is None:
+        found = memo[id(tensor)] = (tensor, tensor.clone())
+    return found[1]
 
 
-def _updated(tensor: Tensor, memo: dict[Tensor, Tensor]) -> Tensor:
-    if tensor not in memo:
+def _update(module: nn.Module, memo: Memo) -> None:
+    state = module.__dict__
+    for tensors in (state["_parameters"], state["_buffers"]):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                tensors[name] = _updated(tensor, memo)
+    for child in state["_modules"].values():
+        if isinstance(child, nn.Module):
+            _update(child, memo)
+    _flatten(module)
+
+
+def _updated(tensor: Tensor, memo: Memo) -> Tensor:
+    found = memo.get(id(tensor))
+    if found is None:
         update = getattr(tensor, "update", None)
         if update is None:
             return tensor
         tensor.update = None  # type: ignore[attr-defined]
-        memo[tensor] = tensor + update
-    return memo[tensor]
+        found = memo[id(tensor)] = (tensor, tensor + update)
+    return found[1]
 
 
 def _flatten(module: nn.Module) -> None:
     """Let a recurrent layer see the tensors that have become its weights."""
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-    elif hasattr(module, "flatten_parameters"):
+    elif hasattr(type(module), "flatten_parameters"):  # of the class: a module is slow to say what it has not got
         module._apply(lambda tensor: tensor)

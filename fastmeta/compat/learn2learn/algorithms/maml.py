@@ -11,7 +11,7 @@ from fastmeta.algorithms.maml import MetaOutput
 from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
 from fastmeta.compat.learn2learn.algorithms.engine import Engine, Loss, Tasks
 from fastmeta.compat.learn2learn.gradients import gradients
-from fastmeta.compat.learn2learn.utils import clone_module, require_as_many, update_module
+from fastmeta.compat.learn2learn.utils import clone_module, replace_parameters, require_as_many, update_module
 from fastmeta.core.checks import fail
 
 
@@ -37,8 +37,7 @@ def maml_update(model: nn.Module, lr: float | Tensor, grads: Sequence[Tensor | N
             fail(ValueError, "maml_update", "grads", "a list where no parameter has an update", "None", mend)
         return update_module(model)
     require_as_many("maml_update", "grads", grads, parameters)
-    moved: dict[Tensor, Tensor] = {p: p + (-lr * g) for p, g in zip(parameters, grads, strict=True) if g is not None}
-    return update_module(model, memo=moved)
+    return _descended(model, parameters, lr, grads)
 
 
 class MAML(BaseLearner):
@@ -88,16 +87,17 @@ class MAML(BaseLearner):
         Raises:
             RuntimeError: a parameter is unused by the loss or does not require grad, and that is not allowed.
         """
+        parameters = list(self.module.parameters())
         found = gradients(
             "MAML.adapt",
             loss,
-            self.module.parameters(),
+            parameters,
             create_graph=not _chosen(first_order, self.first_order),
             allow_unused=_chosen(allow_unused, self.allow_unused),
             allow_nograd=_chosen(allow_nograd, self.allow_nograd),
             names=lambda: [name for name, _ in self.module.named_parameters()],
         )
-        self.module = maml_update(self.module, self.lr, found)
+        _descended(self.module, parameters, self.lr, found)
 
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
@@ -150,6 +150,13 @@ class MAML(BaseLearner):
             allow_nograd=self.allow_nograd,
             options=options,
         )
+
+
+def _descended(
+    model: nn.Module, parameters: Sequence[Tensor], lr: float | Tensor, grads: Sequence[Tensor | None]
+) -> nn.Module:
+    steps = [(p, p + (-lr * g)) for p, g in zip(parameters, grads, strict=True) if g is not None]
+    return replace_parameters(model, steps)
 
 
 def _chosen(here: bool | None, otherwise: bool) -> bool:

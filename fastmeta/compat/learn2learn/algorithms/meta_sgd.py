@@ -13,7 +13,7 @@ from fastmeta.algorithms.maml import MetaOutput
 from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
 from fastmeta.compat.learn2learn.algorithms.engine import Engine, Loss, Tasks
 from fastmeta.compat.learn2learn.gradients import gradients
-from fastmeta.compat.learn2learn.utils import clone_module, clone_parameters, require_as_many, update_module
+from fastmeta.compat.learn2learn.utils import clone_module, clone_parameters, replace_parameters, require_as_many
 from fastmeta.core.checks import fail
 
 
@@ -43,13 +43,13 @@ def meta_sgd_update(
     rates = [getattr(p, "_lr", None) for p in parameters] if lrs is None else list(lrs)
     require_as_many("meta_sgd_update", "lrs", rates, parameters)
     require_as_many("meta_sgd_update", "grads", grads, parameters)
-    moved: dict[Tensor, Tensor] = {}
+    steps = []
     for i, (p, lr, g) in enumerate(zip(parameters, rates, grads, strict=True)):
         if g is not None:
             if lr is None:
                 fail(ValueError, "meta_sgd_update", "lrs", "given where parameters have no _lr", f"None for number {i}")
-            moved[p] = p - lr * g
-    return update_module(model, memo=moved)
+            steps.append((p, p - lr * g))
+    return replace_parameters(model, steps)
 
 
 class MetaSGD(BaseLearner):

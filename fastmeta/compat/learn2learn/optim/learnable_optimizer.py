@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.compat.learn2learn.optim.parameter_update import Transform
-from fastmeta.compat.learn2learn.utils import update_module
+from fastmeta.compat.learn2learn.utils import replace_parameters
 from fastmeta.core.checks import fail
 
 
@@ -46,15 +46,15 @@ class LearnableOptimizer(nn.Module):
             closure: not used.
         """
         model = self.info["model"]
-        moved: dict[Tensor, Tensor] = {}
+        steps = []
         for p, transform in zip(model.parameters(), self.transforms, strict=True):
             grad = _grad(p)
             if grad is not None:
                 update = -self.lr * transform(grad.detach())
                 p.detach_()
-                moved[p] = p + update
-                moved[p].requires_grad_()  # also where the transform has nothing to learn
-        update_module(model, memo=moved)
+                moved = p + update
+                steps.append((p, moved.requires_grad_()))  # also where the transform has nothing to learn
+        replace_parameters(model, steps)
         for p in model.parameters():
             if p.requires_grad:
                 p.retain_grad()
