@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmeta.compat.learn2learn as l2l
 from fastmeta.compat.learn2learn.algorithms import engine
@@ -66,6 +67,27 @@ def test_the_engine_gives_what_the_loop_gives(name: str, make: Callable, first_o
     model, tasks = made(name)
     of_loop, of_engine = both(make(model, first_order), tasks, 2)
     assert_equal(of_engine, of_loop, 1e-10)  # running statistics and their counts among them
+
+
+class Attentive(nn.Module):
+    """Attention over a sequence, and an answer from its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+def test_attention_needs_no_choice_of_kernels() -> None:
+    _, tasks = made("lstm")
+    maml = l2l.algorithms.MAML(Attentive().double(), lr=0.1)
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = torch.autograd.grad(loop(maml, tasks, 1), list(maml.parameters()))
+    maml.meta_step(tasks, F.cross_entropy, 1).loss.backward()
+    assert_equal([p.grad for p in maml.parameters()], truth, 1e-10)
 
 
 def test_running_statistics_can_be_left_alone() -> None:

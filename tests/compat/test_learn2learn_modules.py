@@ -148,7 +148,9 @@ def test_a_module_that_flattens_by_itself_is_asked_to() -> None:
 
 def test_updates_must_be_one_a_parameter() -> None:
     model = mlp()
-    with pytest.raises(ValueError, match=r"update_module: updates must be one for each .* 6 parameters, got 7; their order"):
+    with pytest.raises(
+        ValueError, match=r"update_module: updates must be one for each .* 6 parameters, got 7; their order"
+    ):
         l2l.update_module(model, [None] * 7)
     before = list(model.parameters())
     assert l2l.update_module(model, [None] * 6) is model
