@@ -159,6 +159,9 @@ def test_updates_must_be_one_a_parameter() -> None:
 
 def test_detaching() -> None:
     clone, x = l2l.clone_module(Recurrent()), torch.randn(6, 5, 4)
+    frozen = l2l.clone_module(nn.Linear(2, 2).requires_grad_(False))
+    l2l.detach_module(frozen, keep_requires_grad=True)
+    assert not any(p.requires_grad for p in frozen.parameters())
     l2l.detach_module(clone, keep_requires_grad=True)
     assert all(p.is_leaf and p.requires_grad for p in clone.parameters())
     clone(x).norm().backward()
