@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fastmeta.learner.models as models
     from fastmeta import algorithms as algorithms
+    from fastmeta import compat as compat
     from fastmeta import inner as inner
     from fastmeta import learner as learner
     from fastmeta import ops as ops
@@ -31,6 +32,7 @@ _ATTRIBUTES = {
 }
 _MODULES = {
     "algorithms": "fastmeta.algorithms",
+    "compat": "fastmeta.compat",
     "inner": "fastmeta.inner",
     "learner": "fastmeta.learner",
     "models": "fastmeta.learner.models",
@@ -44,6 +46,7 @@ __all__ = [
     "TaskBatch",
     "__version__",
     "algorithms",
+    "compat",
     "inner",
     "inner_update",
     "learner",

@@ -25,7 +25,7 @@ Scalar = float | Tensor
 class SGDState(NamedTuple):
     """Of :func:`sgd`; ``None`` without momentum."""
 
-    momentum_buffer: Tensor | None
+    momentum_buffer: Tensor | None = None
 
 
 class AdamState(NamedTuple):
