@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,11 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     assert (ours - theirs).norm() <= tolerance * theirs.norm().clamp_min(1e-30)
+
+
+def slope(f: Callable[[float], float], h: float = 1e-5) -> float:
+    """The derivative of ``f`` at 0, by differences of the fourth order."""
+    return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
 
 def flat(tensors: list[Tensor | None]) -> Tensor:
