@@ -89,7 +89,7 @@ def root(v: Tensor) -> Tensor:
     NaN stays NaN.
     """
     none = v <= 0
-    return torch.where(none, 0.0, torch.where(none, 1.0, v).sqrt())
+    return v.masked_fill(none, 1.0).sqrt().masked_fill(none, 0.0)
 
 
 def sgd(
@@ -113,10 +113,10 @@ def sgd(
     """
     d = _decayed(p, g, weight_decay, maximize)
     if not _present(momentum):
-        return p - lr * d, SGDState(None)
+        return _descended(p, lr, d), SGDState(None)
     before = None if state is None else state.momentum_buffer
     buffer = d if before is None else momentum * before + (1 - dampening) * d
-    return p - lr * (d + momentum * buffer if nesterov else buffer), SGDState(buffer)
+    return _descended(p, lr, d + momentum * buffer if nesterov else buffer), SGDState(buffer)
 
 
 def adam(
@@ -179,11 +179,10 @@ def _adam(
         state = AdamState(0, zero, zero, zero if amsgrad else None)
     beta1, beta2 = betas
     step = state.step + 1
-    m = beta1 * state.exp_avg + (1 - beta1) * g
-    v = beta2 * state.exp_avg_sq + (1 - beta2) * g.square()
+    m, v = _average(state.exp_avg, g, beta1), _average_square(state.exp_avg_sq, g, beta2)
     largest = v if state.max_exp_avg_sq is None else torch.maximum(state.max_exp_avg_sq, v)
-    denominator = root(largest / (1 - beta2**step) + eps_root) + eps
-    p = p - lr * _over(m / (1 - beta1**step), denominator, eps)
+    denominator = _root(largest / (1 - beta2**step), eps_root) + eps
+    p = _descended_over(p, lr / (1 - beta1**step), m, denominator, eps)
     return p, AdamState(step, m, v, largest if amsgrad else None)
 
 
@@ -211,15 +210,14 @@ def radam(
         state = AdamState(0, torch.zeros_like(p), torch.zeros_like(p))
     beta1, beta2 = betas
     step = state.step + 1
-    m = beta1 * state.exp_avg + (1 - beta1) * d
-    v = beta2 * state.exp_avg_sq + (1 - beta2) * d.square()
-    move, left = m / (1 - beta1**step), 1 - beta2**step
+    m, v = _average(state.exp_avg, d, beta1), _average_square(state.exp_avg_sq, d, beta2)
+    rate, left = lr / (1 - beta1**step), 1 - beta2**step
     rho = 2 / (1 - beta2) - 1
     r = rho - 2 * step * beta2**step / left
-    if r > 5:
-        rectified = (left * (r - 4) * (r - 2) * rho / ((rho - 4) * (rho - 2) * r)) ** 0.5
-        move = rectified * _over(move, root(v) + eps, eps)
-    return p - lr * move, AdamState(step, m, v)
+    if r <= 5:
+        return _descended(p, rate, m), AdamState(step, m, v)
+    rectified = (left * (r - 4) * (r - 2) * rho / ((rho - 4) * (rho - 2) * r)) ** 0.5
+    return _descended_over(p, rate * rectified, m, root(v) + eps, eps), AdamState(step, m, v)
 
 
 def rmsprop(
@@ -248,16 +246,17 @@ def rmsprop(
     d = _decayed(p, g, weight_decay, maximize)
     if state is None:
         state = RMSpropState(torch.zeros_like(p))
-    v = inside = alpha * state.square_avg + (1 - alpha) * d.square()
+    v = inside = _average_square(state.square_avg, d, alpha)
     mean = None
     if centered:
-        mean = (1 - alpha) * d if state.grad_avg is None else alpha * state.grad_avg + (1 - alpha) * d
+        mean = (1 - alpha) * d if state.grad_avg is None else _average(state.grad_avg, d, alpha)
         inside = v - mean.square()
-    u = _over(d, root(inside + eps_root) + eps, eps)
+    denominator = _root(inside, eps_root) + eps
     if not _present(momentum):
-        return p - lr * u, RMSpropState(v, None, mean)
+        return _descended_over(p, lr, d, denominator, eps), RMSpropState(v, None, mean)
+    u = _over(d, denominator, eps)
     buffer = u if state.momentum_buffer is None else momentum * state.momentum_buffer + u
-    return p - lr * (u + momentum * buffer if nesterov else buffer), RMSpropState(v, buffer, mean)
+    return _descended(p, lr, u + momentum * buffer if nesterov else buffer), RMSpropState(v, buffer, mean)
 
 
 def adagrad(
@@ -284,7 +283,7 @@ def adagrad(
     step, before = (0, initial_accumulator_value) if state is None else state
     total = before + d.square()
     rate = lr / (1 + step * lr_decay)
-    return p - rate * _over(d, root(total + eps_root) + eps, eps), AdagradState(step + 1, total)
+    return _descended_over(p, rate, d, _root(total, eps_root) + eps, eps), AdagradState(step + 1, total)
 
 
 def adadelta(
@@ -308,9 +307,9 @@ def adadelta(
     d = _decayed(p, g, weight_decay, maximize)
     if state is None:
         state = AdadeltaState(torch.zeros_like(p), torch.zeros_like(p))
-    v = rho * state.square_avg + (1 - rho) * d.square()
+    v = _average_square(state.square_avg, d, rho)
     u = _over(root(state.acc_delta + eps) * d, root(v + eps), eps)
-    return p - lr * u, AdadeltaState(v, rho * state.acc_delta + (1 - rho) * u.square())
+    return _descended(p, lr, u), AdadeltaState(v, _average_square(state.acc_delta, u, rho))
 
 
 def adamax(
@@ -337,9 +336,9 @@ def adamax(
         state = AdamaxState(0, torch.zeros_like(p), torch.zeros_like(p))
     beta1, beta2 = betas
     step = state.step + 1
-    m = beta1 * state.exp_avg + (1 - beta1) * d
+    m = _average(state.exp_avg, d, beta1)
     norm = torch.maximum(beta2 * state.exp_inf, d.abs() + eps)
-    return p - lr / (1 - beta1**step) * _over(m, norm, eps), AdamaxState(step, m, norm)
+    return _descended_over(p, lr / (1 - beta1**step), m, norm, eps), AdamaxState(step, m, norm)
 
 
 def asgd(
@@ -397,6 +396,33 @@ def rprop(
     size = _within(state.step_size * factor, *step_sizes)
     d = torch.where(agreement < 0, 0.0, d)
     return p - size * d.sign(), RpropState(d, size)
+
+
+def _average(before: Tensor, new: Tensor, keep: Scalar) -> Tensor:
+    if isinstance(keep, Tensor):
+        return keep * before + (1 - keep) * new
+    return torch.lerp(before, new, 1 - keep)
+
+
+def _average_square(before: Tensor, new: Tensor, keep: Scalar) -> Tensor:
+    if isinstance(keep, Tensor):
+        return keep * before + (1 - keep) * new.square()
+    return torch.addcmul(keep * before, new, new, value=1 - keep)
+
+
+def _root(v: Tensor, eps_root: Scalar) -> Tensor:
+    return root(v + eps_root if _present(eps_root) else v)
+
+
+def _descended(p: Tensor, rate: Scalar, u: Tensor) -> Tensor:
+    return p - rate * u if isinstance(rate, Tensor) else torch.sub(p, u, alpha=rate)
+
+
+def _descended_over(p: Tensor, rate: Scalar, x: Tensor, denominator: Tensor, eps: Scalar) -> Tensor:
+    """``p - rate * x / denominator``, as :func:`_over`."""
+    if isinstance(rate, Tensor) or isinstance(eps, Tensor) or eps == 0:
+        return _descended(p, rate, _over(x, denominator, eps))
+    return torch.addcdiv(p, x, denominator, value=-rate)
 
 
 def _over(x: Tensor, denominator: Tensor, eps: Scalar) -> Tensor:

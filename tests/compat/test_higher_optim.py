@@ -289,6 +289,12 @@ def test_what_is_asked_wrongly_raises() -> None:
         pytest.raises(ValueError, match="the loss must depend on a parameter"),
     ):
         inner.step(squared(model(x), y))
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    with (
+        higher.innerloop_ctx(frozen, optim.SGD(frozen.parameters(), lr=0.1)) as (_, inner),
+        pytest.raises(ValueError, match="the loss must depend on a parameter"),
+    ):
+        inner.step(squared(model(x), y))
     p = torch.ones(2, dtype=torch.complex128, requires_grad=True)
     inner = higher.get_diff_optim(optim.SGD([p], lr=0.1), [p])
     with pytest.raises(TypeError, match="real and dense"):

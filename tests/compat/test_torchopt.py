@@ -209,6 +209,8 @@ def test_groups_frozen_and_unused_parameters() -> None:
     assert len(inner.state_dict()) == 2
     with pytest.raises(ValueError, match="depends on none"):
         inner.step(torch.ones((), requires_grad=True) * 2)
+    with pytest.raises(ValueError, match="depends on none"):
+        torchopt.MetaSGD(nn.Linear(1, 1).requires_grad_(False), lr=0.1).step(torch.ones((), requires_grad=True) * 2)
     with pytest.raises(ValueError, match="of 2 groups, got 1"):
         inner.load_state_dict(inner.state_dict()[:1])
     with pytest.raises(TypeError, match=r"GradientTransformation, such as adam\(\), got float"):

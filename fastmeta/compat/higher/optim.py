@@ -155,9 +155,8 @@ class DifferentiableOptimizer(abc.ABC):
     def _gradients(self, loss: Tensor, params: list[Tensor]) -> list[Tensor | None]:
         """Of ``loss``, by each of ``params``; ``None`` where it is frozen or the loss does not depend on it."""
         places = [i for i, p in enumerate(params) if p.requires_grad]
-        found = torch.autograd.grad(
-            loss, [params[i] for i in places], create_graph=self._track_higher_grads, allow_unused=True
-        )
+        wanted, graph = [params[i] for i in places], self._track_higher_grads
+        found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True) if wanted else ()
         if all(g is None for g in found):
             raise ValueError(
                 f"{type(self).__name__}: the loss must depend on a parameter that requires grad; compute it by the "

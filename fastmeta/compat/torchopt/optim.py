@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.compat.torchopt import transform
-from fastmeta.compat.torchopt.transform import GradientTransformation, Mask, Rate, apply_updates
+from fastmeta.compat.torchopt.transform import Elementwise, GradientTransformation, Mask, Rate, apply_updates
 from fastmeta.core.checks import fail
 from fastmeta.core.optimizer_steps import Scalar
 
@@ -73,8 +73,8 @@ class MetaOptimizer:
             grads = tuple(next(gradients) for _ in params)
             state = self.state_groups[i]
             state = self.impl.init(params) if isinstance(state, UninitializedState) else state
-            updates, self.state_groups[i] = self.impl.update(grads, state, params=params, inplace=False)
-            after = dict(zip(map(id, params), apply_updates(params, updates, inplace=False), strict=True))
+            moved, self.state_groups[i] = _advanced(self.impl, grads, state, params)
+            after = dict(zip(map(id, params), moved, strict=True))
             for container in containers:
                 container.update({name: after[id(p)] for name, p in container.items() if isinstance(p, Tensor)})
 
@@ -128,8 +128,11 @@ class FuncOptimizer:
         if isinstance(self.optim_state, UninitializedState):
             self.optim_state = self.impl.init(params)
         grads = pytree.tree_unflatten(_gradients(type(self).__name__, loss, leaves, graph=not inplace), tree)
-        updates, self.optim_state = self.impl.update(grads, self.optim_state, params=params, inplace=inplace)
-        return apply_updates(params, updates, inplace=inplace)
+        if not inplace:
+            moved, self.optim_state = _advanced(self.impl, grads, self.optim_state, params)
+            return moved
+        updates, self.optim_state = self.impl.update(grads, self.optim_state, params=params, inplace=True)
+        return apply_updates(params, updates, inplace=True)
 
     def state_dict(self) -> Any:
         """The state, by reference."""
@@ -138,6 +141,13 @@ class FuncOptimizer:
     def load_state_dict(self, state_dict: Any) -> None:
         """Take up a state, by reference."""
         self.optim_state = state_dict
+
+
+def _advanced(impl: GradientTransformation, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    if isinstance(impl, Elementwise):
+        return impl.advance(grads, state, params)
+    updates, state = impl.update(grads, state, params=params, inplace=False)
+    return apply_updates(params, updates, inplace=False), state
 
 
 def _check_transformation(name: str, impl: object) -> None:
@@ -153,7 +163,8 @@ def _distinct(containers: Containers) -> Iterable[Tensor]:
 def _gradients(name: str, loss: Tensor, params: Sequence[Tensor], graph: bool = True) -> list[Tensor | None]:
     """Of ``loss``, by each of ``params``; ``None`` where it is frozen or the loss does not depend on it."""
     places = [i for i, p in enumerate(params) if p.requires_grad]
-    found = torch.autograd.grad(loss, [params[i] for i in places], create_graph=graph, allow_unused=True)
+    wanted = [params[i] for i in places]
+    found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True) if wanted else ()
     if all(g is None for g in found):
         raise ValueError(f"{name}: the loss must depend on a parameter that requires grad; it depends on none")
     gradients: list[Tensor | None] = [None] * len(params)

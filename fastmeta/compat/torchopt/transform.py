@@ -361,6 +361,15 @@ def _moments(requires_grad: bool) -> _Start:
     return lambda p: steps.AdamState(0, _zeros(p, requires_grad), _zeros(p, requires_grad))
 
 
+class Elementwise(GradientTransformation):
+    """A transformation that can also take the whole step at once.
+
+    ``advance(updates, state, params)`` gives parameters plus updates, never in place, and the next state.
+    """
+
+    advance: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
 def _elementwise(
     name: str,
     step: _Step,
@@ -371,15 +380,15 @@ def _elementwise(
     *,
     decoupled: Scalar = 0.0,
     mask: Mask | None = None,
-) -> GradientTransformation:
-    """``step``, which has neither weight decay nor a sign of its own, from a parameter of zero: the update."""
+) -> Elementwise:
+    """By ``step``, which has neither weight decay nor sign of its own; from a parameter of zero for the update alone."""
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     apart = isinstance(decoupled, Tensor) or decoupled != 0
 
     def init(params: Any) -> Any:
         return tuple(ParameterState(0, start(p)) for p in pytree.tree_leaves(params))
 
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+    def run(updates: Any, state: Any, params: Any, inplace: bool, onto: bool) -> tuple[Any, Any]:
         gradients, tree = pytree.tree_flatten(updates)
         known = [None] * len(gradients) if params is None else pytree.tree_leaves(params)
         if len(state) != len(gradients) or len(known) != len(gradients):
@@ -391,7 +400,7 @@ def _elementwise(
         new, after = list[Tensor | None](), []
         for g, p, s, decay in zip(gradients, known, state, chosen, strict=True):
             if g is None:
-                new.append(None)
+                new.append(p if onto else None)
                 after.append(s)
                 continue
             if g.is_sparse or g.is_complex():
@@ -400,12 +409,19 @@ def _elementwise(
             d = -g if maximize else g
             d = d + weight_decay * p if decays else d
             rate = lr(torch.tensor(s.updates, device=g.device)) if callable(lr) else lr
-            u, rule = step(torch.zeros_like(d), d, s.rule, rate)
-            new.append(u - rate * decoupled * p if apart and decay else u)
+            base = p if onto else torch.zeros_like(d)
+            base = base - rate * decoupled * p if apart and decay else base
+            moved, rule = step(base, d, s.rule, rate)
+            new.append(moved)
             after.append(ParameterState(s.updates + 1, rule))
         return pytree.tree_unflatten(new, tree), tuple(after)
 
-    return GradientTransformation(init, update)
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        return run(updates, state, params, inplace, onto=False)
+
+    transformation = Elementwise(init, update)
+    transformation.advance = lambda updates, state, params: run(updates, state, params, False, onto=True)
+    return transformation
 
 
 def _chosen(name: str, mask: Mask | None, params: Any, number: int) -> list[bool]:
