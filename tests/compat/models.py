@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +63,20 @@ def slope(f: Callable[[float], float], h: float = 1e-5) -> float:
 
 def flat(tensors: list[Tensor | None]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors if t is not None])
+
+
+def two_steps_with_momentum(model: nn.Module, support: Any, query: Any) -> tuple[Tensor | None, ...]:
+    """Meta-gradient of two steps of SGD at 0.1 with momentum 0.5 and dampening 0.3, written out."""
+    start = dict(model.named_parameters())
+    p, buffer = start, {}
+    for _ in range(2):
+        loss = squared(torch.func.functional_call(model, p, support[0]), support[1])
+        gradients = torch.autograd.grad(loss, list(p.values()), create_graph=True, allow_unused=True)
+        moved = {}
+        for (name, value), g in zip(p.items(), gradients, strict=True):
+            if g is not None:
+                buffer[name] = 0.5 * buffer[name] + 0.7 * g if name in buffer else g
+                moved[name] = value - 0.1 * buffer[name]
+        p = {**p, **moved}
+    loss = squared(torch.func.functional_call(model, p, query[0]), query[1])
+    return torch.autograd.grad(loss, list(start.values()), allow_unused=True)

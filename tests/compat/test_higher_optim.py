@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import fastmeta.compat.higher as higher
-from tests.compat.models import batches, close, flat, mixed, perceptron, slope, squared
+from tests.compat.models import batches, close, flat, mixed, perceptron, slope, squared, two_steps_with_momentum
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], optim.Optimizer]] = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
@@ -87,6 +87,22 @@ def test_the_meta_gradient_is_the_derivative_of_torch_optims_steps(name: str) ->
             rel=1e-7,
             abs=1e-9,
         )
+
+
+def test_a_network_with_ties_batch_norm_and_an_lstm_against_an_explicit_loop() -> None:
+    model, (support, query) = mixed(), batches(2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.5, dampening=0.3)
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (patched, inner):
+        for _ in range(2):
+            inner.step(squared(patched(support[0]), support[1]))
+        loss = squared(patched(query[0]), query[1])
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    other = mixed()
+    expected = two_steps_with_momentum(other, support, query)
+    assert [g is None for g in found] == [g is None for g in expected]
+    close(flat(list(found)), flat(list(expected)))
+    for a, b in zip(patched.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
 
 
 def explicit(p: list[Tensor], loss: Callable[[list[Tensor], int], Tensor], hyper: dict[str, Tensor]) -> list[Tensor]:

@@ -62,6 +62,18 @@ def test_gradients_reach_the_original_weights_only_without_a_copy() -> None:
     )
 
 
+def test_outputs_and_gradients_are_the_same_bits_in_float32() -> None:
+    model = mixed().float()
+    (x, y), *_ = batches(1)
+    patched = higher.monkeypatch(model)
+    outputs = patched(x.float())
+    assert torch.equal(outputs, model(x.float()))
+    ours = torch.autograd.grad(squared(outputs, y.float()), list(patched.parameters()), allow_unused=True)
+    loss = squared(model(x.float()), y.float())
+    theirs = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_params_of_a_call_become_the_latest() -> None:
     model = mixed()
     (x, _), *_ = batches(1)

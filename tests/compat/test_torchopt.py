@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import fastmeta.compat.torchopt as torchopt
-from tests.compat.models import batches, close, flat, mixed, perceptron, slope, squared
+from tests.compat.models import batches, close, flat, mixed, perceptron, slope, squared, two_steps_with_momentum
 
 Meta = Callable[[nn.Module], torchopt.MetaOptimizer]
 
@@ -155,29 +155,12 @@ def test_tasks_start_from_snapshots() -> None:
         torchopt.recover_state_dict(inner, rule)
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
         assert model.norm.num_batches_tracked == 0
-        alone.append(explicit(mixed(), data[2 * t], data[2 * t + 1]))
+        alone.append(two_steps_with_momentum(mixed(), data[2 * t], data[2 * t + 1]))
     for p, parts in zip(parameters, zip(*alone, strict=True), strict=True):
         given = [g for g in parts if g is not None]
         assert (p.grad is None) == (not given)
         if given and p is not model.first.bias:  # which batch norm makes a constant
             close(p.grad, sum(given))
-
-
-def explicit(model: nn.Module, support: Any, query: Any) -> tuple[Tensor | None, ...]:
-    """Two steps of SGD, momentum 0.5 and dampening 0.3, written out."""
-    start = dict(model.named_parameters())
-    p, buffer = start, {}
-    for _ in range(2):
-        loss = squared(torch.func.functional_call(model, p, support[0]), support[1])
-        gradients = torch.autograd.grad(loss, list(p.values()), create_graph=True, allow_unused=True)
-        moved = {}
-        for (name, value), g in zip(p.items(), gradients, strict=True):
-            if g is not None:
-                buffer[name] = 0.5 * buffer[name] + 0.7 * g if name in buffer else g
-                moved[name] = value - 0.1 * buffer[name]
-        p = {**p, **moved}
-    loss = squared(torch.func.functional_call(model, p, query[0]), query[1])
-    return torch.autograd.grad(loss, list(start.values()), allow_unused=True)
 
 
 def test_schedules_count_from_zero() -> None:

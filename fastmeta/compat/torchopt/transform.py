@@ -381,7 +381,7 @@ def _elementwise(
     decoupled: Scalar = 0.0,
     mask: Mask | None = None,
 ) -> Elementwise:
-    """By ``step``, which has neither weight decay nor sign of its own; from a parameter of zero for the update alone."""
+    """By ``step``, which has neither weight decay nor sign of its own; from a parameter of zero for an update alone."""
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     apart = isinstance(decoupled, Tensor) or decoupled != 0
 
