@@ -150,6 +150,7 @@ def test_tasks_start_from_snapshots() -> None:
         for _ in range(2):
             inner.step(squared(model(data[2 * t][0]), data[2 * t][1]))
         assert model.tied.weight is model.rest[0].weight
+        assert len(inner.state_dict()[0]) == len(parameters)
         squared(model(data[2 * t + 1][0]), data[2 * t + 1][1]).backward()
         torchopt.recover_state_dict(model, start)
         torchopt.recover_state_dict(inner, rule)
