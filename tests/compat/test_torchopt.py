@@ -277,6 +277,37 @@ def test_clip_grad_norm_is_differentiated() -> None:
         torchopt.clip_grad_norm(1.0, error_if_nonfinite=True).update([p * torch.nan], ())
 
 
+def test_a_chain_in_a_meta_optimizer() -> None:
+    """Clipping, then Adam; its values against ``torch``'s own two, its gradient against differences."""
+    support, query = batches(2, 3)
+
+    def by_torch_clipped(h: float) -> float:
+        model = perceptron()
+        with torch.no_grad():
+            model[0].weight += h
+        optimizer = optim.Adam(model.parameters(), lr=0.1, eps=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            squared(model(support[0]), support[1]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+        return squared(model(query[0]), query[1]).item()
+
+    model = perceptron()
+    start = model[0].weight
+    impl = torchopt.chain(torchopt.clip_grad_norm(0.3), torchopt.adam(0.1, eps=1e-2))
+    inner = torchopt.MetaOptimizer(model, impl)
+    for _ in range(3):
+        inner.step(squared(model(support[0]), support[1]))
+    loss = squared(model(query[0]), query[1])
+    assert loss.item() == pytest.approx(by_torch_clipped(0.0), rel=1e-12)
+    along = torch.autograd.grad(loss, start)[0].sum()
+    assert along.item() == pytest.approx(slope(by_torch_clipped), rel=1e-7)
+    functional = torchopt.FuncOptimizer(impl)
+    (moved,) = functional.step(start.pow(2).sum(), [start])
+    assert moved.grad_fn is not None
+
+
 def test_the_mask_of_decoupled_decay() -> None:
     p = [torch.ones(2, 2, requires_grad=True), torch.ones(2, requires_grad=True)]
     for mask in ([True, False], lambda params: [q.ndim > 1 for q in params]):

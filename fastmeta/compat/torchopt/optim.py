@@ -70,10 +70,10 @@ class MetaOptimizer:
         gradients = iter(_gradients(type(self).__name__, loss, [p for group in groups for p in group]))
         for i, (containers, group) in enumerate(zip(self.param_containers_groups, groups, strict=True)):
             params = tuple(group)
-            grads = tuple(next(gradients) for _ in params)
+            grads = [next(gradients) for _ in params]
             state = self.state_groups[i]
             state = self.impl.init(params) if isinstance(state, UninitializedState) else state
-            moved, self.state_groups[i] = _advanced(self.impl, grads, state, params)
+            moved, self.state_groups[i] = _advanced(self.impl, grads, state, params, params)
             after = dict(zip(map(id, params), moved, strict=True))
             for container in containers:
                 container.update({name: after[id(p)] for name, p in container.items() if isinstance(p, Tensor)})
@@ -127,10 +127,11 @@ class FuncOptimizer:
         leaves, tree = pytree.tree_flatten(params)
         if isinstance(self.optim_state, UninitializedState):
             self.optim_state = self.impl.init(params)
-        grads = pytree.tree_unflatten(_gradients(type(self).__name__, loss, leaves, graph=not inplace), tree)
+        gradients = _gradients(type(self).__name__, loss, leaves, graph=not inplace)
         if not inplace:
-            moved, self.optim_state = _advanced(self.impl, grads, self.optim_state, params)
-            return moved
+            moved, self.optim_state = _advanced(self.impl, gradients, self.optim_state, leaves, params)
+            return pytree.tree_unflatten(moved, tree)
+        grads = pytree.tree_unflatten(gradients, tree)
         updates, self.optim_state = self.impl.update(grads, self.optim_state, params=params, inplace=True)
         return apply_updates(params, updates, inplace=True)
 
@@ -143,11 +144,15 @@ class FuncOptimizer:
         self.optim_state = state_dict
 
 
-def _advanced(impl: GradientTransformation, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+def _advanced(
+    impl: GradientTransformation, gradients: list[Tensor | None], state: Any, leaves: Sequence[Tensor], params: Any
+) -> tuple[Sequence[Tensor], Any]:
+    """The leaves of ``params`` after one step, out of place, and the next state."""
     if isinstance(impl, Elementwise):
-        return impl.advance(grads, state, params)
-    updates, state = impl.update(grads, state, params=params, inplace=False)
-    return apply_updates(params, updates, inplace=False), state
+        return impl.advance(gradients, state, leaves, params)
+    tree = pytree.tree_structure(params)
+    updates, state = impl.update(pytree.tree_unflatten(gradients, tree), state, params=params, inplace=False)
+    return pytree.tree_leaves(apply_updates(params, updates, inplace=False)), state
 
 
 def _check_transformation(name: str, impl: object) -> None:

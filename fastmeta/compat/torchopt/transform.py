@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -364,10 +364,11 @@ def _moments(requires_grad: bool) -> _Start:
 class Elementwise(GradientTransformation):
     """A transformation that can also take the whole step at once.
 
-    ``advance(updates, state, params)`` gives parameters plus updates, never in place, and the next state.
+    ``advance(gradients, state, leaves, params)`` gives the leaves of ``params`` plus updates, as a list, never in
+    place, and the next state.
     """
 
-    advance: Callable[[Any, Any, Any], tuple[Any, Any]]
+    advance: Callable[[Sequence[Tensor | None], Any, Sequence[Tensor], Any], tuple[list[Tensor], Any]]
 
 
 def _elementwise(
@@ -388,16 +389,16 @@ def _elementwise(
     def init(params: Any) -> Any:
         return tuple(ParameterState(0, start(p)) for p in pytree.tree_leaves(params))
 
-    def run(updates: Any, state: Any, params: Any, inplace: bool, onto: bool) -> tuple[Any, Any]:
-        gradients, tree = pytree.tree_flatten(updates)
-        known = [None] * len(gradients) if params is None else pytree.tree_leaves(params)
+    def run(
+        gradients: Sequence[Any], known: Sequence[Any], state: Any, params: Any, inplace: bool, onto: bool
+    ) -> tuple[list[Any], Any]:
         if len(state) != len(gradients) or len(known) != len(gradients):
             got = f"{len(state)} states and {len(known)} parameters"
             fail(ValueError, name, "updates", f"of {len(gradients)} leaves as state and params are", got)
         if params is None and (decays or apart):
             raise ValueError(f"{name}: params must be given with weight decay; call update(..., params=params)")
         chosen = _chosen(name, mask, params, len(gradients))
-        new, after = list[Tensor | None](), []
+        new, after = list[Any](), []
         for g, p, s, decay in zip(gradients, known, state, chosen, strict=True):
             if g is None:
                 new.append(p if onto else None)
@@ -414,13 +415,18 @@ def _elementwise(
             moved, rule = step(base, d, s.rule, rate)
             new.append(moved)
             after.append(ParameterState(s.updates + 1, rule))
-        return pytree.tree_unflatten(new, tree), tuple(after)
+        return new, tuple(after)
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        return run(updates, state, params, inplace, onto=False)
+        gradients, tree = pytree.tree_flatten(updates)
+        known = [None] * len(gradients) if params is None else pytree.tree_leaves(params)
+        new, after = run(gradients, known, state, params, inplace, onto=False)
+        return pytree.tree_unflatten(new, tree), after
 
     transformation = Elementwise(init, update)
-    transformation.advance = lambda updates, state, params: run(updates, state, params, False, onto=True)
+    transformation.advance = lambda gradients, state, leaves, params: run(
+        gradients, leaves, state, params, inplace=False, onto=True
+    )
     return transformation
 
 
