@@ -98,19 +98,25 @@ def test_the_kernels_are_the_reference(shape, kind, shared, nan_poison):
         if kind in BENT:
             close(got_z, z_dot, 2 * wide)
         d_x, d_w, d_b = reference.backward(wide_o["x"], weight, s, wide_o["d_y"], curve)
-        close(triton.columns(curve, there, o["d_y"], o["weight"]), d_x, out)
-        got, got_b = triton.weights(curve, there, o["d_y"], o["x"], bias=True)
-        close(got, d_w, rows)
+        args = curve, there, o["d_y"], o["x"], o["weight"]
+        got, got_w, got_b = triton.cotangents(*args, bias=True)
+        close(got, d_x, out)
+        close(got_w, d_w, rows)
         close(got_b, d_b, rows)
+        alone = triton.cotangents(*args, of_weight=False), triton.cotangents(*args, of_x=False, bias=True)
+        assert [wanted is None for one in alone for wanted in one] == [False, True, True, True, False, False]
+        assert torch.equal(alone[0].x, got)
+        assert torch.equal(alone[1].weight, got_w)
+        assert torch.equal(alone[1].bias, got_b)
         z32 = z_dot.float().to(device())
         want = reference.tangent_backward(
             wide_o["x"], weight, s, wide_o["x_dot"], wide_o["weight_dot"], z32.cpu().double(), wide_o["d_y"],
             wide_o["d_y_dot"], curve,
         )  # fmt: skip
-        args = curve, there, o["d_y"]
-        close(triton.columns(*args, o["weight"], o["d_y_dot"], z32, o["weight_dot"], tangent=True), want[0], 2 * out)
-        got, got_b = triton.weights(*args, o["x"], o["d_y_dot"], z32, o["x_dot"], tangent=True, bias=True)
-        close(got, want[1], 2 * rows)
+        dots = o["d_y_dot"], z32, o["x_dot"], o["weight_dot"]
+        got, got_w, got_b = triton.cotangents(*args, *dots, tangent=True, bias=True)
+        close(got, want[0], 2 * out)
+        close(got_w, want[1], 2 * rows)
         close(got_b, want[2], rows)
 
 
@@ -132,13 +138,14 @@ def test_what_is_missing_is_zero(kind):
     z32 = z_dot.float().to(device())
     base = [wide_o["x"], wide_o["weight"], s, zero_x, zero_w, z_dot]
     want = reference.tangent_backward(*base, wide_o["d_y"], none(wide_o["d_y"]), curve)
-    args = curve, there, o["d_y"]
     if kind == "tanh":
-        close(triton.columns(*args, o["weight"], None, z32, tangent=True), want[0], 18)
-        close(triton.weights(*args, o["x"], None, z32, tangent=True)[0], want[1], 5)
+        got = triton.cotangents(curve, there, o["d_y"], o["x"], o["weight"], None, z32, tangent=True)
+        close(got.x, want[0], 18)
+        close(got.weight, want[1], 5)
     want = reference.tangent_backward(*base[:5], none(z_dot), none(wide_o["d_y"]), wide_o["d_y_dot"], curve)
-    close(triton.columns(curve, there, None, o["weight"], o["d_y_dot"], tangent=True), want[0], 18)
-    close(triton.weights(curve, there, None, o["x"], o["d_y_dot"], tangent=True)[0], want[1], 5)
+    got = triton.cotangents(curve, there, None, o["x"], o["weight"], o["d_y_dot"], tangent=True)
+    close(got.x, want[0], 18)
+    close(got.weight, want[1], 5)
 
 
 def test_the_precision_that_pytorch_is_asked_for():

@@ -272,10 +272,13 @@ def changed(tmp_path: Path, name: str, old: str, new: str) -> ctypes.CDLL:
 
 
 BARRIERS = {
-    "before the step": ("    pass(plan, io, block, k);\n    __syncthreads();\n", "    pass(plan, io, block, k);\n"),
+    "before the step": (
+        "    pass<smooth>(plan, io, block, k);\n    __syncthreads();\n",
+        "    pass<smooth>(plan, io, block, k);\n",
+    ),
     "before the adjoint's step": (
-        "    if (plan.second_order) tangent_pass(plan, block, k);\n    __syncthreads();\n",
-        "    if (plan.second_order) tangent_pass(plan, block, k);\n",
+        "    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n    __syncthreads();\n",
+        "    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n",
     ),
     "after the staging": (
         "  if (block.warp < 2) stage_labels(plan, io, block);\n  __syncthreads();\n",

@@ -74,10 +74,12 @@ class LinearBlock(TaskOp):
 
         x, weight, s = saved
         d = self._flat(d_y[0])
-        d_x = self._shaped(triton.columns(self.curve, s, d, weight), self.x_shape) if need[0] else None
-        d_w = d_b = None
-        if Need.TASK in need[1:]:
-            d_w, d_b = triton.weights(self.curve, s, d, x, bias=self.has_bias)
+        d_x, d_w, d_b = None, None, None
+        of_x, of_weight = bool(need[0]), Need.TASK in need[1:]
+        if of_x or of_weight:
+            args = self.curve, s, d, x, weight
+            d_x, d_w, d_b = triton.cotangents(*args, of_x=of_x, of_weight=of_weight, bias=self.has_bias)
+        d_x = None if d_x is None else self._shaped(d_x, self.x_shape)
         if Need.SHARED in need[1:]:
             d_w, d_b = self._over_tasks(reference.slope(self.curve, s) * d, x, d_w, d_b, need)
         return self._wanted(d_x, d_w, d_b, need)
@@ -110,12 +112,12 @@ class LinearBlock(TaskOp):
 
         (x, weight, s), (x_dot, weight_dot, z_dot) = saved, saved_dot
         d, d_dot = self._flat(d_y[0]), self._flat(d_y_dot[0])
-        d_x = d_w = d_b = None
-        if need[0]:
-            d_x = triton.columns(self.curve, s, d, weight, d_dot, z_dot, weight_dot, tangent=True)
-            d_x = self._shaped(d_x, self.x_shape)
-        if Need.TASK in need[1:]:
-            d_w, d_b = triton.weights(self.curve, s, d, x, d_dot, z_dot, x_dot, tangent=True, bias=self.has_bias)
+        d_x, d_w, d_b = None, None, None
+        of_x, of_weight = bool(need[0]), Need.TASK in need[1:]
+        if of_x or of_weight:
+            args = self.curve, s, d, x, weight, d_dot, z_dot, x_dot, weight_dot
+            d_x, d_w, d_b = triton.cotangents(*args, tangent=True, of_x=of_x, of_weight=of_weight, bias=self.has_bias)
+        d_x = None if d_x is None else self._shaped(d_x, self.x_shape)
         if Need.SHARED in need[1:]:
             d_z_dot = self._bent(s, d, d_dot, z_dot)
             d_w, d_b = self._over_tasks(d_z_dot, x, d_w, d_b, need)

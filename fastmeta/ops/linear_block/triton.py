@@ -6,7 +6,7 @@ share them. Where a map has two products, both are added up in the same register
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -164,28 +164,15 @@ def rows_kernel(
 
 
 @triton.jit
-def columns_kernel(
-    S, D, DD, ZD,  # [T, R, O]: s, d_y, d_y_dot, z_dot
-    V,  # [T, O, I]: W
-    V2,  # [T, O, I]: W_dot
-    X,  # [T, R, I]: d_x, or d_x_dot
-    v_task, v2_task,
-    R, I, O,
-    below,
-    KIND: tl.constexpr,
-    TANGENT: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_DD: tl.constexpr,
-    HAS_ZD: tl.constexpr,
-    SECOND: tl.constexpr,
-    BR: tl.constexpr,
-    BI: tl.constexpr,
-    BO: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _columns(
+    S, D, DD, ZD, V, V2, X, v_task, v2_task, task, place, R, I, O, below, KIND: tl.constexpr, TANGENT: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_DD: tl.constexpr, HAS_ZD: tl.constexpr, SECOND: tl.constexpr, BR: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    task = tl.program_id(2).to(tl.int64)
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    """One tile of ``d_x`` or ``d_x_dot``."""
+    across = tl.cdiv(I, BI)
+    r = place // across * BR + tl.arange(0, BR)
+    i = place % across * BI + tl.arange(0, BI)
     V += task * v_task
     V2 += task * v2_task
     acc = tl.zeros((BR, BI), tl.float32)
@@ -206,29 +193,15 @@ def columns_kernel(
 
 
 @triton.jit
-def weights_kernel(
-    S, D, DD, ZD,  # [T, R, O]
-    A,  # [T, R, I]: x
-    A2,  # [T, R, I]: x_dot
-    W,  # [T, O, I]: d_W, or d_W_dot
-    B,  # [T, O]: d_b, or d_b_dot
-    R, I, O,
-    below,
-    KIND: tl.constexpr,
-    TANGENT: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_DD: tl.constexpr,
-    HAS_ZD: tl.constexpr,
-    SECOND: tl.constexpr,
-    BIAS: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
-    BR: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _weights(
+    S, D, DD, ZD, A, A2, W, B, task, place, R, I, O, below, KIND: tl.constexpr, TANGENT: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_DD: tl.constexpr, HAS_ZD: tl.constexpr, SECOND: tl.constexpr, BIAS: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    task = tl.program_id(2).to(tl.int64)
-    o = tl.program_id(1) * BO + tl.arange(0, BO)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    """One tile of ``d_W`` or ``d_W_dot``, and by the first of a row of tiles the bias's."""
+    across = tl.cdiv(I, BI)
+    o = place // across * BO + tl.arange(0, BO)
+    i = place % across * BI + tl.arange(0, BI)
     A += task * R * I
     A2 += task * R * I
     acc = tl.zeros((BO, BI), tl.float32)
@@ -250,8 +223,54 @@ def weights_kernel(
             total += tl.sum(d, 1)
     tl.store(W + task * O * I + o[:, None] * I + i[None, :], acc, (o < O)[:, None] & (i < I)[None, :])
     if BIAS:
-        if tl.program_id(0) == 0:
+        if place % across == 0:
             tl.store(B + task * O + o, total, o < O)
+
+
+@triton.jit
+def cotangents_kernel(
+    S, D, DD, ZD,  # [T, R, O]: s, d_y, d_y_dot, z_dot
+    V,  # [T, O, I]: W
+    V2,  # [T, O, I]: W_dot
+    A,  # [T, R, I]: x
+    A2,  # [T, R, I]: x_dot
+    X,  # [T, R, I]: d_x, or d_x_dot
+    W,  # [T, O, I]: d_W, or d_W_dot
+    B,  # [T, O]: d_b, or d_b_dot
+    v_task, v2_task,
+    R, I, O,
+    below,
+    KIND: tl.constexpr,
+    TANGENT: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_DD: tl.constexpr,
+    HAS_ZD: tl.constexpr,
+    OF_X: tl.constexpr,
+    OF_W: tl.constexpr,
+    SECOND_X: tl.constexpr,
+    SECOND_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    XR: tl.constexpr, XI: tl.constexpr, XO: tl.constexpr,
+    WO: tl.constexpr, WI: tl.constexpr, WR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs of the weight's cotangent and then of the input's: one launch, and neither waits for the other."""
+    place = tl.program_id(0)
+    task = tl.program_id(1).to(tl.int64)
+    of_weights = 0
+    if OF_W:
+        of_weights = tl.cdiv(O, WO) * tl.cdiv(I, WI)
+        if place < of_weights:
+            _weights(
+                S, D, DD, ZD, A, A2, W, B, task, place, R, I, O, below, KIND, TANGENT, HAS_D, HAS_DD, HAS_ZD,
+                SECOND_W, BIAS, WO, WI, WR, PRECISION,
+            )  # fmt: skip
+    if OF_X:
+        if place >= of_weights:
+            _columns(
+                S, D, DD, ZD, V, V2, X, v_task, v2_task, task, place - of_weights, R, I, O, below, KIND, TANGENT,
+                HAS_D, HAS_DD, HAS_ZD, SECOND_X, XR, XI, XO, PRECISION,
+            )  # fmt: skip
 
 
 def rows(
@@ -287,62 +306,56 @@ def rows(
     return y, z
 
 
-def columns(
-    curve: Curve,
-    s: Tensor,  # [T, R, O]
-    d: Tensor | None,  # [T, R, O]: d_y
-    weight: Tensor,  # [T, O, I] or [O, I]
-    d_dot: Tensor | None = None,  # [T, R, O]: d_y_dot
-    z_dot: Tensor | None = None,  # [T, R, O]
-    weight_dot: Tensor | None = None,  # [T, O, I]
-    *,
-    tangent: bool = False,
-) -> Tensor:
-    """``d_x``, ``[T, R, I]``, or for a tangent ``d_x_dot``."""
-    some = _some(d, d_dot)
-    tasks, count, out = some.shape
-    wide = weight.shape[-1]
-    x = some.new_empty(tasks, count, wide)
-    (v, v_task), (v2, v2_task) = _matrix(weight, some), _matrix(weight_dot, some)
-    block_rows, block_in = _block(count), _block(wide)
-    grid = (triton.cdiv(wide, block_in), triton.cdiv(count, block_rows), tasks)
-    columns_kernel[grid](
-        *_each(some, s, d, d_dot, z_dot), v, v2, x, v_task, v2_task, count, wide, out, curve.below,
-        **_flags(curve, d, d_dot, z_dot, tangent), SECOND=weight_dot is not None and d is not None,
-        BR=block_rows, BI=block_in, BO=BLOCK_TWO if tangent else BLOCK_IN, PRECISION=build_precision(),
-        num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
-    )  # fmt: skip
-    return x
+class Cotangents(NamedTuple):
+    """Of the input ``[T, R, I]``, the weight ``[T, O, I]`` and the bias ``[T, O]``; ``None`` where not wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-def weights(
+def cotangents(
     curve: Curve,
     s: Tensor,  # [T, R, O]
     d: Tensor | None,  # [T, R, O]: d_y
     x: Tensor,  # [T, R, I]
+    weight: Tensor,  # [T, O, I] or [O, I]
     d_dot: Tensor | None = None,  # [T, R, O]: d_y_dot
     z_dot: Tensor | None = None,  # [T, R, O]
     x_dot: Tensor | None = None,  # [T, R, I]
+    weight_dot: Tensor | None = None,  # [T, O, I]
     *,
     tangent: bool = False,
+    of_x: bool = True,
+    of_weight: bool = True,
     bias: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """``d_W``, ``[T, O, I]``, and where wanted ``d_b``, ``[T, O]``, or for a tangent ``d_W_dot`` and ``d_b_dot``."""
+) -> Cotangents:
+    """The cotangents, or for a tangent theirs, that are wanted; the bias's comes with the weight's."""
     some = _some(d, d_dot)
     tasks, count, out = some.shape
-    wide = x.shape[-1]
-    w = some.new_empty(tasks, out, wide)
-    b = some.new_empty(tasks, out) if bias else None
-    block_out, block_in = _block(out), 64 if wide >= 64 and not tangent else _block(wide)
-    grid = (triton.cdiv(wide, block_in), triton.cdiv(out, block_out), tasks)
-    weights_kernel[grid](
-        *_each(some, s, d, d_dot, z_dot), _rows(x, some), _rows(x_dot, some), w, w if b is None else b,
-        count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent),
-        SECOND=x_dot is not None and d is not None, BIAS=bias,
-        BO=block_out, BI=block_in, BR=BLOCK_TWO if tangent else _block(count), PRECISION=build_precision(),
-        num_warps=4, num_stages=STAGES, enable_fp_fusion=True,
+    wide = weight.shape[-1]
+    d_x = some.new_empty(tasks, count, wide) if of_x else None
+    d_w = some.new_empty(tasks, out, wide) if of_weight else None
+    d_b = some.new_empty(tasks, out) if of_weight and bias else None
+    (v, v_task), (v2, v2_task) = _matrix(weight, some), _matrix(weight_dot, some)
+    tiles = _tiles(count, wide, out, tangent=tangent)
+    programs = triton.cdiv(out, tiles["WO"]) * triton.cdiv(wide, tiles["WI"]) if of_weight else 0
+    programs += triton.cdiv(count, tiles["XR"]) * triton.cdiv(wide, tiles["XI"]) if of_x else 0
+    cotangents_kernel[(programs, tasks)](
+        *_each(some, s, d, d_dot, z_dot), v, v2, _rows(x, some), _rows(x_dot, some), *_each(some, d_x, d_w, d_b),
+        v_task, v2_task, count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent), OF_X=of_x,
+        OF_W=of_weight, SECOND_X=weight_dot is not None and d is not None, SECOND_W=x_dot is not None and d is not None,
+        BIAS=d_b is not None, **tiles, PRECISION=build_precision(), num_warps=4, num_stages=STAGES,
+        enable_fp_fusion=True,
     )  # fmt: skip
-    return w, b
+    return Cotangents(d_x, d_w, d_b)
+
+
+def _tiles(count: int, wide: int, out: int, *, tangent: bool) -> dict[str, int]:
+    """Of the input's cotangent and of the weight's: rows, and columns or outputs."""
+    of_x = {"XR": _block(count), "XI": _block(wide), "XO": BLOCK_TWO if tangent else BLOCK_IN}
+    broad = 64 if wide >= 64 and not tangent else _block(wide)
+    return of_x | {"WO": _block(out), "WI": broad, "WR": BLOCK_TWO if tangent else _block(count)}
 
 
 def _flags(curve: Curve, d: Tensor | None, d_dot: Tensor | None, z_dot: Tensor | None, tangent: bool) -> dict[str, Any]:
@@ -394,7 +407,7 @@ def _vector(bias: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
 
 
 def shipped() -> list[Shipped]:
-    """Builds of the three kernels: the usual tiles of hidden layers, forward and tangent, for two curves."""
+    """Builds of both kernels: the usual tiles of hidden layers, forward and tangent, for two curves."""
     builds = []
     pointer, number = "*fp32", "i32"
     for kind in ("relu", "gelu"):
@@ -402,18 +415,17 @@ def shipped() -> list[Shipped]:
             name = f"linear_block {kind} {'tangent' if tangent else 'primal'}"
             common = {"KIND": kind, "TANGENT": tangent, "PRECISION": "tf32x3"}
             bent = tangent and kind in BENT
-            deep = BLOCK_TWO if tangent else BLOCK_IN
             rows_constants = common | {
                 "FIRST": True, "SECOND": tangent, "BIAS": True, "KEEP": bent or (kind in BY_INPUT and not tangent),
-                "BR": 32, "BO": 32, "BI": deep,
+                "BR": 32, "BO": 32, "BI": BLOCK_TWO if tangent else BLOCK_IN,
             }  # fmt: skip
-            reads = {"HAS_D": True, "HAS_DD": tangent, "HAS_ZD": bent, "SECOND": tangent}
-            columns_constants = common | reads | {"BR": 32, "BI": 32, "BO": deep}
-            weights_constants = common | reads | {"BIAS": True, "BO": 32, "BI": 32 if tangent else 64, "BR": deep}
+            both_constants = common | _tiles(32, 256, 256, tangent=tangent) | {
+                "HAS_D": True, "HAS_DD": tangent, "HAS_ZD": bent, "OF_X": True, "OF_W": True, "SECOND_X": tangent,
+                "SECOND_W": tangent, "BIAS": True,
+            }  # fmt: skip
             for part, kernel, constants in (
                 ("rows", rows_kernel, rows_constants),
-                ("columns", columns_kernel, columns_constants),
-                ("weights", weights_kernel, weights_constants),
+                ("cotangents", cotangents_kernel, both_constants),
             ):
                 signature = {n: "constexpr" if n in constants else pointer for n in kernel.arg_names}
                 signature |= {n: number for n in ("v_task", "v2_task", "b_task", "R", "I", "O") if n in signature}
