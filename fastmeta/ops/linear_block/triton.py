@@ -345,10 +345,15 @@ def cotangents(
         *_each(some, s, d, d_dot, z_dot), v, v2, _rows(x, some), _rows(x_dot, some), *_each(some, d_x, d_w, d_b),
         v_task, v2_task, count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent), OF_X=of_x,
         OF_W=of_weight, SECOND_X=weight_dot is not None and d is not None, SECOND_W=x_dot is not None and d is not None,
-        BIAS=d_b is not None, **tiles, PRECISION=build_precision(), num_warps=4, num_stages=STAGES,
-        enable_fp_fusion=True,
+        BIAS=d_b is not None, **tiles, PRECISION=build_precision(), num_warps=4,
+        num_stages=_stages(curve.kind, tangent), enable_fp_fusion=True,
     )  # fmt: skip
     return Cotangents(d_x, d_w, d_b)
+
+
+def _stages(kind: str, tangent: bool) -> int:
+    """Of loads in the loops of cotangents: where a curve bends, tiles of four operands leave registers for one."""
+    return 1 if tangent and kind in BENT else STAGES
 
 
 def _tiles(count: int, wide: int, out: int, *, tangent: bool) -> dict[str, int]:
@@ -423,12 +428,12 @@ def shipped() -> list[Shipped]:
                 "HAS_D": True, "HAS_DD": tangent, "HAS_ZD": bent, "OF_X": True, "OF_W": True, "SECOND_X": tangent,
                 "SECOND_W": tangent, "BIAS": True,
             }  # fmt: skip
-            for part, kernel, constants in (
-                ("rows", rows_kernel, rows_constants),
-                ("cotangents", cotangents_kernel, both_constants),
+            for part, kernel, constants, stages in (
+                ("rows", rows_kernel, rows_constants, STAGES),
+                ("cotangents", cotangents_kernel, both_constants, _stages(kind, tangent)),
             ):
                 signature = {n: "constexpr" if n in constants else pointer for n in kernel.arg_names}
                 signature |= {n: number for n in ("v_task", "v2_task", "b_task", "R", "I", "O") if n in signature}
                 signature["below"] = "fp32"
-                builds.append(Shipped(f"{name} {part}", kernel, signature, constants, 4, STAGES, tensor_cores=True))
+                builds.append(Shipped(f"{name} {part}", kernel, signature, constants, 4, stages, tensor_cores=True))
     return builds
