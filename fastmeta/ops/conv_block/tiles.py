@@ -71,8 +71,8 @@ def product_options(constants: dict[str, Any], programs: int) -> dict[str, Any]:
 def correlation_constants(g: Geometry) -> dict[str, Any]:
     """What a build of the weight's cotangent is made for.
 
-    On an H100, us: 64 channels, 14x14, 59 with tiles of 64 x 64 over 32 positions, 85 with 32 x 64. Over 64 positions it
-    takes 52, but spills on a GPU before Hopper.
+    On an H100, us: 64 channels, 14x14, 59 with tiles of 64 x 64 over 32 positions, 85 with 32 x 64. Over 64 positions
+    it takes 52, but spills on a GPU before Hopper.
     """
     large = g.channels % 64 == 0 and g.out >= 64
     fine = 32 if g.channels % 32 == 0 else _depth(g.channels, g.convolution.taps)
