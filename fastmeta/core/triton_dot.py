@@ -43,27 +43,37 @@ def _upper(bits):
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a b`` of operands, summed in float32, the smallest products first."""
+    """``total + a b`` of operands, summed in float32.
+
+    Tensor cores cut sums off and do not round them: over a long loop that is several times float32's own error. So
+    where float32's accuracy is wanted they add up one tile alone, the smallest products first.
+    """
     if PRECISION == "bf16" or PRECISION == "bf16 rounded":
         total = tl.dot(a, b, total)
     elif PRECISION == "tf32x3":
         a1, a2 = parts(a)
         b1, b2 = parts(b)
-        total = tl.dot(a2, b1, total, input_precision="tf32")
-        total = tl.dot(a1, b2, total, input_precision="tf32")
-        total = tl.dot(a1, b1, total, input_precision="tf32")
+        total += in_parts(a1, a2, b1, b2)
     elif PRECISION == "bf16x6":
         a1, a2, a3 = thirds(a)
         b1, b2, b3 = thirds(b)
-        total = tl.dot(a1, b3, total)
-        total = tl.dot(a3, b1, total)
-        total = tl.dot(a2, b2, total)
-        total = tl.dot(a1, b2, total)
-        total = tl.dot(a2, b1, total)
-        total = tl.dot(a1, b1, total)
+        part = tl.dot(a1, b3)
+        part = tl.dot(a3, b1, part)
+        part = tl.dot(a2, b2, part)
+        part = tl.dot(a1, b2, part)
+        part = tl.dot(a2, b1, part)
+        total += tl.dot(a1, b1, part)
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def in_parts(a1, a2, b1, b2):
+    """``a b`` of operands in :func:`parts`."""
+    part = tl.dot(a2, b1, input_precision="tf32")
+    part = tl.dot(a1, b2, part, input_precision="tf32")
+    return tl.dot(a1, b1, part, input_precision="tf32")
 
 
 @triton.jit

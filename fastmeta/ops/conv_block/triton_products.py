@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmeta.core.triton_dot import dot, parts
+from fastmeta.core.triton_dot import dot, in_parts, parts
 
 
 @triton.jit
@@ -149,9 +149,7 @@ def _accumulate(
             rest = tl.load(B + KH * KW * CK * CN + at, mask=inside, other=0.0)
             if PRECISION == "tf32x3":
                 large, small = parts(a)
-                acc = tl.dot(small, b, acc, input_precision="tf32")
-                acc = tl.dot(large, rest, acc, input_precision="tf32")
-                acc = tl.dot(large, b, acc, input_precision="tf32")
+                acc += in_parts(large, small, b, rest)
             else:
                 acc = dot(a, b + rest, acc, PRECISION)
     return acc
