@@ -321,8 +321,8 @@ def asgd(
 ) -> tuple[Tensor, ASGDState]:
     """Averaged stochastic gradient descent.
 
-    ``p' = (1 - lambd eta) p - eta d`` with ``eta = lr`` at the first step and ``lr / (1 + lambd lr t)^alpha`` after step
-    ``t``; ``ax`` averages ``p'`` from step ``t0`` on and is ``p'`` before.
+    ``p' = (1 - lambd eta) p - eta d`` with ``eta = lr`` at the first step and ``lr / (1 + lambd lr t)^alpha`` after
+    step ``t``; ``ax`` averages ``p'`` from step ``t0`` on and is ``p'`` before.
 
     Source: B. T. Polyak, A. B. Juditsky, SIAM J. Control Optim. 30, 1992.
     """
@@ -347,9 +347,9 @@ def rprop(
 ) -> tuple[Tensor, RpropState]:
     """Resilient propagation.
 
-    Every element has a step of its own, ``lr`` at first, which is multiplied by ``etas[1]`` where the gradient keeps its
-    sign and by ``etas[0]`` where it turns, within ``step_sizes``. ``p' = p - step sign(d)``, and an element whose sign
-    turns stays. Only signs count: the derivative by the gradient is zero, that by ``lr`` and ``etas`` is not.
+    Every element has a step of its own, ``lr`` at first, which is multiplied by ``etas[1]`` where the gradient keeps
+    its sign and by ``etas[0]`` where it turns, within ``step_sizes``. ``p' = p - step sign(d)``, and an element whose
+    sign turns stays. Only signs count: the derivative by the gradient is zero, that by ``lr`` and ``etas`` is not.
 
     Source: M. Riedmiller, H. Braun, ICNN 1993.
     """
