@@ -145,7 +145,7 @@ class FastWeights:
 
     def entrywise(
         self, f: Entrywise, vectors: Sequence[Vector | None], k: int
-    ) -> tuple[list[Vector | None], Tensor | None, Tensor | None]:
+    ) -> tuple[list[Any], Tensor | None, Tensor | None]:
         """What ``f`` makes of the packed entries; see :meth:`fastmeta.inner.rule.Space.entrywise`."""
         if self._factored:
             raise RuntimeError(f"inner rule: entries must be formed, got factors of {self._factored}")

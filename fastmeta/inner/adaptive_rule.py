@@ -1,7 +1,7 @@
 """Inner rules that divide by roots of second moments, and their adjoint (docs/maths.md, section 8).
 
-Each is eq. (19) with numbers of its own; ``ops/adaptive_update`` has the step and the adjoint, in one pass each. Numbers
-are made of the hyper-parameters in double precision, so that ``1 - beta`` and ``1 - beta^t`` lose no digits.
+Each is eq. (19) with numbers of its own; ``ops/adaptive_update`` has the step and the adjoint, in one pass each. The
+numbers are made of the hyper-parameters in double precision, so that ``1 - beta`` and ``1 - beta^t`` lose no digits.
 """
 
 from __future__ import annotations
@@ -266,7 +266,6 @@ class AdaptiveRule(Rule):
             return (after, *moments), None, None
 
         (after, *moments), _, _ = space.entrywise(step, [phi, gradient, *(state or ())], k)
-        assert after is not None
         record = _Record(phi if self._kind.weight_decay else None, gradient, state) if keep else None
         return Forth(after, tuple(moments), record)
 
@@ -285,7 +284,6 @@ class AdaptiveRule(Rule):
 
         vectors = [lam, record.phi, record.g, *(state or State()), *(record.state or ())]
         (d_phi, u, *moments), d_alpha, d_coefficients = space.entrywise(adjoint, vectors, k)
-        assert u is not None
         d_hyper = None
         if d_coefficients is not None and learned - {"lr"}:
             d_hyper = self._to_hyper(d_coefficients, k)

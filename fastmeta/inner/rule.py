@@ -18,7 +18,7 @@ from torch import Tensor
 V = TypeVar("V")
 
 # Of vectors' entries, ``[T, P]`` each, the step's rates and their segments, as ``ops/inner_update`` has them: what it
-# makes of them entry by entry; and, where they are wanted, gradients to the rates and to numbers that all entries share.
+# makes of them entry by entry; and, where they are wanted, gradients to the rates and to numbers that all share.
 Entrywise = Callable[
     [Sequence[Tensor | None], Tensor, Tensor | None], tuple[Sequence[Tensor | None], Tensor | None, Tensor | None]
 ]
@@ -53,8 +53,10 @@ class Space(Protocol[V]):
 
     def entrywise(
         self, f: Entrywise, vectors: Sequence[V | None], k: int
-    ) -> tuple[list[V | None], Tensor | None, Tensor | None]:
-        """What ``f`` makes of the entries and of alpha_k, its gradient to alpha_k in alpha's shape, and the other one.
+    ) -> tuple[list[Any], Tensor | None, Tensor | None]:
+        """What ``f`` makes of the entries, its gradient to alpha_k in alpha's shape, and the other one.
+
+        Vectors that are ``None`` reach it so, and what it leaves ``None`` is.
 
         For rules of an entrywise kind alone: there must be no factors.
         """

@@ -1,1 +1,1 @@
-"""One step of RMSprop, Adagrad or Adam on every task's packed parameters, and its adjoint (docs/maths.md, section 8)."""
+"""One step of RMSprop, Adagrad or Adam on all tasks' packed parameters, and its adjoint (docs/maths.md, eq. 19-22)."""

@@ -1,4 +1,4 @@
-"""An adaptive step and its adjoint in plain torch: the step is differentiable to any order, and the truth in float64."""
+"""An adaptive step and its adjoint in plain torch; the step is differentiable to any order, the truth in float64."""
 
 from __future__ import annotations
 
