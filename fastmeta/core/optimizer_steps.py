@@ -8,8 +8,8 @@ without effect at 0 (momentum, weight decay) is left out where it is the number 
 Where a step divides by ``sqrt(v + eps_root) + eps``, :func:`root` takes the square root, whose derivative at 0 is 0. So
 a parameter whose gradients have all been zero has the exact derivative of ``m / (sqrt(v) + eps)`` there, that of
 ``m / eps``: the gradients are factors of ``m``, and what ``sqrt(v)`` adds, their norm times ``m``, is of second order.
-``torch.sqrt`` gives NaN. At ``eps = eps_root = 0`` the step itself is 0 / 0 there, and NaN in ``torch.optim``; here
-:func:`quotient` makes it 0, with a derivative of 0, that of ``m / |m|`` beside 0.
+``torch.sqrt`` gives NaN. At ``eps = eps_root = 0`` the step itself is 0 / 0 there, which stays NaN, as in
+``torch.optim``.
 """
 
 from __future__ import annotations
@@ -90,12 +90,6 @@ def root(v: Tensor) -> Tensor:
     """
     none = v <= 0
     return torch.where(none, 0.0, torch.where(none, 1.0, v).sqrt())
-
-
-def quotient(x: Tensor, y: Tensor) -> Tensor:
-    """``x / y``, and 0, with all its derivatives, where ``y`` is 0."""
-    none = y == 0
-    return torch.where(none, 0.0, x / torch.where(none, 1.0, y))
 
 
 def sgd(
@@ -189,7 +183,7 @@ def _adam(
     v = beta2 * state.exp_avg_sq + (1 - beta2) * g.square()
     largest = v if state.max_exp_avg_sq is None else torch.maximum(state.max_exp_avg_sq, v)
     denominator = root(largest / (1 - beta2**step) + eps_root) + eps
-    p = p - lr * quotient(m / (1 - beta1**step), denominator)
+    p = p - lr * ((m / (1 - beta1**step)) / denominator)
     return p, AdamState(step, m, v, largest if amsgrad else None)
 
 
@@ -224,7 +218,7 @@ def rmsprop(
     if centered:
         mean = (1 - alpha) * d if state.grad_avg is None else alpha * state.grad_avg + (1 - alpha) * d
         inside = v - mean.square()
-    u = quotient(d, root(inside + eps_root) + eps)
+    u = d / (root(inside + eps_root) + eps)
     if not _present(momentum):
         return p - lr * u, RMSpropState(v, None, mean)
     buffer = u if state.momentum_buffer is None else momentum * state.momentum_buffer + u
@@ -255,7 +249,7 @@ def adagrad(
     step, before = (0, initial_accumulator_value) if state is None else state
     total = before + d.square()
     rate = lr / (1 + step * lr_decay)
-    return p - rate * quotient(d, root(total + eps_root) + eps), AdagradState(step + 1, total)
+    return p - rate * (d / (root(total + eps_root) + eps)), AdagradState(step + 1, total)
 
 
 def adadelta(
