@@ -21,6 +21,7 @@ CASES = [
     ("adam", torch.optim.Adam, {"lr": 0.1, "betas": (0.0, 0.5), "maximize": True, "weight_decay": 0.2}),
     ("adamw", torch.optim.AdamW, {"lr": 0.1}),
     ("adamw", torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3, "amsgrad": True, "maximize": True}),
+    ("radam", torch.optim.RAdam, {"lr": 0.1, "betas": (0.7, 0.8), "weight_decay": 0.1}),
     ("rmsprop", torch.optim.RMSprop, {}),
     ("rmsprop", torch.optim.RMSprop, {"alpha": 0.8, "eps": 1e-2, "centered": True, "weight_decay": 0.1}),
     ("rmsprop", torch.optim.RMSprop, {"momentum": 0.9, "centered": True, "maximize": True}),
@@ -47,6 +48,7 @@ LEARNED = [
     ("adam", {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 0.1, "eps_root": 0.2, "weight_decay": 0.1}, {}),
     ("adam", {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 0.1}, {"amsgrad": True}),
     ("adamw", {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "eps": 0.1, "weight_decay": 0.1}, {}),
+    ("radam", {"lr": 0.1, "beta1": 0.6, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.1}, {}),
     ("rmsprop", {"lr": 0.1, "alpha": 0.7, "eps": 0.1, "momentum": 0.6, "weight_decay": 0.1}, {"nesterov": True}),
     ("rmsprop", {"lr": 0.1, "alpha": 0.7, "eps": 0.1, "eps_root": 0.1}, {"centered": True}),
     ("adagrad", {"lr": 0.1, "lr_decay": 0.3, "initial_accumulator_value": 0.2, "eps": 0.1, "weight_decay": 0.1}, {}),
@@ -101,7 +103,9 @@ def signature(name: str) -> set[str]:
     return set(inspect.signature(getattr(steps, name)).parameters)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta", "adamax", "asgd", "rprop"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "adam", "adamw", "radam", "rmsprop", "adagrad", "adadelta", "adamax", "asgd", "rprop"]
+)
 def test_defaults_are_those_of_torch_optim(name: str) -> None:
     kind = next(kind for case, kind, _ in CASES if case == name)
     theirs = kind([torch.zeros(1, requires_grad=True)], lr=0.5).defaults
@@ -112,7 +116,7 @@ def test_defaults_are_those_of_torch_optim(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "learned", "fixed"), LEARNED)
 def test_derivatives_by_everything(name: str, learned: dict[str, float], fixed: dict) -> None:
-    """Three steps, by the parameter, the gradients and each hyper-parameter, once and twice."""
+    """A few steps, by the parameter, the gradients and each hyper-parameter, once and twice."""
 
     def run(p: torch.Tensor, g: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         state = None
@@ -121,7 +125,7 @@ def test_derivatives_by_everything(name: str, learned: dict[str, float], fixed: 
         return p
 
     step = partial(getattr(steps, name), **fixed)
-    start, *given = gradients(4)
+    start, *given = gradients(7 if name == "radam" else 4)  # its sixth step is the first that it rectifies
     hyper = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in learned.values()]
     inputs = (start[0, :2].requires_grad_(), torch.stack(given)[:, 0, :2].requires_grad_(), *hyper)
     assert torch.autograd.gradcheck(run, inputs)
@@ -161,6 +165,22 @@ def test_everything_is_finite_at_zero_gradients(name: str, kind: type[torch.opti
         assert torch.isfinite(first).all()
         if first.requires_grad:
             assert torch.isfinite(torch.autograd.grad(first.sum(), x)[0]).all()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam", "rmsprop", "adagrad", "adadelta", "adamax"])
+@pytest.mark.parametrize("eps", [0.0, torch.zeros(())])
+def test_without_eps_a_zero_gradient_takes_no_step(name: str, eps: float | torch.Tensor) -> None:
+    """And the others take theirs."""
+    x = torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    p, state = torch.zeros(2, dtype=torch.float64), None
+    for _ in range(2):
+        p, state = getattr(steps, name)(p, x, state, lr=0.1, eps=eps)
+    (slope,) = torch.autograd.grad(p.sum(), x, create_graph=True)
+    assert p[0] == 0
+    assert torch.isfinite(p).all()
+    assert torch.isfinite(slope).all()
+    usual = getattr(steps, name)(p * 0, x, lr=0.1, eps=1e-12)[0]
+    torch.testing.assert_close(getattr(steps, name)(p * 0, x, lr=0.1, eps=eps)[0][1], usual[1], rtol=1e-5, atol=1e-6)
 
 
 def test_root() -> None:

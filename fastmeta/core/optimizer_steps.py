@@ -8,8 +8,8 @@ without effect at 0 (momentum, weight decay) is left out where it is the number 
 Where a step divides by ``sqrt(v + eps_root) + eps``, :func:`root` takes the square root, whose derivative at 0 is 0. So
 a parameter whose gradients have all been zero has the exact derivative of ``m / (sqrt(v) + eps)`` there, that of
 ``m / eps``: the gradients are factors of ``m``, and what ``sqrt(v)`` adds, their norm times ``m``, is of second order.
-``torch.sqrt`` gives NaN. At ``eps = eps_root = 0`` the step itself is 0 / 0 there, which stays NaN, as in
-``torch.optim``.
+``torch.sqrt`` gives NaN. At ``eps = eps_root = 0`` the step itself is 0 / 0 there: it is 0, with all its derivatives,
+where ``torch.optim`` gives NaN.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SGDState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """Of :func:`adam` and :func:`adamw`; the largest second moment only with ``amsgrad``."""
+    """Of :func:`adam`, :func:`adamw` and :func:`radam`; the largest second moment only with ``amsgrad``."""
 
     step: int
     exp_avg: Tensor
@@ -183,8 +183,43 @@ def _adam(
     v = beta2 * state.exp_avg_sq + (1 - beta2) * g.square()
     largest = v if state.max_exp_avg_sq is None else torch.maximum(state.max_exp_avg_sq, v)
     denominator = root(largest / (1 - beta2**step) + eps_root) + eps
-    p = p - lr * ((m / (1 - beta1**step)) / denominator)
+    p = p - lr * _over(m / (1 - beta1**step), denominator, eps)
     return p, AdamState(step, m, v, largest if amsgrad else None)
+
+
+def radam(
+    p: Tensor,
+    g: Tensor,
+    state: AdamState | None = None,
+    *,
+    lr: Scalar = 1e-3,
+    betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    maximize: bool = False,
+) -> tuple[Tensor, AdamState]:
+    """Rectified Adam.
+
+    :func:`adam`'s ``m`` and ``v``; with ``rho = 2 / (1 - beta2) - 1`` and ``r = rho - 2 t beta2^t / (1 - beta2^t)``,
+    ``p' = p - lr m / (1 - beta1^t)`` while ``r <= 5``, then this step times ``sqrt(1 - beta2^t) / (sqrt(v) + eps)`` and
+    ``sqrt((r - 4) (r - 2) rho / ((rho - 4) (rho - 2) r))``.
+
+    Source: L. Liu et al., ICLR 2020.
+    """
+    d = _decayed(p, g, weight_decay, maximize)
+    if state is None:
+        state = AdamState(0, torch.zeros_like(p), torch.zeros_like(p))
+    beta1, beta2 = betas
+    step = state.step + 1
+    m = beta1 * state.exp_avg + (1 - beta1) * d
+    v = beta2 * state.exp_avg_sq + (1 - beta2) * d.square()
+    move, left = m / (1 - beta1**step), 1 - beta2**step
+    rho = 2 / (1 - beta2) - 1
+    r = rho - 2 * step * beta2**step / left
+    if r > 5:
+        rectified = (left * (r - 4) * (r - 2) * rho / ((rho - 4) * (rho - 2) * r)) ** 0.5
+        move = rectified * _over(move, root(v) + eps, eps)
+    return p - lr * move, AdamState(step, m, v)
 
 
 def rmsprop(
@@ -218,7 +253,7 @@ def rmsprop(
     if centered:
         mean = (1 - alpha) * d if state.grad_avg is None else alpha * state.grad_avg + (1 - alpha) * d
         inside = v - mean.square()
-    u = d / (root(inside + eps_root) + eps)
+    u = _over(d, root(inside + eps_root) + eps, eps)
     if not _present(momentum):
         return p - lr * u, RMSpropState(v, None, mean)
     buffer = u if state.momentum_buffer is None else momentum * state.momentum_buffer + u
@@ -249,7 +284,7 @@ def adagrad(
     step, before = (0, initial_accumulator_value) if state is None else state
     total = before + d.square()
     rate = lr / (1 + step * lr_decay)
-    return p - rate * (d / (root(total + eps_root) + eps)), AdagradState(step + 1, total)
+    return p - rate * _over(d, root(total + eps_root) + eps, eps), AdagradState(step + 1, total)
 
 
 def adadelta(
@@ -274,7 +309,7 @@ def adadelta(
     if state is None:
         state = AdadeltaState(torch.zeros_like(p), torch.zeros_like(p))
     v = rho * state.square_avg + (1 - rho) * d.square()
-    u = root(state.acc_delta + eps) / root(v + eps) * d
+    u = _over(root(state.acc_delta + eps) * d, root(v + eps), eps)
     return p - lr * u, AdadeltaState(v, rho * state.acc_delta + (1 - rho) * u.square())
 
 
@@ -304,7 +339,7 @@ def adamax(
     step = state.step + 1
     m = beta1 * state.exp_avg + (1 - beta1) * d
     norm = torch.maximum(beta2 * state.exp_inf, d.abs() + eps)
-    return p - lr / (1 - beta1**step) * (m / norm), AdamaxState(step, m, norm)
+    return p - lr / (1 - beta1**step) * _over(m, norm, eps), AdamaxState(step, m, norm)
 
 
 def asgd(
@@ -362,6 +397,14 @@ def rprop(
     size = _within(state.step_size * factor, *step_sizes)
     d = torch.where(agreement < 0, 0.0, d)
     return p - size * d.sign(), RpropState(d, size)
+
+
+def _over(x: Tensor, denominator: Tensor, eps: Scalar) -> Tensor:
+    """``x / denominator``, and 0 for 0 / 0; there is none where ``eps``, a part of the denominator, is above 0."""
+    if not isinstance(eps, Tensor) and eps > 0:
+        return x / denominator
+    none = (x == 0) & (denominator == 0)
+    return torch.where(none, 0.0, x / torch.where(none, 1.0, denominator))
 
 
 def _within(size: Tensor, least: Scalar, most: Scalar) -> Tensor:
