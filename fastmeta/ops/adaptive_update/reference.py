@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta.core.optimizer_steps import quotient, root
+from fastmeta.core.optimizer_steps import root
 from fastmeta.core.segments import collect, spread
 from fastmeta.ops.adaptive_update.form import Adjoint, Coefficients, Form, State
 
@@ -81,6 +81,12 @@ def adjoint(
     )
     d_coefficients = torch.stack([(x * y).sum(dtype=torch.float64) for x, y in factors])
     return Adjoint(d_phi, -d, d_before, -collect(f.along, lam, alpha, segments), d_coefficients)
+
+
+def quotient(x: Tensor, y: Tensor) -> Tensor:
+    """``x / y``, and 0, with all its derivatives, where ``y`` is 0."""
+    none = y == 0
+    return torch.where(none, 0.0, x / torch.where(none, 1.0, y))
 
 
 class _Moments(NamedTuple):
