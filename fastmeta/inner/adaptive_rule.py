@@ -271,6 +271,8 @@ class AdaptiveRule(Rule):
 
     def adjoint(self, space: Space[V], lam: V, state: Any, record: Any, k: int) -> Back[V]:
         """Eq. (20) and (21)."""
+        if record is None:
+            raise RuntimeError(f"inner rule: the record of step {k} must be kept, got None; see RuleKind.entrywise")
         c, learned = self._kind.coefficients(self._named, k), self._kind.learned
 
         def adjoint(entries: Sequence[Any], alpha: Tensor, segments: Tensor | None) -> tuple[Any, Any, Any]:

@@ -175,6 +175,32 @@ def test_autograd_sees_hyper_parameters(name: str, engine: Any) -> None:
     assert relative_error(found, wanted) <= EXACT
 
 
+@pytest.mark.parametrize("wanted", ["lr", "beta2", "eps_root"])
+def test_one_number_alone_is_learned(wanted: str) -> None:
+    model, tasks, maml = learner()
+    numbers = {n: v.detach().requires_grad_(n == wanted) for n, v in tensors(RULES["adam, all"][1]).items()}
+    rate = torch.tensor(0.03, dtype=torch.float64, requires_grad=wanted == "lr")
+    maml.inner = configured("adam, all", rate, numbers)
+    exact = truth(model, tasks, rate, 2, False, "adam, all", numbers)
+    assert relative_error(maml.value_and_grad(tasks, steps=2)[1], exact) <= EXACT
+    learned = dict(model.named_parameters()) | maml.inner.learned()
+    assert learned.keys() - dict(model.named_parameters()) == {wanted}
+    found = torch.autograd.grad(maml(tasks, steps=2).loss, list(learned.values()))
+    exact = {n.removeprefix("inner."): d for n, d in exact.items()}
+    assert relative_error(dict(zip(learned, found, strict=True)), exact) <= EXACT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["rmsprop, all", "adagrad, all", "adamw, amsgrad"])
+def test_on_a_gpu(name: str) -> None:
+    model, tasks = network_and_tasks(4, 5, 3)
+    here = fm.MAML(model, F.cross_entropy, inner=of_parameters(name), steps=3).value_and_grad(tasks)[1]
+    maml = fm.MAML(model.cuda(), F.cross_entropy, inner=of_parameters(name).cuda(), steps=3)
+    for _ in range(3):  # the last one is replayed from a graph
+        found = maml.value_and_grad(tasks.to(device="cuda"))[1]
+        assert relative_error({n: d.cpu() for n, d in found.items()}, here) <= EXACT
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_adapting_takes_the_steps_of_pytorchs_optimizer(name: str) -> None:
     kind, numbers, others = RULES[name]
