@@ -51,7 +51,7 @@ UNIX_FLAGS = [
     "-Wextra",
 ]
 # Without contraction to fused multiply-adds every instruction set returns the same bits (csrc/inner_update/math.h).
-SAME_BITS = "inner_update"
+SAME_BITS = ("inner_update", "adaptive_update")
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 CUDA_MODULE = ROOT / "csrc" / "cuda_module.cpp"
 CAPABILITIES = ("80", "90")  # machine code for these; other devices translate what they are given for the last
@@ -193,7 +193,7 @@ class BuildExtension(build_ext):
         """Whether products and sums of ``source`` may become fused multiply-adds, as an option."""
         if self.compiler.compiler_type == "msvc":
             return []
-        return ["-ffp-contract=off" if Path(source).parent.name == SAME_BITS else "-ffp-contract=fast"]
+        return ["-ffp-contract=off" if Path(source).parent.name in SAME_BITS else "-ffp-contract=fast"]
 
     def fault(self, source: str, flags: list[str]) -> str:
         """What is wrong with compiling ``source``; empty where nothing is."""

@@ -12,6 +12,9 @@ namespace py = pybind11;
 namespace fastmeta::inner_update {
 void bind(py::module_&);
 }
+namespace fastmeta::adaptive_update {
+void bind(py::module_&);
+}
 namespace fastmeta::executor {
 void bind(py::module_&);
 }
@@ -42,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return fastmeta::isa_name(fastmeta::isa_in_use()); });
   m.def("use_instruction_set", [](const std::string& name) { fastmeta::use_isa(name.c_str()); }, py::arg("name"));
   fastmeta::inner_update::bind(m);
+  fastmeta::adaptive_update::bind(m);
   fastmeta::executor::bind(m);
   fastmeta::peak::bind(m);
   fastmeta::recall::bind(m);

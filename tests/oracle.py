@@ -30,6 +30,8 @@ def maml_loop(
     dampening: float | Tensor = 0.0,
     nesterov: bool = False,
     weight_decay: float | Tensor = 0.0,
+    update: Callable[..., tuple[Tensor, Any]] | None = None,
+    hyper: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Any, dict[str, Tensor]]:
     """Meta-gradient of the mean query loss after ``steps`` of inner SGD (docs/maths.md, eq. 1-4).
 
@@ -43,12 +45,14 @@ def maml_loop(
         first_order: treat the inner gradients as constants.
         adapted_names: the parameters that adapt; all that require grad when ``None``.
         momentum, dampening, nesterov, weight_decay: as torch.optim.SGD has them; tensors may require grad.
+        update: another optimizer's step instead, ``(phi, g, state, lr) -> (phi, state)``; the first state is ``None``.
+        hyper: tensors that it reads and whose gradients are wanted, by name.
 
     Returns:
         ``(loss, task_losses, logits, grads)``: the mean loss ``[]``, one loss a task ``[T]``, the query outputs
         ``[T, Nq, ...]`` (``None`` for a ``loss(model, batch)``), and the meta-gradient by parameter name, zero where a
         parameter is not used. If ``lr`` holds tensors that require grad, ``grads`` has them as ``"lr"`` or
-        ``"lr.<name>"``; likewise ``"momentum"``, ``"dampening"`` and ``"weight_decay"``.
+        ``"lr.<name>"``; likewise ``"momentum"``, ``"dampening"``, ``"weight_decay"`` and what ``hyper`` names.
     """
     theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     adapted = [name for name in theta if adapted_names is None or name in set(adapted_names)]
@@ -56,6 +60,7 @@ def maml_loop(
     learned = {f"lr.{k}" if k else "lr": a for k, a in alphas.items() if isinstance(a, Tensor) and a.requires_grad}
     others = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
     learned |= {name: v for name, v in others.items() if isinstance(v, Tensor) and v.requires_grad}
+    learned |= {name: v for name, v in (hyper or {}).items() if v.requires_grad}
     wanted = {**theta, **learned}
     tasks = pytree.tree_leaves(support)[0].shape[0]
 
@@ -63,7 +68,7 @@ def maml_loop(
     task_losses, logits = [], []
     for t in range(tasks):
         batch_s, batch_q = (pytree.tree_map(lambda x: x[t], batch) for batch in (support, query))  # noqa: B023
-        phi, buffer = dict(theta), dict[str, Tensor]()
+        phi, buffer = dict(theta), dict[str, Any]()
         for k in range(steps):
             inner, _ = _evaluate(model, loss, phi, batch_s)
             g = torch.autograd.grad(inner, [phi[n] for n in adapted], create_graph=not first_order, allow_unused=True)
@@ -71,6 +76,9 @@ def maml_loop(
                 if d is not None:
                     alpha = alphas[name] if isinstance(lr, Mapping) else alphas[""]
                     alpha = alpha[k] if isinstance(lr, Tensor) and lr.dim() else alpha
+                    if update is not None:
+                        phi[name], buffer[name] = update(phi[name], d, buffer.get(name), alpha)
+                        continue
                     d = d + weight_decay * phi[name]
                     known = buffer.get(name)
                     buffer[name] = d if known is None else momentum * known + (1 - dampening) * d

@@ -61,7 +61,7 @@ def test_a_missing_extension_is_shown_with_its_reason(
 ) -> None:
     monkeypatch.setattr(native, "_load", lambda: (None, "no compiler was found"))
     _, out, _ = call(capsys, "doctor")
-    assert out.count("missing: no compiler was found") == 2  # the build, and inner_update's row
+    assert out.count("missing: no compiler was found") == 3  # the build, and both updates' rows
     assert "no native kernels" in environment.machine_line()
 
 

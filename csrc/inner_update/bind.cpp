@@ -1,13 +1,11 @@
 // Entry of the inner update from Python: cuts the work into pieces, spreads them over threads, adds up their sums.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
 
+#include "../common/rates.h"
 #include "../common/threads.h"
 #include "kernels.h"
 #include "math.h"
@@ -19,9 +17,6 @@ namespace {
 
 constexpr std::int64_t piece_length = 4096;  // read a second time from the first-level cache
 
-// One thread passes this many bytes in some 50 us from its caches; to wake a second one costs about as much.
-constexpr std::int64_t bytes_per_thread = std::int64_t{4} << 20;
-
 template <class R>
 const Kernels<R>& kernels() {
   if constexpr (std::is_same_v<R, float>)
@@ -30,55 +25,10 @@ const Kernels<R>& kernels() {
     return table_of(isa_in_use()).f64;
 }
 
-// alpha: one entry for all parameters, one a segment, or one a parameter.
-struct Rate {
-  std::uintptr_t alpha;
-  std::int64_t entries;
-  std::uintptr_t segments;  // int64 [segment_count + 1], or 0
-  std::int64_t segment_count;
-
-  const std::int64_t* offsets() const { return reinterpret_cast<const std::int64_t*>(segments); }
-  bool per_segment() const { return segments != 0 && entries == segment_count; }
-  bool per_element() const { return !per_segment() && entries != 1; }
-};
-
-void cut(std::vector<Piece>& pieces, std::int64_t begin, std::int64_t end, std::int64_t length, std::int64_t entry) {
-  for (; begin < end; begin += length) pieces.push_back({begin, std::min(begin + length, end), entry});
-}
-
-std::vector<Piece> cut_row(const Rate& rate, std::int64_t P, std::int64_t length) {
-  std::vector<Piece> pieces;
-  if (!rate.per_segment()) {
-    if (rate.entries != 1 && rate.entries != P)
-      throw std::invalid_argument("inner_update: alpha must have 1, " +
-                                  (rate.segments != 0 ? std::to_string(rate.segment_count) + " or " : "or ") +
-                                  std::to_string(P) + " entries, got " + std::to_string(rate.entries));
-    cut(pieces, 0, P, length, 0);
-    return pieces;
-  }
-  const std::int64_t* at = rate.offsets();
-  bool rising = at[0] == 0 && at[rate.segment_count] == P;
-  for (std::int64_t s = 0; s < rate.segment_count; ++s) rising = rising && at[s] <= at[s + 1];
-  if (!rising)
-    throw std::invalid_argument("inner_update: segments must rise from 0 to P = " + std::to_string(P) +
-                                ", got other offsets");
-  for (std::int64_t s = 0; s < rate.segment_count; ++s) cut(pieces, at[s], at[s + 1], length, s);
-  return pieces;
-}
-
-int useful_threads(int threads, std::int64_t bytes) {
-  return static_cast<int>(std::clamp<std::int64_t>(bytes / bytes_per_thread, 1, std::max(threads, 1)));
-}
-
-template <class R>
-Matrix<R> matrix(std::uintptr_t data, std::int64_t row) {
-  return {reinterpret_cast<R*>(data), row};
-}
-
 template <class R>
 void run_step(std::int64_t T, std::int64_t P, std::uintptr_t theta, std::int64_t theta_row, std::uintptr_t g,
           std::int64_t g_row, const Rate& rate, std::uintptr_t out, std::int64_t out_row, int threads) {
-  const std::vector<Piece> pieces = cut_row(rate, P, piece_length);
+  const std::vector<Piece> pieces = cut_row("inner_update", rate, P, piece_length);
   const StepArgs<R> args{matrix<const R>(theta, theta_row),
                          matrix<const R>(g, g_row),
                          matrix<R>(out, out_row),
@@ -98,7 +48,7 @@ void run_adjoint(std::int64_t T, std::int64_t P, std::uintptr_t lam, std::int64_
              int threads) {
   const bool by_columns = d_alpha != 0 && rate.per_element();
   const bool by_pieces = d_alpha != 0 && !by_columns;
-  const std::vector<Piece> pieces = cut_row(rate, P, by_columns ? columns_width<R> : piece_length);
+  const std::vector<Piece> pieces = cut_row("inner_update", rate, P, by_columns ? columns_width<R> : piece_length);
   const auto count = static_cast<std::int64_t>(pieces.size());
   std::vector<double> sums(by_pieces ? T * count : 0);
   auto* d_alpha_out = reinterpret_cast<R*>(d_alpha);

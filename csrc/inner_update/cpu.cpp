@@ -6,18 +6,8 @@
 #define FASTMETA_ISA plain
 #endif
 
-// Unrolled too early, the loop over lanes is not turned into vector instructions.
-#if defined(__GNUC__) && !defined(__clang__)
-#define FASTMETA_KEEP_LOOP _Pragma("GCC unroll 1")
-#else
-#define FASTMETA_KEEP_LOOP
-#endif
-
 namespace fastmeta::inner_update::FASTMETA_ISA {
 namespace {
-
-// Sums are split over this many lanes whatever the vector width, so that every instruction set adds in the same order.
-constexpr int lanes = 16;
 
 template <class R>
 constexpr int line = static_cast<int>(64 / sizeof(R));  // of the cache

@@ -4,19 +4,9 @@
 #include <cstdint>
 
 #include "../common/isa.h"
+#include "../common/pieces.h"
 
 namespace fastmeta::inner_update {
-
-// Part of a row whose parameters share one entry of alpha, or, where alpha is per element, just a part of a row.
-struct Piece {
-  std::int64_t begin, end, entry;
-};
-
-template <class R>
-struct Matrix {
-  R* data;
-  std::int64_t row;  // distance between rows; elements of a row lie side by side
-};
 
 template <class R>
 struct StepArgs {

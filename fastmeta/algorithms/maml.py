@@ -79,7 +79,7 @@ class MAML(nn.Module):
             meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01 without ``inner``.
         steps: K, the number of inner steps.
         inner: a rule for the inner steps, with its own rates, instead of ``lr``: :class:`fastmeta.inner.SGD` with
-            momentum or weight decay.
+            momentum or weight decay, ``RMSprop``, ``Adagrad``, ``Adam`` or ``AdamW`` of the same module.
         first_order: drop the Hessian (FOMAML).
         parameters: which parameters adapt: ``None`` for all that require grad, an iterable of names or ``fnmatch``
             patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if

@@ -266,7 +266,7 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         kept["cotangents"] = sum(row.cotangents for row in rows)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
-    if work.learned:
+    if work.learned or work.rule.entrywise:
         vectors = work.rule.records - ({"phi"} if second_order else set())  # which then is kept already
         size = len(vectors) * work.packing.size * work.tasks * tape.loss.element_size()
         kept["gradients" if work.rule.plain else "vectors of the inner rule"] = size

@@ -104,8 +104,8 @@ def choose(
         if impossible:
             raise ValueError(
                 f"MAML: plan 'factored' must be for linear layers' weights that one call reads, with one rate, or "
-                f"one a row or a column, or for tables that embeddings alone read, with one rate, or one a column; "
-                f"got {impossible}, possible: {names}"
+                f"one a row or a column, and an inner rule that adds up gradients, or for tables that embeddings alone "
+                f"read, with one rate, or one a column; got {impossible}, possible: {names}"
             )
     return frozenset(
         name
@@ -149,8 +149,11 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
     found: dict[int, tuple[float, float] | str] = dict.fromkeys(
         map(id, linear), "several calls read its weight, so it is formed"
     )
+    why = f"the inner rule has {work.rule.described()}" if work.rule.entrywise else ""
     for instruction in linear:
-        if work.has_rate_an_element(slots[instruction.inputs[WEIGHT]]):
+        if why:
+            found[id(instruction)] = f"{why}: its steps are of full rank, so it is formed"
+        elif work.has_rate_an_element(slots[instruction.inputs[WEIGHT]]):
             found[id(instruction)] = "one rate an element: its steps are of full rank, so it is formed"
     readers = candidates(support)
     for name, costs in _costs(support, query, work).items():
@@ -160,6 +163,8 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
 
 def _costs(support: Program, query: Program, work: Work) -> dict[str, _Costs]:
     """Of the parameters that can stay factors on support and query alike."""
+    if work.rule.entrywise:
+        return {}
     asked = candidates(query)
     return {
         name: _Costs(i, asked[name], work)

@@ -15,7 +15,7 @@ from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work
 from fastmeta.inner.descent import Descent
 from fastmeta.inner.rates import collected, rates_of
-from fastmeta.inner.rule import Back, Forth
+from fastmeta.inner.rule import Back, Entrywise, Forth
 
 Weight = Tensor | LowRank
 
@@ -156,6 +156,19 @@ class FastWeights:
             return u, d_rate
         return u, self._joined(d_rate, s, lam)
 
+    def entrywise(
+        self, f: Entrywise, vectors: Sequence[Vector | None], k: int
+    ) -> tuple[list[Any], Tensor | None, Tensor | None]:
+        """What ``f`` makes of the packed entries; see :meth:`fastmeta.inner.rule.Space.entrywise`."""
+        if self._factored:
+            raise RuntimeError(f"inner rule: entries must be formed, got factors of {self._factored}")
+        entries = [None if v is None else v.packed for v in vectors]
+        made, d_rate, others = f(entries, self._descent.rate(k), self._descent.segments)
+        if d_rate is not None and self._expanded:
+            own = self._of_formed(d_rate)
+            d_rate = torch.cat([own[name].reshape(-1) for name in self._names])
+        return [None if x is None else Vector(x, {}) for x in made], d_rate, others
+
     def less(self, lam: Vector, product: Sequence[Weight], *, alone: bool) -> Vector:
         """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed.
 
@@ -221,10 +234,16 @@ class FastWeights:
             total = torch.stack(list(own.values())).sum()
             return total if d_rate is None else d_rate + total
         if d_rate is not None:
-            of_formed = [shapes[name] for name in self._formed]
-            parts = collected(d_rate, self._packing.shapes, of_formed) if self._expanded else list(d_rate)
-            own.update(zip(self._formed, parts, strict=True))
+            own.update(self._of_formed(d_rate))
         return torch.cat([own[name].reshape(-1) for name in self._names])
+
+    def _of_formed(self, d_rate: Tensor) -> dict[str, Tensor]:
+        """Gradients to the rates of parameters that are formed, each in its rates' shape."""
+        if not self._expanded:
+            return dict(zip(self._formed, d_rate, strict=True))
+        shapes = dict(zip(self._names, self._shapes, strict=True))
+        own = [shapes[name] for name in self._formed]
+        return dict(zip(self._formed, collected(d_rate, self._packing.shapes, own), strict=True))
 
 
 def _added(d: Weight, total: Tensor | None) -> Tensor:

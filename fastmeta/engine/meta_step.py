@@ -132,7 +132,7 @@ def _by_reference(
             support,
             query,
             keep_tapes=second_order and not recompute,
-            keep_records=cotangents is not None and learned,
+            keep_records=cotangents is not None and (learned or work.rule.entrywise),
             keep_points=second_order and recompute,
             again_from=() if cotangents is None else query.segments if recompute else None,
         )

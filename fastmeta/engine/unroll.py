@@ -29,7 +29,8 @@ class Trajectory:
         tapes: one a step, if kept: operands and cotangents of every operation.
         points: ``phi_k``, one a step, if kept: what tapes can be computed from again.
         invariants: what is the same at every step.
-        records: what the inner rule wants of each step, if kept (for rates or hyper-parameters that are learned).
+        records: what the inner rule wants of each step, if kept: for rates or hyper-parameters that are learned, or for
+            every adjoint of a rule that is entrywise.
         query: the query pass.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
     """
@@ -68,7 +69,8 @@ def unroll(
         support: program at the support shapes.
         query: program at the query shapes, or ``None`` to adapt only.
         keep_tapes: keep each step's tape for the Hessian-vector products.
-        keep_records: keep of each step what gradients to the inner rule's rates and hyper-parameters are made of.
+        keep_records: keep of each step what gradients to the inner rule's rates and hyper-parameters are made of, and
+            all that the adjoint of an entrywise rule is.
         keep_points: keep what each step's tape can be computed from again.
         again_from: where the query pass is computed again from, as in :func:`executor.forward`.
     """
@@ -119,7 +121,8 @@ def adjoint(
         work: the meta-step.
         support: its program at the support shapes.
         query: its program at the query shapes.
-        trajectory: of :func:`unroll`, with tapes or points unless first order; it is used up.
+        trajectory: of :func:`unroll`, with tapes or points unless first order, with records where the rule is
+            entrywise; it is used up.
         d_loss: cotangent of each task's query loss, ``[T]``: ``1 / T`` for the mean of eq. (4).
         d_outputs: cotangents of the query outputs, where something else than the loss depends on them.
         onto: gradients of the adapting parameters from other tasks, to which those of these are added; they are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmeta.inner.adaptive import Adagrad, Adam, AdamW, RMSprop
 from fastmeta.inner.sgd import SGD
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"]

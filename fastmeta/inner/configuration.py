@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -57,3 +58,14 @@ class Configuration(nn.Module):
         """Settings, for ``print``."""
         names = self.hyper if isinstance(self.lr, nn.Module) else ("lr", *self.hyper)
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def check_number(op: str, name: str, value: object, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a number that is finite, not negative and less than ``below``, or a tensor ``[]``."""
+    check_rate(op, name, value)
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise ValueError(f"{op}: {name} must be a number or of shape [], got {tuple(value.shape)}")
+    elif isinstance(value, (float, int)) and not (math.isfinite(value) and 0 <= value < below):
+        most = "" if below == math.inf else f", and less than {below:g}"
+        raise ValueError(f"{op}: {name} must be finite and not negative{most}, got {value}")

@@ -22,12 +22,15 @@ class Descent:
         alpha: ``[1 or K, 1 or S or P]``, of :meth:`Rates.alpha`.
         segments: ``[S + 1]`` where there is one rate a parameter.
         packing: where each parameter lies.
+
+    Attributes:
+        segments: as given.
     """
 
     def __init__(self, alpha: Tensor, segments: Tensor | None, packing: Packing) -> None:
         self._packing = packing
         self._alpha = list(alpha.unbind(0))
-        self._segments = segments
+        self.segments = segments
 
     def rate(self, k: int) -> Tensor:
         """The rates of step ``k``."""
@@ -43,13 +46,13 @@ class Descent:
         """Eq. (3) on packed ``phi`` ``[T, P]`` and what each parameter has for ``s_k`` ``[T, *shape]``: ``[T, P]``."""
         tasks, elements = phi.shape
         if self.packs(phi):
-            return inner_update.step(phi, self._packing.pack(g), self.rate(k), self._segments)
+            return inner_update.step(phi, self._packing.pack(g), self.rate(k), self.segments)
         alpha = self.rate(k)
         result = phi.new_empty(tasks, elements)
         offsets = self._packing.offsets
         for i, (d, start, stop) in enumerate(zip(g, offsets[:-1], offsets[1:], strict=True)):
             rate = alpha if alpha.numel() == 1 else alpha[start:stop]
-            if self._segments is not None:
+            if self.segments is not None:
                 rate = alpha[i : i + 1]
             part = slice(start, stop)
             inner_update.step(phi[:, part], d.reshape(tasks, -1), rate, out=result[:, part])
@@ -57,7 +60,7 @@ class Descent:
 
     def packed_step(self, phi: Tensor, s: Tensor, k: int) -> Tensor:
         """Eq. (3) on packed ``phi`` and ``s_k``, ``[T, P]``."""
-        return inner_update.step(phi, s, self.rate(k), self._segments)
+        return inner_update.step(phi, s, self.rate(k), self.segments)
 
     def adjoint(self, lam: Tensor, s: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
         """Eq. (5) and (7): ``u = alpha * lam`` and ``d_alpha = -sum_t s_k * lam``.
@@ -71,5 +74,5 @@ class Descent:
             ``u`` ``[T, P]`` and ``d_alpha`` in alpha's shape, summed over tasks, or ``None``.
         """
         if s is None:
-            return inner_update.adjoint(lam, lam, self.rate(k), self._segments, need_alpha=False)
-        return inner_update.adjoint(lam, s, self.rate(k), self._segments, need_alpha=True)
+            return inner_update.adjoint(lam, lam, self.rate(k), self.segments, need_alpha=False)
+        return inner_update.adjoint(lam, s, self.rate(k), self.segments, need_alpha=True)

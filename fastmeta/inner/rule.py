@@ -2,19 +2,26 @@
 
 A rule has a state of its own, ``(phi_{k+1}, s_{k+1}) = U(phi_k, s_k, g_k)``, and its adjoint gives the cotangents of
 all three, eq. (14) of docs/maths.md. It never sees how parameters are held: packed for each task, or as factors that no
-task forms. The engine in turn knows nothing of states and hyper-parameters but to hand them on.
+task forms; a rule that takes entries one by one says so (:attr:`RuleKind.entrywise`), and then all of them are packed.
+The engine in turn knows nothing of states and hyper-parameters but to hand them on.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 V = TypeVar("V")
+
+# Of vectors' entries, ``[T, P]`` each, the step's rates and their segments, as ``ops/inner_update`` has them: what it
+# makes of them entry by entry; and, where they are wanted, gradients to the rates and to numbers that all share.
+Entrywise = Callable[
+    [Sequence[Tensor | None], Tensor, Tensor | None], tuple[Sequence[Tensor | None], Tensor | None, Tensor | None]
+]
 
 
 class Space(Protocol[V]):
@@ -42,6 +49,17 @@ class Space(Protocol[V]):
 
     def descend_adjoint(self, lam: V, s: V | None, k: int) -> tuple[V, Tensor | None]:
         """``alpha_k * lam``, eq. (5), and with ``s`` the gradient to alpha_k, eq. (7), in its shape."""
+        ...
+
+    def entrywise(
+        self, f: Entrywise, vectors: Sequence[V | None], k: int
+    ) -> tuple[list[Any], Tensor | None, Tensor | None]:
+        """What ``f`` makes of the entries, its gradient to alpha_k in alpha's shape, and the other one.
+
+        Vectors that are ``None`` reach it so, and what it leaves ``None`` is.
+
+        For rules of an entrywise kind alone: there must be no factors.
+        """
         ...
 
 
@@ -92,7 +110,8 @@ class Rule(ABC):
             state: of the step before; ``None`` at the first.
             g: the gradients.
             k: the step.
-            keep: whether the adjoint will be asked for gradients to rates or hyper-parameters.
+            keep: whether the adjoint will be asked for, and needs a record: for gradients to rates or
+                hyper-parameters, or because the rule is entrywise.
         """
 
     @abstractmethod
@@ -111,6 +130,10 @@ class Rule(ABC):
 class RuleKind(ABC):
     """An inner rule without values: what plans, captured graphs and remembered meta-steps depend on. Hashable."""
 
+    # Whether it takes entries one by one and not vectors as a whole: its steps along factors would be of full rank, so
+    # that weights are formed; and its adjoint needs the record of a step even where nothing is learned.
+    entrywise: ClassVar[bool] = False
+
     @property
     @abstractmethod
     def plain(self) -> bool:
@@ -124,7 +147,7 @@ class RuleKind(ABC):
     @property
     @abstractmethod
     def records(self) -> frozenset[str]:
-        """Which vectors are kept of each step, where rates or hyper-parameters are learned; ``phi`` is phi_k."""
+        """Which vectors are kept of each step, where a record is; ``phi`` is phi_k."""
 
     @abstractmethod
     def rule(self, values: Tensor | None) -> Rule:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 from torch import Tensor
 
-from fastmeta.inner.configuration import Configuration
-from fastmeta.inner.rates import Rate, check_rate
+from fastmeta.inner.configuration import Configuration, check_number
+from fastmeta.inner.rates import Rate
 from fastmeta.inner.sgd_rule import SGDKind
 
 
@@ -62,7 +61,7 @@ class SGD(Configuration):
             As the class.
         """
         for name in self.hyper:
-            _check(name, getattr(self, name))
+            check_number("SGD", name, getattr(self, name))
         if not isinstance(self.nesterov, bool):
             raise TypeError(f"SGD: nesterov must be a bool, got {type(self.nesterov).__name__}")
         has = {name: isinstance(getattr(self, name), Tensor) or getattr(self, name) != 0 for name in self.hyper}
@@ -78,12 +77,3 @@ class SGD(Configuration):
     def extra_repr(self) -> str:
         """Settings, for ``print``."""
         return f"{super().extra_repr()}, nesterov={self.nesterov}"
-
-
-def _check(name: str, value: object) -> None:
-    check_rate("SGD", name, value)
-    if isinstance(value, Tensor):
-        if value.dim():
-            raise ValueError(f"SGD: {name} must be a number or of shape [], got {tuple(value.shape)}")
-    elif isinstance(value, (float, int)) and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"SGD: {name} must be finite and not negative, got {value}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta.core import checks, triton_support
+from fastmeta.core import checks, packed_rows, triton_support
 from fastmeta.core.dispatch import Backend, select
 from fastmeta.ops.inner_update import native, reference
 from fastmeta.ops.inner_update.function import Step, rows
@@ -19,7 +19,7 @@ def backends(device: torch.device | None = None, dtype: torch.dtype | None = Non
         gpu = Backend("triton", False, f"runs on cuda, not on {device.type}")
     else:
         gpu = triton_support.backend(device or torch.device("cuda"), dtype or torch.float32)
-    return native.backend(device, dtype), gpu, Backend("reference", True, "torch")
+    return packed_rows.backend(device, dtype), gpu, Backend("reference", True, "torch")
 
 
 def step(
@@ -36,7 +36,7 @@ def step(
     """
     if torch.is_grad_enabled() and (theta.requires_grad or g.requires_grad or alpha.requires_grad):
         _refuse_graph()
-    if native.runs(g):
+    if packed_rows.runs(g):
         return native.step(theta, g, alpha, segments, out=out)
     if _on_gpu(g):
         from fastmeta.ops.inner_update import triton
@@ -64,7 +64,7 @@ def adjoint(
     """
     if torch.is_grad_enabled() and (lam.requires_grad or g.requires_grad or alpha.requires_grad):
         _refuse_graph()
-    if native.runs(g):
+    if packed_rows.runs(g):
         return native.adjoint(lam, g, alpha, segments, need_alpha)
     if _on_gpu(g):
         from fastmeta.ops.inner_update import triton
