@@ -18,14 +18,26 @@ if TYPE_CHECKING:
     from fastmeta import learner as learner
     from fastmeta import ops as ops
     from fastmeta import tasks as tasks
+    from fastmeta.algorithms.anil import ANIL as ANIL
+    from fastmeta.algorithms.anil import BOIL as BOIL
+    from fastmeta.algorithms.fomaml import FOMAML as FOMAML
+    from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
+    from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
+    from fastmeta.algorithms.reptile import Reptile as Reptile
     from fastmeta.ops.inner_update.op import inner_update as inner_update
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
 
 _ATTRIBUTES = {
+    "ANIL": "fastmeta.algorithms.anil",
+    "BOIL": "fastmeta.algorithms.anil",
+    "FOMAML": "fastmeta.algorithms.fomaml",
+    "IMAML": "fastmeta.algorithms.imaml",
     "MAML": "fastmeta.algorithms.maml",
     "MetaOutput": "fastmeta.algorithms.maml",
+    "MetaSGD": "fastmeta.algorithms.meta_sgd",
+    "Reptile": "fastmeta.algorithms.reptile",
     "TaskBatch": "fastmeta.tasks.batch",
     "inner_update": "fastmeta.ops.inner_update",
 }
@@ -39,8 +51,14 @@ _MODULES = {
 }
 
 __all__ = [
+    "ANIL",
+    "BOIL",
+    "FOMAML",
+    "IMAML",
     "MAML",
     "MetaOutput",
+    "MetaSGD",
+    "Reptile",
     "TaskBatch",
     "__version__",
     "algorithms",

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
@@ -49,7 +49,7 @@ def checked_plan(plan: Any, names: Iterable[str]) -> Plan:
 
 
 def select_parameters(
-    parameters: Mapping[str, nn.Parameter], selection: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+    parameters: Mapping[str, Tensor], selection: Iterable[str] | Callable[[str, Any], bool] | None
 ) -> list[str]:
     """Names of the parameters that adapt, by names, ``fnmatch`` patterns or a predicate."""
     if selection is None:

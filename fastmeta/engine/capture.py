@@ -178,6 +178,8 @@ def objection(work: Work) -> str:
         return "it was asked not to be"
     if work.check_finite:
         return "check_finite looks at every loss"
+    if work.implicit is not None:
+        return "conjugate gradients end where their residual is small enough"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph"
     return ""

@@ -203,6 +203,8 @@ class Compiler:
             return "the reference executor was asked for"
         if not work.rule.plain:
             return f"it runs inner steps along the gradient alone, and the rule has {work.rule.described()}"
+        if work.implicit is not None:
+            return "the inner problem is a proximal one"
         if work.rate_shapes is not None:
             return "inner rates differ within a parameter"
         key = id(support), id(query)

@@ -76,8 +76,10 @@ def unroll(
     phi, state = rule.start(), None
     losses, trajectory = [], Trajectory(phi, phi.packed)
     for k in range(work.steps):
-        tape, g = _inner(work, support, rule, phi, k, trajectory.invariants)
+        tape, g = inner_pass(work, support, rule, phi, k, trajectory.invariants)
         trajectory.invariants = tape.invariants
+        if work.implicit is not None:
+            g = proximal(work, rule.values(phi), g)
         if keep_points:
             trajectory.points.append(phi)
         forth = rule.step(phi, state, g, k, keep=keep_records)
@@ -142,7 +144,7 @@ def adjoint(
         if trajectory.tapes:
             tape = trajectory.tapes.pop()
         else:
-            tape, _ = _inner(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
+            tape, _ = inner_pass(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
         product = executor.hessian_vector_product(support, tape, rule.values(back.u))
         lam = rule.less(lam, product.adapted, alone=state is None)
         outer = added(outer, product.outer, -1)
@@ -155,7 +157,7 @@ def adjoint(
     return MetaGradient(rule.over_tasks(lam, onto), outer, _stack_rates(work.alpha, d_alpha[::-1]), d_hyper)
 
 
-def _inner(
+def inner_pass(
     work: Work, support: Program, rule: FastWeights, phi: Vector, k: int, invariants: Invariants | None
 ) -> tuple[Tape, list[Weight]]:
     """Forward and backward pass of step k: the tape and ``g_k``, eq. (2)."""
@@ -165,6 +167,13 @@ def _inner(
     if work.check_finite:
         require_finite(tape.loss, f"support loss at inner step {k}")
     return tape, executor.backward(support, tape, torch.ones_like(tape.loss), outer=False).adapted
+
+
+def proximal(work: Work, phi: Sequence[Weight], g: Sequence[Weight]) -> list[Weight]:
+    """``g + lambda (phi - theta)``: the gradient of the proximal inner problem, eq. (19)."""
+    strength = 0.0 if work.implicit is None else work.implicit.strength
+    every = zip(phi, g, work.theta, strict=True)
+    return [torch.add(d, w - p, alpha=strength) for w, d, p in every]  # type: ignore[arg-type, operator]  # all formed
 
 
 def _fixed_state(work: Work) -> dict[str, Tensor]:

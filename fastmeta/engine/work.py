@@ -18,6 +18,25 @@ from fastmeta.inner.sgd_rule import PLAIN
 Plan = str | tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Implicit:
+    """A proximal inner problem, and how its gradient is solved for by conjugate gradients (``implicit.py``).
+
+    Attributes:
+        strength: lambda, the weight of ``|phi - theta|^2 / 2`` beside the support loss.
+        iterations: of conjugate gradients, at most.
+        tolerance: a task's iterations end where its residual is this share of the right-hand side.
+        damping: added to lambda where the system is solved.
+        report: where each chunk of tasks leaves what came of it.
+    """
+
+    strength: float
+    iterations: int
+    tolerance: float
+    damping: float
+    report: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+
 @dataclass  # not frozen, which would take its time at every meta-step
 class Work:
     """The tasks, the parameters and the inner rule of one meta-step.
@@ -44,6 +63,7 @@ class Work:
             parameters' names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
+        implicit: how the implicit gradient is solved for, where the inner problem is a proximal one.
         own: names of the adapting parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
@@ -69,6 +89,7 @@ class Work:
     rate_shapes: Shapes | None = None
     rule: RuleKind = PLAIN
     hyper: Tensor | None = None
+    implicit: Implicit | None = None
     own: frozenset[str] = frozenset()
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
