@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from fastmeta import tasks as tasks
     from fastmeta.algorithms.anil import ANIL as ANIL
     from fastmeta.algorithms.anil import BOIL as BOIL
+    from fastmeta.algorithms.cavia import CAVIA as CAVIA
     from fastmeta.algorithms.fomaml import FOMAML as FOMAML
     from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
+    from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
     from fastmeta.ops.inner_update.op import inner_update as inner_update
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
 _ATTRIBUTES = {
     "ANIL": "fastmeta.algorithms.anil",
     "BOIL": "fastmeta.algorithms.anil",
+    "CAVIA": "fastmeta.algorithms.cavia",
     "FOMAML": "fastmeta.algorithms.fomaml",
     "IMAML": "fastmeta.algorithms.imaml",
     "MAML": "fastmeta.algorithms.maml",
     "MetaOutput": "fastmeta.algorithms.maml",
     "MetaSGD": "fastmeta.algorithms.meta_sgd",
+    "ProtoMAML": "fastmeta.algorithms.proto_maml",
     "Reptile": "fastmeta.algorithms.reptile",
     "TaskBatch": "fastmeta.tasks.batch",
     "inner_update": "fastmeta.ops.inner_update",
@@ -53,11 +57,13 @@ _MODULES = {
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "FOMAML",
     "IMAML",
     "MAML",
     "MetaOutput",
     "MetaSGD",
+    "ProtoMAML",
     "Reptile",
     "TaskBatch",
     "__version__",

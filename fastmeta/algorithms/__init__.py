@@ -8,32 +8,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmeta.algorithms.anil import ANIL as ANIL
     from fastmeta.algorithms.anil import BOIL as BOIL
+    from fastmeta.algorithms.cavia import CAVIA as CAVIA
     from fastmeta.algorithms.fomaml import FOMAML as FOMAML
     from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
+    from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
 
 _PLACES = {
     "ANIL": "anil",
     "BOIL": "anil",
+    "CAVIA": "cavia",
     "FOMAML": "fomaml",
     "IMAML": "imaml",
     "MAML": "maml",
     "MetaOutput": "maml",
     "MetaSGD": "meta_sgd",
+    "ProtoMAML": "proto_maml",
     "Reptile": "reptile",
 }
 
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "FOMAML",
     "IMAML",
     "MAML",
     "MetaOutput",
     "MetaSGD",
+    "ProtoMAML",
     "Reptile",
 ]
 
