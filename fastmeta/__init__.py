@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
+    from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
@@ -38,6 +39,7 @@ _ATTRIBUTES = {
     "FOMAML": "fastmeta.algorithms.fomaml",
     "IMAML": "fastmeta.algorithms.imaml",
     "MAML": "fastmeta.algorithms.maml",
+    "MAMLPlusPlus": "fastmeta.algorithms.maml_plus_plus",
     "MetaOutput": "fastmeta.algorithms.maml",
     "MetaSGD": "fastmeta.algorithms.meta_sgd",
     "ProtoMAML": "fastmeta.algorithms.proto_maml",
@@ -61,6 +63,7 @@ __all__ = [
     "FOMAML",
     "IMAML",
     "MAML",
+    "MAMLPlusPlus",
     "MetaOutput",
     "MetaSGD",
     "ProtoMAML",

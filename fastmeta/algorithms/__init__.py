@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
+    from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
@@ -24,6 +25,7 @@ _PLACES = {
     "FOMAML": "fomaml",
     "IMAML": "imaml",
     "MAML": "maml",
+    "MAMLPlusPlus": "maml_plus_plus",
     "MetaOutput": "maml",
     "MetaSGD": "meta_sgd",
     "ProtoMAML": "proto_maml",
@@ -37,6 +39,7 @@ __all__ = [
     "FOMAML",
     "IMAML",
     "MAML",
+    "MAMLPlusPlus",
     "MetaOutput",
     "MetaSGD",
     "ProtoMAML",

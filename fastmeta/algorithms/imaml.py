@@ -67,7 +67,7 @@ class IMAML(MAML):
         super().__init__(model, loss, lr, steps, plan="dense", engine="program", **options)
         self.strength, self.cg_steps, self.tolerance, self.damping = strength, cg_steps, tolerance, damping
         self._report: list[Solution] = []
-        self._asked()
+        self._asked(self.steps)
 
     @property
     def solution(self) -> Solution | None:
@@ -81,7 +81,7 @@ class IMAML(MAML):
         """Settings, for ``print``."""
         return f"{super().extra_repr()}, strength={self.strength}, cg_steps={self.cg_steps}"
 
-    def _asked(self) -> dict[str, Any]:
+    def _asked(self, steps: int) -> dict[str, Any]:
         for name in ("strength", "tolerance", "damping"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -165,7 +165,7 @@ class MAML(nn.Module):
         self.executor = executor
         self.plan = checked_plan(plan, self._objective.parameters())
         self.cuda_graph = bool(cuda_graph)
-        self._rule().rates(self._packing(self._objective.parameters()))
+        self._rule().check(self._packing(self._objective.parameters()))
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
         """Adapt to every task's support set and evaluate on its query set.
@@ -279,13 +279,17 @@ class MAML(nn.Module):
     # What an algorithm that starts from something else than its own parameters says of itself: the tensors of a
     # meta-step are then functions of what is learned, and gradients go back through them.
 
-    def _asked(self) -> dict[str, Any]:
+    def _asked(self, steps: int) -> dict[str, Any]:
         """What it asks of the engine beside: fields of :class:`Work`, of values that can be compared."""
         return {}
 
     def _read_tensors(self) -> dict[str, Tensor]:
         """Every tensor that a meta-step starts from or reads, by the objective's names."""
         return dict(self._objective.parameters())
+
+    def _read_buffers(self) -> dict[str, Tensor]:
+        """Every buffer that a meta-step reads, by the objective's names."""
+        return self._objective.buffers()
 
     def _learned(self, work: Work) -> dict[str, Tensor]:
         """What gets a meta-gradient, by the names that ``value_and_grad`` has for it, beside the inner rule's."""
@@ -359,7 +363,7 @@ class MAML(nn.Module):
             parts.rate_shapes,
             parts.rule,
             parts.hyper,
-            **self._asked(),
+            **self._asked(count),
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)
@@ -377,8 +381,9 @@ class MAML(nn.Module):
             return None
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
+        count = self.steps if steps is None else checked_steps(steps)
         return (
-            self.steps if steps is None else checked_steps(steps),
+            count,
             self.first_order,
             self.allow_unused,
             self.chunk_size,
@@ -388,7 +393,7 @@ class MAML(nn.Module):
             self.cuda_graph,
             self.memory_budget,
             rule.settings(),
-            self._asked(),
+            self._asked(count),
             flags,
         )
 
@@ -414,7 +419,7 @@ class MAML(nn.Module):
     def _autodiff(self, work: Work) -> MetaOutput:
         result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
         if self.update_running_stats:
-            _write_buffers(self._objective.buffers(), result.buffers)
+            _write_buffers(self._read_buffers(), result.buffers)
         if self.engine == "auto":
             reason = self._why_autodiff(work)
             if reason not in self._warned:
@@ -425,14 +430,13 @@ class MAML(nn.Module):
     def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]]) -> None:
         if self.update_running_stats and mutations:
             with torch.no_grad():
-                _write_buffers(
-                    self._objective.buffers(), running_stats.updated(programs.both[1], work.buffers, mutations)
-                )
+                after = running_stats.updated(programs.both[1], work.buffers, mutations, work.stepwise)
+                _write_buffers(self._read_buffers(), after)
         mutations.clear()
 
     def _buffers_to_read(self) -> dict[str, Tensor]:
         """The buffers, or copies if this meta-step will write them while its tape still reads them."""
-        buffers = self._objective.buffers()
+        buffers = self._read_buffers()
         return {name: b.clone() for name, b in buffers.items()} if self.update_running_stats else buffers
 
     def _packing(self, parameters: Mapping[str, Tensor]) -> Packing:

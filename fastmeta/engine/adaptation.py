@@ -55,7 +55,7 @@ def adaptation(work: Work, programs: Programs | None, *, allow_unused: bool) -> 
         losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
         evaluated, outputs = None, None
         if programs.query is not None:
-            evaluated = torch.cat([trajectory.evaluated.loss for trajectory in trajectories])
+            evaluated = torch.cat([trajectory.losses for trajectory in trajectories])
             pieces = zip(*[trajectory.evaluated.outputs for trajectory in trajectories], strict=True)
             outputs = [torch.cat(each) for each in pieces]
     return Adaptation(work.packing.unpack(packed.contiguous()), losses, evaluated, outputs)

@@ -180,6 +180,8 @@ def objection(work: Work) -> str:
         return "check_finite looks at every loss"
     if work.implicit is not None:
         return "conjugate gradients end where their residual is small enough"
+    if work.query_weights is not None or work.stepwise:
+        return "the query loss or the parameters are others at every step"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph"
     return ""

@@ -139,8 +139,9 @@ def _by_reference(
             keep_records=cotangents is not None and learned,
             keep_points=second_order and recompute,
             again_from=() if cotangents is None else query.segments if recompute else None,
+            d_loss=None if cotangents is None else cotangents.of_losses(work, chunk),
         )
-        losses.append(trajectory.evaluated.loss)
+        losses.append(trajectory.losses)
         support_losses.append(trajectory.support_losses)
         mutations.append(trajectory.mutations)
         if outputs:

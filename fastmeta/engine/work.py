@@ -64,6 +64,10 @@ class Work:
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
         implicit: how the implicit gradient is solved for, where the inner problem is a proximal one.
+        query_weights: of each task's query losses after 0, 1, .. K steps, whose weighted sum is its loss; ``None``
+            where that is the last one.
+        stepwise: names of other parameters and of buffers that come as rows, of which passes after k steps read the
+            k-th, or the last where there are not so many.
         own: names of the adapting parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
@@ -90,6 +94,8 @@ class Work:
     rule: RuleKind = PLAIN
     hyper: Tensor | None = None
     implicit: Implicit | None = None
+    query_weights: tuple[float, ...] | None = None
+    stepwise: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -124,6 +130,24 @@ class Work:
             return ()
         adapted = set(self.packing.names)
         return tuple(n for n, p in self.parameters.items() if n not in adapted and p.requires_grad)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the query losses after 0, 1, .. K steps."""
+        return (*[0.0] * self.steps, 1.0) if self.query_weights is None else self.query_weights
+
+    def fixed(self, k: int) -> dict[str, Tensor]:
+        """The parameters that do not adapt and the buffers, as passes after k steps read them."""
+        adapted = set(self.packing.names)
+        state = {name: p for name, p in self.parameters.items() if name not in adapted}
+        state.update(self.buffers)
+        state.update((name, state[name][self.row(name, k)]) for name in self.stepwise)
+        return state
+
+    def row(self, name: str, k: int) -> int:
+        """Which row of what comes stepwise passes after k steps read."""
+        rows = self.parameters[name] if name in self.parameters else self.buffers[name]
+        return min(k, len(rows) - 1)
 
     def part(self, tasks: slice) -> Work:
         """The same meta-step for some of the tasks."""
