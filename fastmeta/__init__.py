@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
     from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
+    from fastmeta.algorithms.meta_curvature import MetaCurvature as MetaCurvature
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
@@ -40,6 +41,7 @@ _ATTRIBUTES = {
     "IMAML": "fastmeta.algorithms.imaml",
     "MAML": "fastmeta.algorithms.maml",
     "MAMLPlusPlus": "fastmeta.algorithms.maml_plus_plus",
+    "MetaCurvature": "fastmeta.algorithms.meta_curvature",
     "MetaOutput": "fastmeta.algorithms.maml",
     "MetaSGD": "fastmeta.algorithms.meta_sgd",
     "ProtoMAML": "fastmeta.algorithms.proto_maml",
@@ -64,6 +66,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "MAMLPlusPlus",
+    "MetaCurvature",
     "MetaOutput",
     "MetaSGD",
     "ProtoMAML",

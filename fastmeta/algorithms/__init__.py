@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
     from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
+    from fastmeta.algorithms.meta_curvature import MetaCurvature as MetaCurvature
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
@@ -26,6 +27,7 @@ _PLACES = {
     "IMAML": "imaml",
     "MAML": "maml",
     "MAMLPlusPlus": "maml_plus_plus",
+    "MetaCurvature": "meta_curvature",
     "MetaOutput": "maml",
     "MetaSGD": "meta_sgd",
     "ProtoMAML": "proto_maml",
@@ -40,6 +42,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "MAMLPlusPlus",
+    "MetaCurvature",
     "MetaOutput",
     "MetaSGD",
     "ProtoMAML",
