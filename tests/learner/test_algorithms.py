@@ -1,0 +1,78 @@
+"""Every algorithm that a run can name trains, saves, goes on and is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmeta.cli.train import AlgorithmName
+from fastmeta.learner import checkpoint
+from fastmeta.learner.algorithms import CLASSES, learner_of
+from fastmeta.learner.config import ALGORITHMS, TrainConfig, defaults
+from fastmeta.learner.problems import build
+from fastmeta.learner.results import judge, load_learner
+from fastmeta.learner.run import open_new
+from fastmeta.learner.training import Trainer
+
+
+def settings(algorithm: str, iterations: int = 4) -> TrainConfig:
+    return defaults("digits").changed(
+        algorithm=algorithm, iterations=iterations, meta_batch=2, filters=4, inner_steps=2, eval_steps=3, queries=2,
+        val_every=2, val_tasks=2, log_every=2, inner_lr=0.1, meta_lr=1e-2,
+    )  # fmt: skip
+
+
+def test_the_names_agree() -> None:
+    assert set(ALGORITHMS) == set(CLASSES) == {name.value for name in AlgorithmName}
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "maml"])
+def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
+    config = settings(algorithm)
+    whole = Trainer(config, build(config), open_new(tmp_path / "whole", config))
+    assert whole.fit() == "finished"
+    run = open_new(tmp_path / "halves", config)
+    half = Trainer(config, build(config), run)
+    assert half.fit(stop=lambda: half.state.step == 2) == "interrupted"
+    again = Trainer(config, build(config), run)
+    again.resume()
+    assert again.fit() == "finished"
+    state = whole.maml.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.maml.state_dict().items())
+    learner, problem, _, step = load_learner(run.folder, "last")
+    assert step == 4
+    assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
+    assert 0 <= judge(learner, problem, config, step, tasks=2)["after"] <= 1
+
+
+def test_what_is_learned_beside_the_model_moves(tmp_path: Path) -> None:
+    for algorithm in ("metasgd", "mamlpp", "metacurvature"):
+        config = settings(algorithm, iterations=2)
+        run = open_new(tmp_path / algorithm, config)
+        trainer = Trainer(config, build(config), run)
+        before = {n: p.clone() for n, p in trainer.maml.named_parameters() if not n.startswith("model.")}
+        trainer.fit()
+        after = dict(trainer.maml.named_parameters())
+        assert before
+        assert all(not torch.equal(p, after[n]) for n, p in before.items())
+        tensors, _ = checkpoint.load(run.checkpoints, "last")
+        assert {f"algorithm.{n}" for n in before} <= tensors.keys()
+
+
+def test_settings_of_runs_from_before() -> None:
+    values = defaults("digits").to_json()
+    del values["algorithm"]
+    assert TrainConfig.from_json(values) == defaults("digits")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="train: algorithm must be one of"):
+        settings("prototypes")
+    waves = defaults("sinusoid").changed(algorithm="protomaml")
+    with pytest.raises(ValueError, match="train: algorithm must be one without prototypes for sinusoid"):
+        learner_of(waves, build(waves))
+    config = settings("reptile").changed(first_order=True)
+    with pytest.raises(ValueError, match="train: first_order must be left out with algorithm reptile"):
+        learner_of(config, build(config))
