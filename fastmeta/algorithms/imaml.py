@@ -19,7 +19,7 @@ class IMAML(MAML):
     """Implicit MAML: the inner loop minimises ``ls(phi) + lambda |phi - theta|^2 / 2``, and is not differentiated.
 
     At the minimum ``phi*`` of a task, with ``H`` the Hessian of its support loss there and ``b`` the gradient of its
-    query loss over T, the meta-gradient is (docs/maths.md, eq. 20)::
+    query loss over T, the meta-gradient is (docs/maths.md, eq. 24)::
 
         (H + lambda I) v = b;    d_theta = sum_t lambda v;    d_psi = sum_t [ d lq/d psi / T - d<g, v>/d psi ]
 

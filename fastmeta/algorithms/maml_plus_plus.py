@@ -27,7 +27,7 @@ class MAMLPlusPlus(MAML):
     *Multi-step loss.* While gradients are enabled and the module is in training mode, a task's loss is
     ``sum_k w_k lq(phi_k)`` with ``w_0 = 0`` and weights that go from equal ones to the last one's
     (:meth:`loss_weights`). All of it is one adjoint, into which the query gradient of every step flows where it belongs
-    (docs/maths.md, eq. 22): a query pass forward and back more for each step, not a meta-step more.
+    (docs/maths.md, eq. 26): a query pass forward and back more for each step, not a meta-step more.
 
     *Rates.* ``alpha[k, j]`` for step k and adapting parameter j, learned: ``learner.lr`` ``[K, S]``, or
     ``learner.inner.lr``. Steps beyond K take the last row.

@@ -18,7 +18,7 @@ class MetaCurvature(MAML):
     """Meta-Curvature: initial weights are learned together with how their gradients are bent.
 
     ``phi_{k+1} = phi_k - alpha_k * C(grad ls(phi_k))``, where C multiplies each axis of a parameter's gradient by a
-    matrix of its own (docs/maths.md, eq. 23): of a linear layer's weight ``C(G) = M_out G M_in^T``; of a convolution's
+    matrix of its own (docs/maths.md, eq. 27): of a linear layer's weight ``C(G) = M_out G M_in^T``; of a convolution's
     also the pixels of its kernel, taken as one axis, by ``M_kernel``; of a vector, such as a bias, each element by a
     number. All start as the identity, where this is MAML, and get their exact meta-gradient.
 

@@ -1,4 +1,4 @@
-"""The meta-gradient of a proximal inner problem by the implicit function theorem, eq. (19)-(21) of docs/maths.md."""
+"""The meta-gradient of a proximal inner problem by the implicit function theorem, eq. (23)-(25) of docs/maths.md."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def inner_pass(
 
 
 def proximal(work: Work, phi: Sequence[Weight], g: Sequence[Weight]) -> list[Weight]:
-    """``g + lambda (phi - theta)``: the gradient of the proximal inner problem, eq. (19)."""
+    """``g + lambda (phi - theta)``: the gradient of the proximal inner problem, eq. (23)."""
     strength = 0.0 if work.implicit is None else work.implicit.strength
     every = zip(phi, g, work.theta, strict=True)
     return [torch.add(d, w - p, alpha=strength) for w, d, p in every]  # type: ignore[arg-type, operator]  # all formed

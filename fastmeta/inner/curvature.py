@@ -1,4 +1,4 @@
-"""Inner descent along gradients that learned matrices transform, and its adjoint, eq. (23) of docs/maths.md."""
+"""Inner descent along gradients that learned matrices transform, and its adjoint, eq. (27) of docs/maths.md."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from fastmeta.learner.run import open_new
 from fastmeta.learner.training import Trainer
 
 
-def settings(algorithm: str, iterations: int = 4) -> TrainConfig:
-    return defaults("digits").changed(
-        algorithm=algorithm, iterations=iterations, meta_batch=2, filters=4, inner_steps=2, eval_steps=3, queries=2,
-        val_every=2, val_tasks=2, log_every=2, inner_lr=0.1, meta_lr=1e-2,
+def settings(algorithm: str, iterations: int = 4, problem: str = "sinusoid") -> TrainConfig:
+    return defaults(problem).changed(
+        algorithm=algorithm, iterations=iterations, meta_batch=2, filters=2, inner_steps=2, eval_steps=3, queries=2,
+        val_every=2, val_tasks=2, log_every=2, inner_lr=0.01, meta_lr=1e-2,
     )  # fmt: skip
 
 
@@ -28,9 +28,15 @@ def test_the_names_agree() -> None:
     assert set(ALGORITHMS) == set(CLASSES) == {name.value for name in AlgorithmName}
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "maml"])
+def test_each_name_makes_its_algorithm() -> None:
+    for name in ALGORITHMS:
+        config = settings(name, problem="digits" if name == "protomaml" else "sinusoid")
+        assert type(learner_of(config, build(config))).__name__ == CLASSES[name]
+
+
+@pytest.mark.parametrize("algorithm", ["metasgd", "mamlpp", "metacurvature", "protomaml", "imaml"])
 def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
-    config = settings(algorithm)
+    config = settings(algorithm, problem="digits" if algorithm == "protomaml" else "sinusoid")
     whole = Trainer(config, build(config), open_new(tmp_path / "whole", config))
     assert whole.fit() == "finished"
     run = open_new(tmp_path / "halves", config)
@@ -44,12 +50,12 @@ def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
     learner, problem, _, step = load_learner(run.folder, "last")
     assert step == 4
     assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
-    assert 0 <= judge(learner, problem, config, step, tasks=2)["after"] <= 1
+    assert judge(learner, problem, config, step, tasks=2)["after"] > 0
 
 
 def test_what_is_learned_beside_the_model_moves(tmp_path: Path) -> None:
     for algorithm in ("metasgd", "mamlpp", "metacurvature"):
-        config = settings(algorithm, iterations=2)
+        config = settings(algorithm, iterations=2, problem="digits" if algorithm == "mamlpp" else "sinusoid")
         run = open_new(tmp_path / algorithm, config)
         trainer = Trainer(config, build(config), run)
         before = {n: p.clone() for n, p in trainer.maml.named_parameters() if not n.startswith("model.")}
