@@ -34,6 +34,19 @@ def checked_count(name: str, count: int | None) -> int | None:
     return count
 
 
+def checked_norm(norm: float | None, plan: Any) -> float | None:
+    """A largest norm, if it is one, and weights may be formed for it."""
+    if norm is None:
+        return None
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+        raise TypeError(f"MAML: clip_norm must be a number or None, got {type(norm).__name__}")
+    if not 0 < norm < float("inf"):
+        raise ValueError(f"MAML: clip_norm must be positive and finite, got {norm}")
+    if "factored" in (plan.values() if isinstance(plan, Mapping) else (plan,)):
+        raise ValueError("MAML: plan must not be 'factored' with clip_norm, which needs each task's gradient formed")
+    return norm
+
+
 def checked_plan(plan: Any, names: Iterable[str]) -> Plan:
     """How fast weights are to be held, if it is known how."""
     forms = ("auto", "dense", "factored")

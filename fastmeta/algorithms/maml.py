@@ -16,6 +16,7 @@ from fastmeta.algorithms.inputs import (
     check_masks,
     check_tensors,
     checked_count,
+    checked_norm,
     checked_plan,
     checked_steps,
     select_parameters,
@@ -85,6 +86,8 @@ class MAML(nn.Module):
             patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if
             they require grad. A parameter named explicitly adapts even if it does not require grad.
         allow_unused: let adapting parameters that the support loss does not use keep their value.
+        clip_norm: largest 2-norm of each task's inner gradient over all adapting parameters, which is scaled down to it
+            as ``torch.nn.utils.clip_grad_norm_`` does, differentiably; ``None`` for any. Weights are then formed.
         update_running_stats: after a meta-step in training mode, leave in batch norm's running statistics what a loop
             over the tasks would have left. By default a meta-step never writes a buffer. Either way batch norm in
             training mode normalises by the statistics of the set it is given (transductive on the query set).
@@ -127,6 +130,7 @@ class MAML(nn.Module):
         first_order: bool = False,
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,
+        clip_norm: float | None = None,
         update_running_stats: bool = False,
         check_finite: bool = False,
         chunk_size: int | None = None,
@@ -157,6 +161,7 @@ class MAML(nn.Module):
         self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
+        self.clip_norm = checked_norm(clip_norm, plan)
         self.update_running_stats = update_running_stats
         self.check_finite = check_finite
         self.chunk_size = checked_count("chunk_size", chunk_size)
@@ -356,13 +361,14 @@ class MAML(nn.Module):
             differentiate,
             self.chunk_size,
             self.executor,
-            self.plan,
+            self.plan if self.clip_norm is None else "dense",
             self.update_running_stats,
             self.cuda_graph,
             self.memory_budget,
             parts.rate_shapes,
             parts.rule,
             parts.hyper,
+            clip_norm=self.clip_norm,
             **self._asked(count),
         )
         check_tensors(work, self.engine)
@@ -386,6 +392,7 @@ class MAML(nn.Module):
             count,
             self.first_order,
             self.allow_unused,
+            self.clip_norm,
             self.chunk_size,
             self.engine,
             self.executor,

@@ -24,8 +24,8 @@ from fastmeta.inner.configuration import Configuration
 class MAMLPlusPlus(MAML):
     """How to train your MAML: four changes that make MAML's outer loop stable, each exact on the engine.
 
-    *Multi-step loss.* While gradients are enabled and the module is in training mode, a task's loss is
-    ``sum_k w_k lq(phi_k)`` with ``w_0 = 0`` and weights that go from equal ones to the last one's
+    *Multi-step loss.* While gradients are enabled, the module is in training mode and takes its own number of steps, a
+    task's loss is ``sum_k w_k lq(phi_k)`` with ``w_0 = 0`` and weights that go from equal ones to the last one's
     (:meth:`loss_weights`). All of it is one adjoint, into which the query gradient of every step flows where it belongs
     (docs/maths.md, eq. 26): a query pass forward and back more for each step, not a meta-step more.
 

@@ -102,7 +102,10 @@ class ProtoMAML(MAML):
         for part in ("weight", "bias"):
             head = own[f"{wrapped.prefix}{part}"].detach()
             tensors[f"model.{wrapped.prefix}{part}"] = head
-            tensors[f"offset_{part}"] = torch.zeros_like(head)
+            offset = getattr(wrapped, f"offset_{part}")
+            if offset.device != head.device or offset.dtype != head.dtype:  # the wrapper is not moved with the model
+                offset.data = torch.zeros_like(head)
+            tensors[f"offset_{part}"] = offset
         return tensors
 
     def _learned(self, work: Work) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fastmeta.engine.clipping import EPS
 from fastmeta.engine.work import Work, task_of
 from fastmeta.inner.rates import rates_of
 
@@ -115,9 +116,13 @@ def _step(
     unused = [name for name, d in zip(work.packing.names, g, strict=True) if d is None]
     if unused and not allow_unused:
         raise unused_error(unused)
+    along = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, g, strict=True)]
+    if work.clip_norm is not None:
+        norm = torch.cat([d.reshape(-1) for d in along]).norm()
+        along = [d * (work.clip_norm / (norm + EPS)).clamp(max=1) for d in along]
     after = [
-        work.rule.explicit(p, state, torch.zeros_like(p) if d is None else d, rate, work.hyper)
-        for p, state, d, rate in zip(phi, states, g, rates, strict=True)
+        work.rule.explicit(p, state, d, rate, work.hyper)
+        for p, state, d, rate in zip(phi, states, along, rates, strict=True)
     ]
     return [p for p, _ in after], [state for _, state in after]
 

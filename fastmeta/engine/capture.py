@@ -195,6 +195,7 @@ def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
         work.alpha.shape,
         work.rate_shapes,
         work.rule,
+        work.clip_norm,
         work.alpha.device,
         work.steps,
         work.first_order,

@@ -207,6 +207,8 @@ class Compiler:
             return f"it runs inner steps along the gradient alone, and the rule has {work.rule.described()}"
         if work.implicit is not None:
             return "the inner problem is a proximal one"
+        if work.clip_norm is not None:
+            return "inner gradients are clipped"
         if work.query_weights is not None:
             return "query losses count before the last step"
         if work.stepwise:

@@ -70,7 +70,7 @@ def fitted(
         least = programs.native.least_bytes(work, learned=learned)
     found = None
     if not native or (least > budget and work.executor == "auto"):
-        settings = budget, work.tasks, work.steps, work.first_order, work.rule, programs.chunk_size
+        settings = budget, work.tasks, work.steps, work.first_order, work.rule, work.clip_norm, programs.chunk_size
         kind = *settings, cotangents is None, learned, outputs
         found = programs.room.fits.get(kind)
         if found is None:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
+from fastmeta.engine.clipping import clipped, clipped_adjoint
 from fastmeta.engine.evaluation import MetaGradient, added
 from fastmeta.engine.executor import Gradients, Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
@@ -31,6 +32,7 @@ class Trajectory:
         invariants: what is the same at every step.
         records: what the inner rule wants of each step, if kept (for rates or hyper-parameters that are learned).
         query: the query pass after all steps.
+        unclipped: gradients as they were before they were clipped, one a step, if kept.
         looks: by the number of steps before the last, the gradients of query losses that count then.
         looked: their weighted losses, ``[T]`` each.
         weight: of the last query loss; ``None`` for 1.
@@ -44,6 +46,7 @@ class Trajectory:
     invariants: Invariants | None = None
     records: list[Any] = field(default_factory=list)
     query: Tape | None = None
+    unclipped: list[Vector] = field(default_factory=list)
     looks: dict[int, Gradients] = field(default_factory=dict)
     looked: list[Tensor] = field(default_factory=list)
     weight: float | None = None
@@ -104,6 +107,10 @@ def unroll(
         trajectory.invariants = tape.invariants
         if work.implicit is not None:
             g = proximal(work, rule.values(phi), g)
+        if work.clip_norm is not None:
+            if keep_tapes:
+                trajectory.unclipped.append(rule.vector(g))
+            g = clipped(g, work.clip_norm)
         if keep_points:
             trajectory.points.append(phi)
         forth = rule.step(phi, state, g, k, keep=keep_records)
@@ -163,17 +170,22 @@ def adjoint(
         if back.d_alpha is not None:
             d_alpha.append(back.d_alpha)
         if not work.first_order:
+            u = back.u
             if trajectory.tapes:
-                tape = trajectory.tapes.pop()
+                tape, g = trajectory.tapes.pop(), trajectory.unclipped.pop() if trajectory.unclipped else None
             else:
-                tape, _ = inner_pass(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
-            product = executor.hessian_vector_product(support, tape, rule.values(back.u))
+                tape, each = inner_pass(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
+                g = rule.vector(each) if work.clip_norm is not None else None
+                del each
+            if work.clip_norm is not None and g is not None:
+                u = Vector(clipped_adjoint(u.packed, g.packed, work.clip_norm), {})
+            product = executor.hessian_vector_product(support, tape, rule.values(u))
             lam = rule.less(lam, product.adapted, alone=state is None)
             outer = added(outer, _in_rows(work, support.outer, product.outer, k), -1)
             invariants = tape.invariants
             for slot, d in product.invariants.items():
                 flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
-            del tape, product, back  # before the next step's are there
+            del tape, product, back, u, g  # before the next step's are there
         look = trajectory.looks.pop(k, None)
         if look is not None:
             lam = rule.plus(lam, rule.vector(look.adapted))

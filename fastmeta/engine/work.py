@@ -64,6 +64,7 @@ class Work:
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
         implicit: how the implicit gradient is solved for, where the inner problem is a proximal one.
+        clip_norm: largest 2-norm of a task's inner gradient; ``None`` for any.
         query_weights: of each task's query losses after 0, 1, .. K steps, whose weighted sum is its loss; ``None``
             where that is the last one.
         stepwise: names of other parameters and of buffers that come as rows, of which passes after k steps read the
@@ -94,6 +95,7 @@ class Work:
     rule: RuleKind = PLAIN
     hyper: Tensor | None = None
     implicit: Implicit | None = None
+    clip_norm: float | None = None
     query_weights: tuple[float, ...] | None = None
     stepwise: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()

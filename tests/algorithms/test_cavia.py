@@ -31,15 +31,14 @@ def by_hand(apply: Apply, shape: tuple[int, ...], tasks: fm.TaskBatch, steps: in
 
 
 @pytest.mark.parametrize("engine", ["program", "autodiff"])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_meta_gradient_is_exact(steps: int, engine: Any) -> None:
+def test_the_meta_gradient_is_exact(engine: Any) -> None:
     model, tasks = network(features=4 + 2), labelled()
-    learner = fm.CAVIA(model, F.cross_entropy, 0.5, steps, context=2, engine=engine)
+    learner = fm.CAVIA(model, F.cross_entropy, 0.5, 3, context=2, engine=engine)
 
     def apply(x: Tensor, context: Tensor) -> Tensor:
         return model(torch.cat([x, context.repeat(len(x), 1)], 1))
 
-    loss, contexts = by_hand(apply, (2,), tasks, steps)
+    loss, contexts = by_hand(apply, (2,), tasks, 3)
     names, parameters = zip(*model.named_parameters(), strict=True)
     wanted = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     value, found = learner.value_and_grad(tasks)

@@ -109,21 +109,18 @@ CONV = ["0.weight", "0.bias", "4.weight", "4.bias"]
 
 
 @pytest.mark.parametrize("engine", ["program", "autodiff"])
-@pytest.mark.parametrize("epoch", [0, 4, 9])
-@pytest.mark.parametrize("first_order_epochs", [0, 5])
-def test_the_meta_gradient_is_exact(epoch: int, first_order_epochs: int, engine: Any) -> None:
+def test_the_meta_gradient_is_exact(engine: Any) -> None:
     model, tasks = network(), labelled()
     learner = fm.MAMLPlusPlus(
-        model, F.cross_entropy, 0.2, STEPS, multi_step_epochs=8, first_order_epochs=first_order_epochs,
-        engine=engine, chunk_size=2,
-    )  # fmt: skip
+        model, F.cross_entropy, 0.2, STEPS, multi_step_epochs=8, first_order_epochs=2, engine=engine, chunk_size=2
+    )
     shaken(learner)
-    learner.epoch = epoch
-    assert learner.first_order == (epoch < first_order_epochs)
-    loss, logits, wanted, _ = by_hand(learner, tasks, PLAIN, learner.loss_weights())
-    value, found = learner.value_and_grad(tasks)
-    assert relative_error(value, loss) <= EXACT
-    assert relative_error(found, wanted) <= EXACT
+    for learner.epoch in (0, 9, 4):
+        assert learner.first_order == (learner.epoch < 2)
+        loss, logits, wanted, _ = by_hand(learner, tasks, PLAIN, learner.loss_weights())
+        value, found = learner.value_and_grad(tasks)
+        assert relative_error(value, loss) <= EXACT
+        assert relative_error(found, wanted) <= EXACT
     out = learner(tasks)
     out.loss.backward()
     assert relative_error(out.logits, logits) <= EXACT
@@ -131,8 +128,8 @@ def test_the_meta_gradient_is_exact(epoch: int, first_order_epochs: int, engine:
     assert relative_error({n: p.grad for n, p in model.named_parameters()}, {n: wanted[n] for n in PLAIN}) <= EXACT
 
 
-@pytest.mark.parametrize("plan", ["factored", {"2.*": "factored", "*": "dense"}])
-def test_weights_that_no_task_forms(plan: Any) -> None:
+def test_weights_that_no_task_forms() -> None:
+    plan = {"2.weight": "factored", "*": "dense"}
     model, tasks = network(), labelled()
     learner = fm.MAMLPlusPlus(model, F.cross_entropy, 0.2, STEPS, plan=plan)
     shaken(learner)

@@ -61,14 +61,18 @@ def shaken(learner: fm.MetaCurvature) -> None:
             matrix += 0.2 * torch.randn_like(matrix)
 
 
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("learned_rate", [False, True])
-@pytest.mark.parametrize("make", [perceptron, convolution])
-def test_the_meta_gradient_is_exact(make: Any, learned_rate: bool, first_order: bool) -> None:
+@pytest.mark.parametrize(("make", "learned_rate"), [(perceptron, False), (convolution, True)])
+def test_the_meta_gradient_is_exact(make: Any, learned_rate: bool) -> None:
     model, tasks = make()
     lr = torch.tensor([0.2, 0.3, 0.1], dtype=torch.float64, requires_grad=learned_rate)
-    learner = fm.MetaCurvature(model, F.cross_entropy, lr, 3, first_order=first_order, chunk_size=2)
+    learner = fm.MetaCurvature(model, F.cross_entropy, lr, 3, chunk_size=2)
     shaken(learner)
+    learner.first_order = True
+    loss, wanted = by_hand(learner, tasks, lr)
+    wanted |= {"inner.lr": lr} if learned_rate else {}
+    truth = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+    assert relative_error(learner.value_and_grad(tasks)[1], truth) <= EXACT
+    learner.first_order = False
     loss, wanted = by_hand(learner, tasks, lr)
     wanted |= {"inner.lr": lr} if learned_rate else {}
     truth = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))

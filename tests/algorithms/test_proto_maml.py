@@ -48,9 +48,7 @@ def truth(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("engine", ["program", "autodiff"])
-@pytest.mark.parametrize(
-    ("parameters", "steps", "first_order"), [(None, 3, False), (["2.*"], 2, True), ([], 3, False), (None, 0, False)]
-)
+@pytest.mark.parametrize(("parameters", "steps", "first_order"), [(None, 3, False), (["2.*"], 2, True), ([], 0, False)])
 def test_the_meta_gradient_is_exact(steps: int, first_order: bool, parameters: Any, engine: Any) -> None:
     model, tasks = network(), labelled()
     learner = fm.ProtoMAML(

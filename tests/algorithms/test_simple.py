@@ -19,23 +19,22 @@ HEAD, BODY = ["4.weight", "4.bias"], ["0.weight", "0.bias", "2.weight", "2.bias"
 CASES: dict[str, tuple[type[fm.MAML], dict[str, Any], bool, list[str] | None]] = {
     "fomaml": (fm.FOMAML, {}, True, None),
     "anil": (fm.ANIL, {}, False, HEAD),
-    "anil of first order": (fm.ANIL, {"first_order": True}, True, HEAD),
     "anil with a named head": (fm.ANIL, {"head": ["2", "4.*"]}, False, ["2.weight", "2.bias", *HEAD]),
     "boil": (fm.BOIL, {}, False, BODY),
     "boil with a named head": (fm.BOIL, {"head": "4.bias"}, False, [*BODY, "4.weight"]),
 }
 
 
-@pytest.mark.parametrize("executor", ["auto", "reference"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_meta_gradient_is_exact(case: str, executor: Any) -> None:
+def test_the_meta_gradient_is_exact(case: str) -> None:
     algorithm, options, first_order, names = CASES[case]
     model, tasks = network(), labelled()
-    learner = algorithm(model, F.cross_entropy, 0.3, 3, executor=executor, **options)
+    learner = algorithm(model, F.cross_entropy, 0.3, 3, **options)
     truth = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.3, 3, first_order, names)
-    loss, found = learner.value_and_grad(tasks)
-    assert relative_error(loss, truth[0]) <= EXACT
-    assert relative_error(found, truth[3]) <= EXACT
+    for learner.executor in ("reference", "auto"):
+        loss, found = learner.value_and_grad(tasks)
+        assert relative_error(loss, truth[0]) <= EXACT
+        assert relative_error(found, truth[3]) <= EXACT
     learner(tasks).loss.backward()
     assert relative_error(gradients(model), truth[3]) <= EXACT
 
@@ -113,7 +112,7 @@ def test_reptile_with_sgd_is_the_batched_version_of_the_paper() -> None:
         assert relative_error(dict(model.named_parameters()), wanted) <= EXACT
 
 
-@pytest.mark.parametrize("algorithm", [fm.FOMAML, fm.ANIL, fm.BOIL, fm.MetaSGD, fm.Reptile])
+@pytest.mark.parametrize("algorithm", [fm.ANIL, fm.BOIL, fm.MetaSGD, fm.Reptile])
 def test_it_learns(algorithm: type[fm.MAML]) -> None:
     """Classes lie around centres of their own that labels are drawn for anew: only adaptation tells them apart."""
     torch.manual_seed(0)

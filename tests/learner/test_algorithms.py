@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastmeta.cli.train import AlgorithmName
-from fastmeta.learner import checkpoint
 from fastmeta.learner.algorithms import CLASSES, learner_of
 from fastmeta.learner.config import ALGORITHMS, TrainConfig, defaults
 from fastmeta.learner.problems import build
@@ -17,9 +17,9 @@ from fastmeta.learner.run import open_new
 from fastmeta.learner.training import Trainer
 
 
-def settings(algorithm: str, iterations: int = 4, problem: str = "sinusoid") -> TrainConfig:
-    return defaults(problem).changed(
-        algorithm=algorithm, iterations=iterations, meta_batch=2, filters=2, inner_steps=2, eval_steps=3, queries=2,
+def settings(algorithm: str) -> TrainConfig:
+    return defaults("sinusoid").changed(
+        algorithm=algorithm, iterations=4, meta_batch=2, filters=2, inner_steps=2, eval_steps=3, queries=2,
         val_every=2, val_tasks=2, log_every=2, inner_lr=0.01, meta_lr=1e-2,
     )  # fmt: skip
 
@@ -30,15 +30,21 @@ def test_the_names_agree() -> None:
 
 def test_each_name_makes_its_algorithm() -> None:
     for name in ALGORITHMS:
-        config = settings(name, problem="digits" if name == "protomaml" else "sinusoid")
-        assert type(learner_of(config, build(config))).__name__ == CLASSES[name]
+        config = settings(name)
+        problem = build(config)
+        if name == "protomaml":
+            problem = dataclasses.replace(problem, metric="accuracy")
+        assert type(learner_of(config, problem)).__name__ == CLASSES[name]
 
 
-@pytest.mark.parametrize("algorithm", ["metasgd", "mamlpp", "metacurvature", "protomaml", "imaml"])
+@pytest.mark.parametrize("algorithm", ["metasgd", "mamlpp"])
 def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
-    config = settings(algorithm, problem="digits" if algorithm == "protomaml" else "sinusoid")
+    config = settings(algorithm)
     whole = Trainer(config, build(config), open_new(tmp_path / "whole", config))
+    before = {n: p.clone() for n, p in whole.maml.named_parameters() if not n.startswith("model.")}
     assert whole.fit() == "finished"
+    assert before
+    assert all(not torch.equal(p, before[n]) for n, p in whole.maml.named_parameters() if n in before)
     run = open_new(tmp_path / "halves", config)
     half = Trainer(config, build(config), run)
     assert half.fit(stop=lambda: half.state.step == 2) == "interrupted"
@@ -51,20 +57,6 @@ def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
     assert step == 4
     assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
     assert judge(learner, problem, config, step, tasks=2)["after"] > 0
-
-
-def test_what_is_learned_beside_the_model_moves(tmp_path: Path) -> None:
-    for algorithm in ("metasgd", "mamlpp", "metacurvature"):
-        config = settings(algorithm, iterations=2, problem="digits" if algorithm == "mamlpp" else "sinusoid")
-        run = open_new(tmp_path / algorithm, config)
-        trainer = Trainer(config, build(config), run)
-        before = {n: p.clone() for n, p in trainer.maml.named_parameters() if not n.startswith("model.")}
-        trainer.fit()
-        after = dict(trainer.maml.named_parameters())
-        assert before
-        assert all(not torch.equal(p, after[n]) for n, p in before.items())
-        tensors, _ = checkpoint.load(run.checkpoints, "last")
-        assert {f"algorithm.{n}" for n in before} <= tensors.keys()
 
 
 def test_settings_of_runs_from_before() -> None:
