@@ -24,7 +24,6 @@ from tests.algorithms.exactness import errors
 
 # What differs from MAML's settings. Steps are as many for all, so that a meta-step sees as much; rates are each one's.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "boil": {"inner_lr": 0.4},
     "metasgd": {"inner_lr": 0.1},
     "reptile": {"inner_lr": 0.05},
     "imaml": {"inner_lr": 0.1},

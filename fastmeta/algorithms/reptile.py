@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MAML, MetaOutput, outputs_of
 from fastmeta.engine.adaptation import Adaptation, adaptation
+from fastmeta.engine.explain import Explanation
 from fastmeta.engine.work import Work
 from fastmeta.inner.rates import Rate
 from fastmeta.tasks.batch import TaskBatch
@@ -85,6 +86,14 @@ class Reptile(MAML):
         work, found, output = self._towards(tasks, steps)
         names = [name for name in work.packing.names if work.parameters[name].requires_grad]
         return output.loss, dict(zip(names, self._distances(work, found), strict=True))
+
+    def explain(self, tasks: TaskBatch, *, steps: int | None = None) -> Explanation:
+        """As :meth:`fastmeta.MAML.explain`, of the executor that adapts; the adjoint it counts does not run."""
+        asked, self.executor = self.executor, "reference"
+        try:
+            return super().explain(tasks, steps=steps)
+        finally:
+            self.executor = asked
 
     def _towards(self, tasks: TaskBatch, steps: int | None) -> tuple[Work, Adaptation, MetaOutput]:
         learned = self._rule().learned()
