@@ -19,14 +19,34 @@ if TYPE_CHECKING:
     from fastmeta import learner as learner
     from fastmeta import ops as ops
     from fastmeta import tasks as tasks
+    from fastmeta.algorithms.anil import ANIL as ANIL
+    from fastmeta.algorithms.anil import BOIL as BOIL
+    from fastmeta.algorithms.cavia import CAVIA as CAVIA
+    from fastmeta.algorithms.fomaml import FOMAML as FOMAML
+    from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
     from fastmeta.algorithms.maml import MetaOutput as MetaOutput
+    from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
+    from fastmeta.algorithms.meta_curvature import MetaCurvature as MetaCurvature
+    from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
+    from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
+    from fastmeta.algorithms.reptile import Reptile as Reptile
     from fastmeta.ops.inner_update.op import inner_update as inner_update
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
 
 _ATTRIBUTES = {
+    "ANIL": "fastmeta.algorithms.anil",
+    "BOIL": "fastmeta.algorithms.anil",
+    "CAVIA": "fastmeta.algorithms.cavia",
+    "FOMAML": "fastmeta.algorithms.fomaml",
+    "IMAML": "fastmeta.algorithms.imaml",
     "MAML": "fastmeta.algorithms.maml",
+    "MAMLPlusPlus": "fastmeta.algorithms.maml_plus_plus",
+    "MetaCurvature": "fastmeta.algorithms.meta_curvature",
     "MetaOutput": "fastmeta.algorithms.maml",
+    "MetaSGD": "fastmeta.algorithms.meta_sgd",
+    "ProtoMAML": "fastmeta.algorithms.proto_maml",
+    "Reptile": "fastmeta.algorithms.reptile",
     "TaskBatch": "fastmeta.tasks.batch",
     "inner_update": "fastmeta.ops.inner_update",
 }
@@ -41,8 +61,18 @@ _MODULES = {
 }
 
 __all__ = [
+    "ANIL",
+    "BOIL",
+    "CAVIA",
+    "FOMAML",
+    "IMAML",
     "MAML",
+    "MAMLPlusPlus",
+    "MetaCurvature",
     "MetaOutput",
+    "MetaSGD",
+    "ProtoMAML",
+    "Reptile",
     "TaskBatch",
     "__version__",
     "algorithms",

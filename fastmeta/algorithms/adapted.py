@@ -21,8 +21,17 @@ class AdaptedModel:
         support_losses: support loss before each inner step, ``[K]`` or ``[K, T]``.
     """
 
-    def __init__(self, model: nn.Module, adapted: dict[str, Tensor], support_losses: Tensor, *, single: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapted: dict[str, Tensor],
+        support_losses: Tensor,
+        *,
+        single: bool,
+        buffers: dict[str, Tensor] | None = None,
+    ) -> None:
         self._model = model
+        self._buffers = {} if buffers is None else buffers  # those that have other values than the model's own
         self._single = single
         self._batched = adapted
         self.parameters = {n: p[0] for n, p in adapted.items()} if single else adapted
@@ -65,10 +74,13 @@ class AdaptedModel:
             for name, parameter in clone.named_parameters():
                 if name in self._batched:
                     parameter.copy_(self._batched[name][task])
+            for name, buffer in clone.named_buffers():
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
         return clone
 
     def _call(self, task: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state: dict[str, Tensor] = {name: b.clone() for name, b in self._model.named_buffers()}
+        state: dict[str, Tensor] = {n: self._buffers.get(n, b).clone() for n, b in self._model.named_buffers()}
         state.update((n, p[task]) for n, p in self._batched.items() if not n.startswith("loss."))
         return functional_call(self._model, state, args, kwargs)
 

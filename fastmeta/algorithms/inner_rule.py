@@ -64,6 +64,10 @@ class InnerRule:
             return None not in self._inner.numbers()
         return isinstance(self._lr, (float, int))
 
+    def check(self, packing: Packing) -> None:
+        """Raise what :meth:`parts` would, for parameters packed so, but for the number of steps."""
+        self.rates(packing)
+
     def rates(self, packing: Packing) -> Rates:
         """The rates, checked."""
         return Rates(given(self._lr), packing)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
@@ -34,6 +34,19 @@ def checked_count(name: str, count: int | None) -> int | None:
     return count
 
 
+def checked_norm(norm: float | None, plan: Any) -> float | None:
+    """A largest norm, if it is one, and weights may be formed for it."""
+    if norm is None:
+        return None
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+        raise TypeError(f"MAML: clip_norm must be a number or None, got {type(norm).__name__}")
+    if not 0 < norm < float("inf"):
+        raise ValueError(f"MAML: clip_norm must be positive and finite, got {norm}")
+    if "factored" in (plan.values() if isinstance(plan, Mapping) else (plan,)):
+        raise ValueError("MAML: plan must not be 'factored' with clip_norm, which needs each task's gradient formed")
+    return norm
+
+
 def checked_plan(plan: Any, names: Iterable[str]) -> Plan:
     """How fast weights are to be held, if it is known how."""
     forms = ("auto", "dense", "factored")
@@ -49,7 +62,7 @@ def checked_plan(plan: Any, names: Iterable[str]) -> Plan:
 
 
 def select_parameters(
-    parameters: Mapping[str, nn.Parameter], selection: Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+    parameters: Mapping[str, Tensor], selection: Iterable[str] | Callable[[str, Any], bool] | None
 ) -> list[str]:
     """Names of the parameters that adapt, by names, ``fnmatch`` patterns or a predicate."""
     if selection is None:

@@ -16,6 +16,7 @@ from fastmeta.algorithms.inputs import (
     check_masks,
     check_tensors,
     checked_count,
+    checked_norm,
     checked_plan,
     checked_steps,
     select_parameters,
@@ -23,6 +24,7 @@ from fastmeta.algorithms.inputs import (
 from fastmeta.algorithms.recall import Recall, pairs
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
+from fastmeta.engine.adaptation import Adaptation, adaptation
 from fastmeta.engine.compiler import Compiler, Programs
 from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
@@ -31,7 +33,6 @@ from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.objective import Objective
 from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
-from fastmeta.engine.unroll import unroll
 from fastmeta.engine.work import Work
 from fastmeta.inner.configuration import Configuration
 from fastmeta.inner.rates import Rate, registered
@@ -85,6 +86,8 @@ class MAML(nn.Module):
             patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if
             they require grad. A parameter named explicitly adapts even if it does not require grad.
         allow_unused: let adapting parameters that the support loss does not use keep their value.
+        clip_norm: largest 2-norm of each task's inner gradient over all adapting parameters, which is scaled down to it
+            as ``torch.nn.utils.clip_grad_norm_`` does, differentiably; ``None`` for any. Weights are then formed.
         update_running_stats: after a meta-step in training mode, leave in batch norm's running statistics what a loop
             over the tasks would have left. By default a meta-step never writes a buffer. Either way batch norm in
             training mode normalises by the statistics of the set it is given (transductive on the query set).
@@ -127,6 +130,7 @@ class MAML(nn.Module):
         first_order: bool = False,
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,
+        clip_norm: float | None = None,
         update_running_stats: bool = False,
         check_finite: bool = False,
         chunk_size: int | None = None,
@@ -157,6 +161,7 @@ class MAML(nn.Module):
         self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
+        self.clip_norm = checked_norm(clip_norm, plan)
         self.update_running_stats = update_running_stats
         self.check_finite = check_finite
         self.chunk_size = checked_count("chunk_size", chunk_size)
@@ -165,7 +170,7 @@ class MAML(nn.Module):
         self.executor = executor
         self.plan = checked_plan(plan, self._objective.parameters())
         self.cuda_graph = bool(cuda_graph)
-        self._rule().rates(self._packing(self._objective.parameters()))
+        self._rule().check(self._packing(self._objective.parameters()))
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
         """Adapt to every task's support set and evaluate on its query set.
@@ -192,7 +197,7 @@ class MAML(nn.Module):
         step = Step(work, programs, self._custom, work.learned)
         loss, task_losses, *leaves = step.run()
         self._follow(programs, work, step.mutations)
-        return MetaOutput(loss, task_losses, _outputs(programs.both[1], leaves), step.support_losses)
+        return MetaOutput(loss, task_losses, outputs_of(programs.both[1], leaves), step.support_losses)
 
     def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean query loss and its meta-gradient, without autograd in between.
@@ -212,7 +217,7 @@ class MAML(nn.Module):
         work, programs = self._prepare(tasks, steps, differentiate=True)
         if programs is None:
             out = self._autodiff(work)
-            inputs = {n: p for n, p in work.parameters.items() if p.requires_grad}
+            inputs = {n: p for n, p in self._learned(work).items() if p.requires_grad}
             inputs.update(self._rule().learned())
             d = torch.autograd.grad(out.loss, list(inputs.values()), allow_unused=True)
             return out.loss.detach(), {
@@ -231,6 +236,7 @@ class MAML(nn.Module):
                 if parameter.requires_grad:
                     g = adapted.get(name) if name in adapted else outer.get(name)
                     gradients[name] = torch.zeros_like(parameter) if g is None else g
+        gradients = self._to_learned(work, gradients)
         if work.learned:
             learned = self._rule().learned()
             gradients.update(zip(learned, to_learned(work, gradient, list(learned.values())), strict=True))
@@ -254,18 +260,7 @@ class MAML(nn.Module):
         tasks = TaskBatch(pytree.tree_map(_unsqueeze, support)) if single else TaskBatch(support.support)
         with torch.no_grad():
             work, programs = self._prepare(tasks, steps, differentiate=False, need_query=False)
-            if programs is None:
-                result = autodiff.run(work, keep_buffers=False, allow_unused=self.allow_unused)
-                phi, losses = result.phi, result.support_losses
-            else:
-                trajectories = [
-                    unroll(work.part(chunk), programs.support, None, keep_tapes=False, keep_records=False)
-                    for chunk in programs.chunks(work.tasks)
-                ]
-                phi = torch.cat([trajectory.phi.packed for trajectory in trajectories])
-                losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
-        adapted = dict(zip(work.packing.names, work.packing.unpack(phi.contiguous()), strict=True))
-        return AdaptedModel(self.model, adapted, losses, single=single)
+        return self._adapted(work, adaptation(work, programs, allow_unused=self.allow_unused), single)
 
     def explain(self, tasks: TaskBatch, *, steps: int | None = None) -> Explanation:
         """What runs for these tasks: for every call its operation, backend, cost and memory, and why.
@@ -286,6 +281,38 @@ class MAML(nn.Module):
         """Settings, for ``print``."""
         return f"steps={self.steps}, first_order={self.first_order}, engine={self.engine!r}"
 
+    # What an algorithm that starts from something else than its own parameters says of itself: the tensors of a
+    # meta-step are then functions of what is learned, and gradients go back through them.
+
+    def _asked(self, steps: int) -> dict[str, Any]:
+        """What it asks of the engine beside: fields of :class:`Work`, of values that can be compared."""
+        return {}
+
+    def _read_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a meta-step starts from or reads, by the objective's names."""
+        return dict(self._objective.parameters())
+
+    def _read_buffers(self) -> dict[str, Tensor]:
+        """Every buffer that a meta-step reads, by the objective's names."""
+        return self._objective.buffers()
+
+    def _learned(self, work: Work) -> dict[str, Tensor]:
+        """What gets a meta-gradient, by the names that ``value_and_grad`` has for it, beside the inner rule's."""
+        return work.parameters
+
+    def _to_learned(self, work: Work, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients to that, from those to ``work.parameters``."""
+        return gradients
+
+    def _seen(self, tasks: TaskBatch) -> TaskBatch:
+        """The tasks as the objective takes them."""
+        return tasks
+
+    def _adapted(self, work: Work, found: Adaptation, single: bool) -> AdaptedModel:
+        """What :meth:`adapt` gives."""
+        adapted = dict(zip(work.packing.names, found.phi, strict=True))
+        return AdaptedModel(self.model, adapted, found.support_losses, single=single)
+
     def _prepare(
         self,
         tasks: TaskBatch,
@@ -299,6 +326,7 @@ class MAML(nn.Module):
             raise TypeError(f"MAML: tasks must be a TaskBatch, got {type(tasks).__name__}")
         if need_query and tasks.query is None:
             raise ValueError("MAML: tasks must have a query set, got None")
+        tasks = self._seen(tasks)
         tensors = pairs(tasks.support, tasks.query)
         rule = self._rule()
         settings = self._settings(rule, steps, differentiate, need_query, check_unused) if tensors else None
@@ -311,7 +339,7 @@ class MAML(nn.Module):
             same = again.rate_shapes == earlier.rate_shapes and (again.segments is None) == (earlier.segments is None)
             if same and again.alpha.shape == earlier.alpha.shape:
                 return again, known
-        parameters = self._objective.parameters()
+        parameters = self._read_tensors()
         packing = self._packing(parameters)
         count = self.steps if steps is None else checked_steps(steps)
         theta = [parameters[name] for name in packing.names]
@@ -320,7 +348,7 @@ class MAML(nn.Module):
         parts = rule.parts(packing, theta[0], count)
         work = Work(
             self._objective,
-            dict(parameters),
+            parameters,
             self._buffers_to_read(),
             packing,
             tasks.support,
@@ -333,13 +361,15 @@ class MAML(nn.Module):
             differentiate,
             self.chunk_size,
             self.executor,
-            self.plan,
+            self.plan if self.clip_norm is None else "dense",
             self.update_running_stats,
             self.cuda_graph,
             self.memory_budget,
             parts.rate_shapes,
             parts.rule,
             parts.hyper,
+            clip_norm=self.clip_norm,
+            **self._asked(count),
         )
         check_tensors(work, self.engine)
         programs = self._programs(work)
@@ -357,10 +387,12 @@ class MAML(nn.Module):
             return None
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
+        count = self.steps if steps is None else checked_steps(steps)
         return (
-            self.steps if steps is None else checked_steps(steps),
+            count,
             self.first_order,
             self.allow_unused,
+            self.clip_norm,
             self.chunk_size,
             self.engine,
             self.executor,
@@ -368,6 +400,7 @@ class MAML(nn.Module):
             self.cuda_graph,
             self.memory_budget,
             rule.settings(),
+            self._asked(count),
             flags,
         )
 
@@ -393,7 +426,7 @@ class MAML(nn.Module):
     def _autodiff(self, work: Work) -> MetaOutput:
         result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
         if self.update_running_stats:
-            _write_buffers(self._objective.buffers(), result.buffers)
+            _write_buffers(self._read_buffers(), result.buffers)
         if self.engine == "auto":
             reason = self._why_autodiff(work)
             if reason not in self._warned:
@@ -404,17 +437,16 @@ class MAML(nn.Module):
     def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]]) -> None:
         if self.update_running_stats and mutations:
             with torch.no_grad():
-                _write_buffers(
-                    self._objective.buffers(), running_stats.updated(programs.both[1], work.buffers, mutations)
-                )
+                after = running_stats.updated(programs.both[1], work.buffers, mutations, work.stepwise)
+                _write_buffers(self._read_buffers(), after)
         mutations.clear()
 
     def _buffers_to_read(self) -> dict[str, Tensor]:
         """The buffers, or copies if this meta-step will write them while its tape still reads them."""
-        buffers = self._objective.buffers()
+        buffers = self._read_buffers()
         return {name: b.clone() for name, b in buffers.items()} if self.update_running_stats else buffers
 
-    def _packing(self, parameters: Mapping[str, nn.Parameter]) -> Packing:
+    def _packing(self, parameters: Mapping[str, Tensor]) -> Packing:
         names = select_parameters(parameters, self._selection)
         if not names:
             raise ValueError("MAML: at least one parameter must adapt, got none; check requires_grad and parameters=")
@@ -424,7 +456,8 @@ class MAML(nn.Module):
         return InnerRule(self.lr, self.inner)
 
 
-def _outputs(query: Program, leaves: list[Tensor]) -> Any:
+def outputs_of(query: Program, leaves: list[Tensor]) -> Any:
+    """The model's outputs on the query set, from their tensors."""
     graph = query.graph
     if graph.outputs_spec is None and leaves:
         return leaves[0]

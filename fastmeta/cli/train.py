@@ -22,12 +22,30 @@ class ProblemName(enum.StrEnum):
     OMNIGLOT = "omniglot"
 
 
+class AlgorithmName(enum.StrEnum):
+    """What it can be trained with."""
+
+    MAML = "maml"
+    FOMAML = "fomaml"
+    ANIL = "anil"
+    BOIL = "boil"
+    METASGD = "metasgd"
+    REPTILE = "reptile"
+    IMAML = "imaml"
+    PROTOMAML = "protomaml"
+    MAMLPP = "mamlpp"
+    METACURVATURE = "metacurvature"
+
+
 def _option(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, show_default=False, **more)
 
 
 def train(
     problem: Annotated[ProblemName, typer.Argument(help="What to learn.", show_default=False)],
+    algorithm: Annotated[
+        AlgorithmName | None, _option("--algorithm", help="How; maml if left out. docs/algorithms.md has them all.")
+    ] = None,
     data: Annotated[
         str | None,
         _option("--data", help="omniglot: omniglot28.npz or the folder of the original data; downloaded if left out."),
@@ -76,10 +94,10 @@ def train(
     if base.problem != problem.value:
         raise ValueError(f"train: problem must stay {base.problem!r} when {folder} is resumed, got {problem.value!r}")
     config = base.changed(
-        data=data, ways=ways, shots=shots, queries=queries, inner_steps=inner_steps, eval_steps=eval_steps,
-        inner_lr=inner_lr, meta_lr=meta_lr, meta_lr_end=meta_lr_end, filters=filters, meta_batch=meta_batch,
-        iterations=iterations, first_order=first_order, clip_norm=clip_norm, seed=seed, threads=threads,
-        val_every=val_every, val_tasks=val_tasks, log_every=log_every,
+        algorithm=None if algorithm is None else algorithm.value, data=data, ways=ways, shots=shots, queries=queries,
+        inner_steps=inner_steps, eval_steps=eval_steps, inner_lr=inner_lr, meta_lr=meta_lr, meta_lr_end=meta_lr_end,
+        filters=filters, meta_batch=meta_batch, iterations=iterations, first_order=first_order, clip_norm=clip_norm,
+        seed=seed, threads=threads, val_every=val_every, val_tasks=val_tasks, log_every=log_every,
     )  # fmt: skip
     console = Console()
     status = run_training(config, folder, console, resume=resume, minutes=minutes, test_tasks=test_tasks)
@@ -141,6 +159,7 @@ def result_table(title: str, record: dict[str, Any], more: dict[str, str]) -> An
 
 def _setting(config: TrainConfig) -> str:
     order = "first order" if config.first_order else "second order"
+    order = order if config.algorithm == "maml" else config.algorithm
     if config.problem == "sinusoid":
         return f"{config.shots} points, {order}"
     return f"{config.ways}-way {config.shots}-shot, {order}"

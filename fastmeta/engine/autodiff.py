@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fastmeta.engine.clipping import EPS
 from fastmeta.engine.work import Work, task_of
 from fastmeta.inner.rates import rates_of
 
@@ -60,20 +61,25 @@ def run(work: Work, *, keep_buffers: bool, allow_unused: bool) -> AutodiffResult
 def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
     create_graph = torch.is_grad_enabled()
     buffers = {name: b.clone() for name, b in work.buffers.items()}
-    adapted = set(work.packing.names)
-    fixed = {name: p for name, p in work.parameters.items() if name not in adapted}
     losses, outputs, supports, phis = [], [], [], []
+
+    def passed(phi: list[Tensor], k: int, batch: Any, keep: bool) -> tuple[Tensor, Any]:
+        state = replace(work, buffers=_seen(buffers, keep)).fixed(k)
+        seen = {name: state.pop(name) for name in buffers}
+        return work.objective({**state, **dict(zip(work.packing.names, phi, strict=True))}, seen, batch)
+
     for t in range(work.tasks):
+        looked = []
         support = task_of(work.support, t)
         phi, task_supports = list(work.theta), []
         states: list[Any] = [None] * len(phi)
-        for k in range(work.steps):
+        for k, weight in enumerate(work.weights[: work.steps]):
+            if work.query is not None and weight:
+                looked.append(weight * passed(phi, k, task_of(work.query, t), False)[0])
             with torch.enable_grad():
                 if not all(p.requires_grad for p in phi):
                     phi = [p if p.requires_grad else p.detach().requires_grad_() for p in phi]
-                loss, _ = work.objective(
-                    {**fixed, **dict(zip(work.packing.names, phi, strict=True))}, _seen(buffers, keep_buffers), support
-                )
+                loss, _ = passed(phi, k, support, keep_buffers)
                 if not loss.requires_grad:
                     raise ValueError("MAML: the support loss depends on no adapting parameter; see parameters=")
                 if work.check_finite:
@@ -88,14 +94,10 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
         supports.append(torch.stack(task_supports) if task_supports else phi[0].new_empty(0))
         phis.append(work.packing.pack_shared(phi))
         if work.query is not None:
-            loss, output = work.objective(
-                {**fixed, **dict(zip(work.packing.names, phi, strict=True))},
-                _seen(buffers, keep_buffers),
-                task_of(work.query, t),
-            )
+            loss, output = passed(phi, work.steps, task_of(work.query, t), keep_buffers)
             if work.check_finite:
                 _require_finite(loss, t, "query loss")
-            losses.append(loss)
+            losses.append(loss if work.query_weights is None else sum(looked) + loss * work.weights[-1])
             outputs.append(output)
     return AutodiffResult(
         torch.stack(losses) if losses else None,
@@ -114,9 +116,13 @@ def _step(
     unused = [name for name, d in zip(work.packing.names, g, strict=True) if d is None]
     if unused and not allow_unused:
         raise unused_error(unused)
+    along = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, g, strict=True)]
+    if work.clip_norm is not None:
+        norm = torch.cat([d.reshape(-1) for d in along]).norm()
+        along = [d * (work.clip_norm / (norm + EPS)).clamp(max=1) for d in along]
     after = [
-        work.rule.explicit(p, state, torch.zeros_like(p) if d is None else d, rate, work.hyper)
-        for p, state, d, rate in zip(phi, states, g, rates, strict=True)
+        work.rule.explicit(p, state, d, rate, work.hyper)
+        for p, state, d, rate in zip(phi, states, along, rates, strict=True)
     ]
     return [p for p, _ in after], [state for _, state in after]
 

@@ -172,6 +172,8 @@ class Compiler:
 
     def _tables(self, work: Work, support: Program, query: Program, *, tight: bool) -> Rows | None:
         """The programs on rows of the tables that are to be held so; ``None`` where there are none."""
+        if work.stepwise:  # they are planned anew, without what changes from step to step
+            return None
         device = work.alpha.device
         at_once = work.chunk_size or chunk_size(query, work.packing.size, device)
         chosen = tables.choose(support, query, work, min(work.tasks, at_once), rates.known(), tight=tight)
@@ -203,6 +205,14 @@ class Compiler:
             return "the reference executor was asked for"
         if not work.rule.plain:
             return f"it runs inner steps along the gradient alone, and the rule has {work.rule.described()}"
+        if work.implicit is not None:
+            return "the inner problem is a proximal one"
+        if work.clip_norm is not None:
+            return "inner gradients are clipped"
+        if work.query_weights is not None:
+            return "query losses count before the last step"
+        if work.stepwise:
+            return "parameters or buffers come stepwise"
         if work.rate_shapes is not None:
             return "inner rates differ within a parameter"
         key = id(support), id(query)
@@ -215,10 +225,11 @@ class Compiler:
 
     def _program(self, work: Work, batch: Any, outer: tuple[str, ...]) -> Program:
         key = self._signature(work, batch)
-        plan_key = (key, work.packing.names, outer)
+        plan_key = (key, work.packing.names, outer, work.stepwise)
         program = self._programs.get(plan_key)
         if program is None:
-            program = plan(self._graph(work, batch, key), work.packing.names, outer, work.theta[0].device)
+            graph, device = self._graph(work, batch, key), work.theta[0].device
+            program = plan(graph, work.packing.names, outer, device, stepwise=work.stepwise)
             self._programs[plan_key] = program
         return program
 
@@ -226,7 +237,11 @@ class Compiler:
         graph = self._graphs.get(key)
         if graph is None:
             try:
-                graph = trace(work.objective, work.parameters, work.buffers, task_of(batch, 0))
+                parameters, buffers = (
+                    {name: value[0] if name in work.stepwise else value for name, value in named.items()}
+                    for named in (work.parameters, work.buffers)
+                )
+                graph = trace(work.objective, parameters, buffers, task_of(batch, 0))
             except NotTraceable as reason:
                 graph = reason
             self._graphs[key] = graph
@@ -242,6 +257,7 @@ class Compiler:
             tuple(_kind(p) for p in work.parameters.values()),
             tuple(_kind(b) for b in work.buffers.values()),
             work.objective.modes(),
+            work.stepwise,
         )
 
 

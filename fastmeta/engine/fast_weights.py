@@ -55,7 +55,8 @@ class FastWeights:
             shapes = dict(zip(self._names, work.packing.shapes, strict=True))
             self._packing = Packing(tuple(self._formed), tuple(shapes[name] for name in self._formed))
         if alpha.shape[1] > 1 and (factored or work.rate_shapes is not None):
-            alpha, segments = self._packed_rates(self._own_rates(work, 0))
+            packed = [self._packed_rates(self._own_rates(work, k)) for k in range(alpha.shape[0])]
+            alpha, segments = torch.cat([rates for rates, _ in packed]), packed[0][1]
         self._expanded = work.rate_shapes is not None and segments is None
         own = [self._own_rates(work, k) for k in range(work.alpha.shape[0])] if self._factored else []
         self._rates = [{name: rates[name] for name in self._factored} for rates in own]

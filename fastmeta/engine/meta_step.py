@@ -12,6 +12,7 @@ from fastmeta.engine.budget import fit_to_budget, warn
 from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Fit, Programs
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
+from fastmeta.engine.implicit import implicit_gradient
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.unroll import adjoint, unroll
 from fastmeta.engine.work import Work
@@ -69,7 +70,7 @@ def fitted(
         least = programs.native.least_bytes(work, learned=learned)
     found = None
     if not native or (least > budget and work.executor == "auto"):
-        settings = budget, work.tasks, work.steps, work.first_order, work.rule, programs.chunk_size
+        settings = budget, work.tasks, work.steps, work.first_order, work.rule, work.clip_norm, programs.chunk_size
         kind = *settings, cotangents is None, learned, outputs
         found = programs.room.fits.get(kind)
         if found is None:
@@ -119,6 +120,9 @@ def _by_reference(
 ) -> Evaluation:
     support, query = programs.both
     recompute = fit is not None and fit.recompute
+    back = adjoint if work.implicit is None else implicit_gradient
+    if work.implicit is not None and cotangents is not None:
+        work.implicit.report.clear()
     losses, support_losses, kept, mutations = [], [], [], []
     total: MetaGradient | None = None
     for chunk in programs.chunks(work.tasks, None if fit is None else fit.tasks):
@@ -126,7 +130,7 @@ def _by_reference(
         if programs.rows is not None:
             taken = programs.rows.take(part)
             part = taken.work
-        second_order = cotangents is not None and not work.first_order
+        second_order = cotangents is not None and not work.first_order and work.implicit is None
         trajectory = unroll(
             part,
             support,
@@ -135,8 +139,9 @@ def _by_reference(
             keep_records=cotangents is not None and (learned or work.rule.entrywise),
             keep_points=second_order and recompute,
             again_from=() if cotangents is None else query.segments if recompute else None,
+            d_loss=None if cotangents is None else cotangents.of_losses(work, chunk),
         )
-        losses.append(trajectory.evaluated.loss)
+        losses.append(trajectory.losses)
         support_losses.append(trajectory.support_losses)
         mutations.append(trajectory.mutations)
         if outputs:
@@ -145,10 +150,10 @@ def _by_reference(
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             earlier: Sequence[Tensor | None] = () if total is None else total.adapted
             if taken is not None:
-                gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
+                gradient = back(part, support, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
                 total = taken.added(total, gradient)
             else:
-                gradient = adjoint(part, support, query, trajectory, d_losses, d_outputs, earlier)
+                gradient = back(part, support, query, trajectory, d_losses, d_outputs, earlier)
                 if total is None:
                     total = gradient
                 else:

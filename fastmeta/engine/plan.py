@@ -25,7 +25,13 @@ GPU_CHUNK_BYTES = 1 << 30
 
 
 def plan(
-    graph: Graph, adapted: Sequence[str], outer: Sequence[str], device: torch.device, own: Collection[str] = ()
+    graph: Graph,
+    adapted: Sequence[str],
+    outer: Sequence[str],
+    device: torch.device,
+    own: Collection[str] = (),
+    *,
+    stepwise: Collection[str] = (),
 ) -> Program:
     """Choose an operation for every call and decide what each value depends on.
 
@@ -35,6 +41,7 @@ def plan(
         outer: names of the other parameters whose meta-gradient is wanted.
         device: where the program will run, which decides what is fused.
         own: names of the parameters that differ between tasks from the first step on.
+        stepwise: names of other parameters and of buffers that differ from one inner step to the next.
 
     Returns:
         The program.
@@ -50,7 +57,8 @@ def plan(
     first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(given))
     later = _Dependence(graph, adapted_slots, outer_slots, tasked=given | adapted_slots)
     instructions = []
-    changing = set(adapted_slots)  # from one inner step to the next
+    places = graph.parameters | graph.buffers
+    changing = adapted_slots | {places[name] for name in stepwise if name in places}  # from one inner step to the next
     for node in nodes:
         op, reason = _choose(node, first.active)
         reason = reason or refusals.get(node.outputs[0], "")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from fastmeta.engine.program import Program
 
 
-def updated(program: Program, buffers: dict[str, Tensor], mutations: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def updated(
+    program: Program,
+    buffers: dict[str, Tensor],
+    mutations: list[dict[str, Tensor]],
+    stepwise: Collection[str] = (),
+) -> dict[str, Tensor]:
     """New values of the buffers that the forward pass updates.
 
     Every pass of every task started from the same ``r_0``; its new value ``a r_0 + b_i`` tells its contribution
@@ -19,6 +26,7 @@ def updated(program: Program, buffers: dict[str, Tensor], mutations: list[dict[s
         program: of the passes.
         buffers: values before the meta-step.
         mutations: for each pass the new values ``[T, ...]``.
+        stepwise: names of buffers of which the k-th pass has row k, or the last one.
 
     Raises:
         RuntimeError: a buffer is updated by something else than batch norm, so that the order of tasks would matter to
@@ -27,6 +35,13 @@ def updated(program: Program, buffers: dict[str, Tensor], mutations: list[dict[s
     result = {}
     for name in mutations[0] if mutations else ():
         before = buffers[name]
+        if name in stepwise:
+            rows = []
+            for i, row in enumerate(before):
+                own = [{name: m[name]} for m in (mutations[i : i + 1] if i < len(before) - 1 else mutations[i:])]
+                rows.append(updated(program, {name: row}, own).get(name, row))
+            result[name] = torch.stack(rows)
+            continue
         values = torch.stack([m[name] for m in mutations], dim=1)  # [T, K + 1, ...]: task-major, as a loop goes
         values = values.flatten(0, 1)
         if not before.is_floating_point():

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
 from fastmeta.engine import executor
+from fastmeta.engine.clipping import clipped, clipped_adjoint
 from fastmeta.engine.evaluation import MetaGradient, added
-from fastmeta.engine.executor import Invariants, Tape
+from fastmeta.engine.executor import Gradients, Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
@@ -31,7 +32,11 @@ class Trajectory:
         invariants: what is the same at every step.
         records: what the inner rule wants of each step, if kept: for rates or hyper-parameters that are learned, or for
             every adjoint of a rule that is entrywise.
-        query: the query pass.
+        query: the query pass after all steps.
+        unclipped: gradients as they were before they were clipped, one a step, if kept.
+        looks: by the number of steps before the last, the gradients of query losses that count then.
+        looked: their weighted losses, ``[T]`` each.
+        weight: of the last query loss; ``None`` for 1.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
     """
 
@@ -42,6 +47,10 @@ class Trajectory:
     invariants: Invariants | None = None
     records: list[Any] = field(default_factory=list)
     query: Tape | None = None
+    unclipped: list[Vector] = field(default_factory=list)
+    looks: dict[int, Gradients] = field(default_factory=dict)
+    looked: list[Tensor] = field(default_factory=list)
+    weight: float | None = None
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
@@ -50,6 +59,12 @@ class Trajectory:
         if self.query is None:
             raise RuntimeError("trajectory: query must have been evaluated, got an unroll that only adapts")
         return self.query
+
+    @property
+    def losses(self) -> Tensor:
+        """Each task's loss, ``[T]``."""
+        last = self.evaluated.loss if self.weight is None else self.evaluated.loss * self.weight
+        return torch.stack([*self.looked, last]).sum(0) if self.looked else last
 
 
 def unroll(
@@ -61,6 +76,7 @@ def unroll(
     keep_records: bool,
     keep_points: bool = False,
     again_from: Sequence[int] | None = None,
+    d_loss: Tensor | None = None,
 ) -> Trajectory:
     """Adapt every task by K steps, eq. (2)-(3), and evaluate its query set.
 
@@ -73,13 +89,30 @@ def unroll(
             all that the adjoint of an entrywise rule is.
         keep_points: keep what each step's tape can be computed from again.
         again_from: where the query pass is computed again from, as in :func:`executor.forward`.
+        d_loss: cotangent of each task's loss, ``[T]``, if query losses before the last step count and gradients are
+            wanted: they are taken at once, so that no query pass is kept but the last.
     """
     rule = FastWeights(work, support)
     phi, state = rule.start(), None
     losses, trajectory = [], Trajectory(phi, phi.packed)
-    for k in range(work.steps):
-        tape, g = _inner(work, support, rule, phi, k, trajectory.invariants)
+    trajectory.weight = None if work.query_weights is None else work.weights[-1]
+    seen: Invariants | None = None  # of the query's passes
+    for k, weight in enumerate(work.weights[: work.steps]):
+        if query is not None and weight:
+            look = _look(work, query, rule.values(phi) if k else work.theta, k, seen, again_from)
+            seen = look.invariants
+            trajectory.looked.append(look.loss * weight)
+            if d_loss is not None:
+                trajectory.looks[k] = executor.backward(query, look, d_loss * weight, last=True)
+            del look
+        tape, g = inner_pass(work, support, rule, phi, k, trajectory.invariants)
         trajectory.invariants = tape.invariants
+        if work.implicit is not None:
+            g = proximal(work, rule.values(phi), g)
+        if work.clip_norm is not None:
+            if keep_tapes:
+                trajectory.unclipped.append(rule.vector(g))
+            g = clipped(g, work.clip_norm)
         if keep_points:
             trajectory.points.append(phi)
         forth = rule.step(phi, state, g, k, keep=keep_records)
@@ -96,10 +129,7 @@ def unroll(
     trajectory.support_losses = torch.stack(losses) if losses else work.alpha.new_empty((0, work.tasks))
     if query is not None:
         adapted = rule.values(phi) if work.steps else work.theta
-        data = pytree.tree_leaves(work.query)
-        trajectory.query = executor.forward(
-            query, adapted, _fixed_state(work), data, first=work.steps == 0, again_from=again_from
-        )
+        trajectory.query = _look(work, query, adapted, work.steps, seen, again_from)
         trajectory.mutations.append(trajectory.query.mutations)
         if work.check_finite:
             require_finite(trajectory.query.loss, "query loss")
@@ -129,9 +159,11 @@ def adjoint(
             overwritten. ``None`` for one that there is none of.
     """
     rule = FastWeights(work, support)
+    if work.query_weights is not None:
+        d_loss = d_loss * work.weights[-1]
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs, last=True)
     trajectory.query = None
-    lam, outer = rule.vector(gradients.adapted), gradients.outer
+    lam, outer = rule.vector(gradients.adapted), _in_rows(work, query.outer, gradients.outer, work.steps)
     del gradients  # packed, it is there twice
     state, d_alpha, d_hyper = None, list[Tensor](), None
     invariants, flowing = None, dict[int, Tensor]()  # cotangents of what is the same at every step
@@ -140,41 +172,79 @@ def adjoint(
         lam, state, d_hyper = back.lam, back.state, plus(d_hyper, back.d_hyper)
         if back.d_alpha is not None:
             d_alpha.append(back.d_alpha)
-        if work.first_order:
-            continue
-        if trajectory.tapes:
-            tape = trajectory.tapes.pop()
-        else:
-            tape, _ = _inner(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
-        product = executor.hessian_vector_product(support, tape, rule.values(back.u, beside=trajectory.phi))
-        lam = rule.less(lam, product.adapted, alone=state is None)
-        outer = added(outer, product.outer, -1)
-        invariants = tape.invariants
-        for slot, d in product.invariants.items():
-            flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
-        del tape, product, back  # before the next step's are there
+        if not work.first_order:
+            u = back.u
+            if trajectory.tapes:
+                tape, g = trajectory.tapes.pop(), trajectory.unclipped.pop() if trajectory.unclipped else None
+            else:
+                tape, each = inner_pass(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
+                g = rule.vector(each) if work.clip_norm is not None else None
+                del each
+            if work.clip_norm is not None and g is not None:
+                u = Vector(clipped_adjoint(u.packed, g.packed, work.clip_norm), {})
+            product = executor.hessian_vector_product(support, tape, rule.values(u, beside=trajectory.phi))
+            lam = rule.less(lam, product.adapted, alone=state is None)
+            outer = added(outer, _in_rows(work, support.outer, product.outer, k), -1)
+            invariants = tape.invariants
+            for slot, d in product.invariants.items():
+                flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
+            del tape, product, back, u, g  # before the next step's are there
+        look = trajectory.looks.pop(k, None)
+        if look is not None:
+            lam = rule.plus(lam, rule.vector(look.adapted))
+            outer = added(outer, _in_rows(work, query.outer, look.outer, k))
     if invariants is not None and flowing:
         outer = added(outer, executor.invariant_backward(support, invariants, flowing), -1)
     return MetaGradient(rule.over_tasks(lam, onto), outer, _stack_rates(work.alpha, d_alpha[::-1]), d_hyper)
 
 
-def _inner(
+def inner_pass(
     work: Work, support: Program, rule: FastWeights, phi: Vector, k: int, invariants: Invariants | None
 ) -> tuple[Tape, list[Weight]]:
     """Forward and backward pass of step k: the tape and ``g_k``, eq. (2)."""
     adapted: Sequence[Weight] = rule.values(phi) if k else work.theta
     data = pytree.tree_leaves(work.support)
-    tape = executor.forward(support, adapted, _fixed_state(work), data, first=k == 0, invariants=invariants)
+    tape = executor.forward(support, adapted, work.fixed(k), data, first=k == 0, invariants=invariants)
     if work.check_finite:
         require_finite(tape.loss, f"support loss at inner step {k}")
     return tape, executor.backward(support, tape, torch.ones_like(tape.loss), outer=False).adapted
 
 
-def _fixed_state(work: Work) -> dict[str, Tensor]:
-    adapted = set(work.packing.names)
-    state = {name: p for name, p in work.parameters.items() if name not in adapted}
-    state.update(work.buffers)
-    return state
+def proximal(work: Work, phi: Sequence[Weight], g: Sequence[Weight]) -> list[Weight]:
+    """``g + lambda (phi - theta)``: the gradient of the proximal inner problem, eq. (23)."""
+    strength = 0.0 if work.implicit is None else work.implicit.strength
+    every = zip(phi, g, work.theta, strict=True)
+    return [torch.add(d, w - p, alpha=strength) for w, d, p in every]  # type: ignore[arg-type, operator]  # all formed
+
+
+def _look(
+    work: Work, query: Program, adapted: Sequence[Weight], k: int, invariants: Invariants | None, again: Any
+) -> Tape:
+    """The query pass after k steps."""
+    data = pytree.tree_leaves(work.query)
+    return executor.forward(
+        query,
+        adapted,
+        work.fixed(k),
+        data,
+        first=k == 0,
+        invariants=None if again is not None else invariants,
+        again_from=again,
+    )
+
+
+def _in_rows(work: Work, names: Sequence[str], outer: Sequence[Tensor | None], k: int) -> list[Tensor | None]:
+    """Gradients of passes after k steps, each in its parameter's own shape: what comes stepwise has rows."""
+    if not work.stepwise:
+        return list(outer)
+    placed = []
+    for name, d in zip(names, outer, strict=True):
+        if d is not None and name in work.stepwise:
+            rows = torch.zeros_like(work.parameters[name])
+            rows[work.row(name, k)] = d
+            d = rows
+        placed.append(d)
+    return placed
 
 
 def _stack_rates(alpha: Tensor, steps: list[Tensor]) -> Tensor | None:

@@ -18,6 +18,25 @@ from fastmeta.inner.sgd_rule import PLAIN
 Plan = str | tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Implicit:
+    """A proximal inner problem, and how its gradient is solved for by conjugate gradients (``implicit.py``).
+
+    Attributes:
+        strength: lambda, the weight of ``|phi - theta|^2 / 2`` beside the support loss.
+        iterations: of conjugate gradients, at most.
+        tolerance: a task's iterations end where its residual is this share of the right-hand side.
+        damping: added to lambda where the system is solved.
+        report: where each chunk of tasks leaves what came of it.
+    """
+
+    strength: float
+    iterations: int
+    tolerance: float
+    damping: float
+    report: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+
 @dataclass  # not frozen, which would take its time at every meta-step
 class Work:
     """The tasks, the parameters and the inner rule of one meta-step.
@@ -44,6 +63,12 @@ class Work:
             parameters' names and one of these, of which the first that fits holds.
         keep_mutations: whether new buffer values are wanted.
         cuda_graph: whether meta-steps on a GPU may be captured and replayed.
+        implicit: how the implicit gradient is solved for, where the inner problem is a proximal one.
+        clip_norm: largest 2-norm of a task's inner gradient; ``None`` for any.
+        query_weights: of each task's query losses after 0, 1, .. K steps, whose weighted sum is its loss; ``None``
+            where that is the last one.
+        stepwise: names of other parameters and of buffers that come as rows, of which passes after k steps read the
+            k-th, or the last where there are not so many.
         own: names of the adapting parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
@@ -69,6 +94,10 @@ class Work:
     rate_shapes: Shapes | None = None
     rule: RuleKind = PLAIN
     hyper: Tensor | None = None
+    implicit: Implicit | None = None
+    clip_norm: float | None = None
+    query_weights: tuple[float, ...] | None = None
+    stepwise: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -103,6 +132,24 @@ class Work:
             return ()
         adapted = set(self.packing.names)
         return tuple(n for n, p in self.parameters.items() if n not in adapted and p.requires_grad)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the query losses after 0, 1, .. K steps."""
+        return (*[0.0] * self.steps, 1.0) if self.query_weights is None else self.query_weights
+
+    def fixed(self, k: int) -> dict[str, Tensor]:
+        """The parameters that do not adapt and the buffers, as passes after k steps read them."""
+        adapted = set(self.packing.names)
+        state = {name: p for name, p in self.parameters.items() if name not in adapted}
+        state.update(self.buffers)
+        state.update((name, state[name][self.row(name, k)]) for name in self.stepwise)
+        return state
+
+    def row(self, name: str, k: int) -> int:
+        """Which row of what comes stepwise passes after k steps read."""
+        rows = self.parameters[name] if name in self.parameters else self.buffers[name]
+        return min(k, len(rows) - 1)
 
     def part(self, tasks: slice) -> Work:
         """The same meta-step for some of the tasks."""

@@ -9,6 +9,9 @@ from typing import Any
 from fastmeta.core import checks
 
 PROBLEMS = ("sinusoid", "digits", "omniglot")
+ALGORITHMS = (
+    "maml", "fomaml", "anil", "boil", "metasgd", "reptile", "imaml", "protomaml", "mamlpp", "metacurvature",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class TrainConfig:
 
     Attributes:
         problem: ``sinusoid``, ``digits`` or ``omniglot``.
+        algorithm: one of :data:`ALGORITHMS`; docs/algorithms.md says what each is.
         data: file or folder of the data, where the problem reads any.
         ways: classes of a task (not used by sinusoid).
         shots: support samples of a class; support points for sinusoid.
@@ -58,6 +62,7 @@ class TrainConfig:
     val_every: int = 500
     val_tasks: int = 100
     log_every: int = 20
+    algorithm: str = "maml"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -75,6 +80,7 @@ class TrainConfig:
             if not isinstance(value, kinds[str(field.type)]) or wrong_bool:
                 checks.fail(TypeError, "train", field.name, f"of type {field.type}", repr(value))
         checks.one_of("train", "problem", self.problem, PROBLEMS)
+        checks.one_of("train", "algorithm", self.algorithm, ALGORITHMS)
         for name in ("ways", "shots", "queries", "filters", "meta_batch", "iterations", "val_every", "log_every"):
             checks.at_least("train", name, getattr(self, name), 1)
         for name in ("inner_steps", "eval_steps", "seed", "threads", "clip_norm", "meta_lr_end"):
@@ -100,6 +106,8 @@ class TrainConfig:
             ValueError: names that are missing or unknown, or bad values.
         """
         known = {field.name for field in fields(cls)}
+        if isinstance(values, Mapping):
+            values = {"algorithm": "maml", **values}  # a run from before there were others
         if not isinstance(values, Mapping) or set(values) != known:
             got = sorted(set(values) ^ known) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"train: the settings must have the names of TrainConfig, got a difference in {got}")

@@ -11,6 +11,7 @@ import torch
 from fastmeta.algorithms.maml import MAML
 from fastmeta.core import checks, files
 from fastmeta.learner import checkpoint, plots
+from fastmeta.learner.algorithms import learner_of, load_weights
 from fastmeta.learner.config import TrainConfig
 from fastmeta.learner.evaluation import evaluate
 from fastmeta.learner.metrics import MetricsLog, read_metrics
@@ -44,12 +45,13 @@ def load_learner(
     tensors, stored = checkpoint.load(run.checkpoints, which)
     problem = build(config)
     origin = str(run.checkpoints / f"{which}.json")
-    checkpoint.load_module(problem.model, checkpoint.under("model", tensors), origin)
+    learner = learner_of(config, problem)
+    load_weights(learner, tensors, origin)
     try:
         step = int(stored["step"] if which == BEST else stored["progress"]["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: {origin} must tell its step, got {error!r}") from error
-    return MAML(problem.model, problem.loss, lr=config.inner_lr, steps=config.eval_steps), problem, config, step
+    return learner, problem, config, step
 
 
 def judge(

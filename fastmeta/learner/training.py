@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastmeta.algorithms.maml import MAML
 from fastmeta.learner import checkpoint
+from fastmeta.learner.algorithms import at_step, learner_of, load_weights, weights_of
 from fastmeta.learner.config import TrainConfig
 from fastmeta.learner.evaluation import Evaluation, Stopped, evaluate, scores
 from fastmeta.learner.metrics import MetricsLog
@@ -58,7 +58,7 @@ class Trainer:
         reporter: is told of the progress.
 
     Attributes:
-        maml: the learner around ``problem.model``.
+        maml: the learner of ``config.algorithm`` around ``problem.model``.
         state: how far the run is.
     """
 
@@ -68,10 +68,8 @@ class Trainer:
         self.run = run
         self.reporter = reporter if reporter is not None else Silent()
         self.state = State()
-        self.maml = MAML(
-            problem.model, problem.loss, lr=config.inner_lr, steps=config.inner_steps, first_order=config.first_order
-        )
-        self.optimizer = torch.optim.Adam(problem.model.parameters(), lr=config.meta_lr)
+        self.maml = learner_of(config, problem)
+        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=config.meta_lr)
         self.sampler = problem.sampler("train", config.meta_batch)
         torch.manual_seed(config.seed)
 
@@ -84,7 +82,7 @@ class Trainer:
         """
         tensors, stored = checkpoint.load(self.run.checkpoints, LAST)
         origin = str(self.run.checkpoints / f"{LAST}.json")
-        checkpoint.load_module(self.problem.model, checkpoint.under("model", tensors), origin)
+        load_weights(self.maml, tensors, origin)
         try:
             checkpoint.unpack_optimizer(self.optimizer, checkpoint.under("optimizer", tensors), stored["optimizer"])
             self.sampler.load_state_dict(stored["sampler"])
@@ -153,11 +151,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.meta_lr(state.step)
         tasks = self.sampler.sample()
+        at_step(self.maml, state.step, config.iterations)
         out = self.maml(tasks)
         self.optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         if config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.problem.model.parameters(), config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.maml.parameters(), config.clip_norm)
         self.optimizer.step()
         state.step += 1
         figures = {"loss": float(out.loss.detach())}
@@ -201,14 +200,16 @@ class Trainer:
         state.validated = state.step
         if found.better_than(state.best):
             state.best, state.best_step = found.after.mean, state.step
-            weights = checkpoint.with_prefix("model", self.problem.model.state_dict())
-            checkpoint.save(self.run.checkpoints, BEST, weights, {"step": state.step, "validation": record})
+            checkpoint.save(
+                self.run.checkpoints, BEST, weights_of(self.maml), {"step": state.step, "validation": record}
+            )
 
     def _save(self, log: MetricsLog) -> None:
         self.state.log_bytes = log.size
         moments, optimizer = checkpoint.pack_optimizer(self.optimizer)
-        tensors = checkpoint.with_prefix("model", self.problem.model.state_dict())
-        tensors |= checkpoint.with_prefix("optimizer", moments) | {"generator": torch.get_rng_state()}
+        tensors = (
+            weights_of(self.maml) | checkpoint.with_prefix("optimizer", moments) | {"generator": torch.get_rng_state()}
+        )
         stored: dict[str, Any] = {
             "progress": asdict(self.state),
             "optimizer": optimizer,

@@ -1,0 +1,61 @@
+"""Adaptation alone: every task's weights after the inner loop, without meta-gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmeta.engine import autodiff
+from fastmeta.engine.compiler import Programs
+from fastmeta.engine.unroll import unroll
+from fastmeta.engine.work import Work
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Weights of every task after K steps.
+
+    Attributes:
+        phi: adapting parameters in the packing's order, ``[T, *shape]``.
+        support_losses: ``[K, T]``, each before its step.
+        task_losses: query loss of each task, ``[T]``; ``None`` without a query set.
+        outputs: the model's output tensors on the query set, ``[T, ...]``, or by autodiff the pytree of them; ``None``
+            without a query set.
+    """
+
+    phi: list[Tensor]
+    support_losses: Tensor
+    task_losses: Tensor | None
+    outputs: list[Tensor] | None
+
+
+@torch.no_grad()
+def adaptation(work: Work, programs: Programs | None, *, allow_unused: bool) -> Adaptation:
+    """Adapt every task, and evaluate its query set where there is one; nothing is kept for an adjoint.
+
+    Args:
+        work: the meta-step.
+        programs: its programs; ``None`` for autodiff.
+        allow_unused: for autodiff, as :func:`autodiff.run` has it.
+    """
+    if programs is None:
+        result = autodiff.run(work, keep_buffers=False, allow_unused=allow_unused)
+        packed, losses = result.phi, result.support_losses
+        evaluated, outputs = result.task_losses, result.outputs
+    else:
+        trajectories = [
+            unroll(
+                work.part(chunk), programs.support, programs.query, keep_tapes=False, keep_records=False, again_from=()
+            )
+            for chunk in programs.chunks(work.tasks)
+        ]
+        packed = torch.cat([trajectory.phi.packed for trajectory in trajectories])
+        losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
+        evaluated, outputs = None, None
+        if programs.query is not None:
+            evaluated = torch.cat([trajectory.losses for trajectory in trajectories])
+            pieces = zip(*[trajectory.evaluated.outputs for trajectory in trajectories], strict=True)
+            outputs = [torch.cat(each) for each in pieces]
+    return Adaptation(work.packing.unpack(packed.contiguous()), losses, evaluated, outputs)
