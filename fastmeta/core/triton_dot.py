@@ -42,30 +42,67 @@ def _upper(bits):
 
 
 @triton.jit
-def product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a b`` of operands, summed in float32.
-
-    Tensor cores cut sums off and do not round them: over a long loop that is several times float32's own error. So
-    where float32's accuracy is wanted they add up one tile alone, the smallest products first.
-    """
+def alone(a, b, PRECISION: tl.constexpr):
+    """``a b`` of operands, the smallest products first."""
     if PRECISION == "bf16" or PRECISION == "bf16 rounded":
+        total = tl.dot(a, b)
+    elif PRECISION == "tf32x3":
+        a1, a2 = parts(a)
+        b1, b2 = parts(b)
+        total = in_parts(a1, a2, b1, b2)
+    elif PRECISION == "bf16x6":
+        a1, a2, a3 = thirds(a)
+        b1, b2, b3 = thirds(b)
+        total = _in_thirds(a1, a2, a3, b1, b2, b3, tl.dot(a1, b3))
+    else:
+        total = tl.dot(a, b, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def onto(a, b, total, BEGUN: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + a b``, or ``a b`` where the total has not ``BEGUN``, all of it by tensor cores: for a few products."""
+    if not BEGUN:
+        total = alone(a, b, PRECISION)
+    elif PRECISION == "bf16" or PRECISION == "bf16 rounded":
         total = tl.dot(a, b, total)
     elif PRECISION == "tf32x3":
         a1, a2 = parts(a)
         b1, b2 = parts(b)
-        total += in_parts(a1, a2, b1, b2)
+        total = tl.dot(a2, b1, total, input_precision="tf32")
+        total = tl.dot(a1, b2, total, input_precision="tf32")
+        total = tl.dot(a1, b1, total, input_precision="tf32")
     elif PRECISION == "bf16x6":
         a1, a2, a3 = thirds(a)
         b1, b2, b3 = thirds(b)
-        part = tl.dot(a1, b3)
-        part = tl.dot(a3, b1, part)
-        part = tl.dot(a2, b2, part)
-        part = tl.dot(a1, b2, part)
-        part = tl.dot(a2, b1, part)
-        total += tl.dot(a1, b1, part)
+        total = _in_thirds(a1, a2, a3, b1, b2, b3, tl.dot(a1, b3, total))
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a b`` of operands, summed in float32.
+
+    Tensor cores cut sums off and do not round them: over a long loop that is several times float32's own error. So
+    where float32's accuracy is wanted they add up one tile alone.
+    """
+    if PRECISION == "tf32x3" or PRECISION == "bf16x6":
+        total += alone(a, b, PRECISION)
+    else:
+        total = onto(a, b, total, True, PRECISION)
+    return total
+
+
+@triton.jit
+def _in_thirds(a1, a2, a3, b1, b2, b3, total):
+    """The five larger of the six products of :func:`thirds`, added to the smallest."""
+    total = tl.dot(a3, b1, total)
+    total = tl.dot(a2, b2, total)
+    total = tl.dot(a1, b2, total)
+    total = tl.dot(a2, b1, total)
+    return tl.dot(a1, b1, total)
 
 
 @triton.jit

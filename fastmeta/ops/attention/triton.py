@@ -29,6 +29,7 @@ KERNELS = {
     "tangent": triton_tangent_kernels.tangent,
     "tangent_backward_queries": triton_tangent_kernels.tangent_backward_queries,
     "tangent_backward_keys": triton_tangent_kernels.tangent_backward_keys,
+    "tangent_backward_values": triton_tangent_kernels.tangent_backward_keys,  # of values alone
 }
 
 
@@ -54,9 +55,10 @@ class Tiles(NamedTuple):
 # do not read them from shared memory (tests/kernels/resources.py); Hopper's do, 64 rows of a kernel's side at a time.
 TILES = {
     **dict.fromkeys(
-        (("forward", 16), ("forward", 32), ("forward", 64)),
+        (("forward", 16), ("forward", 32)),
         Tiles(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
     ),
+    ("forward", 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
     ("forward", 128): Tiles(*(Tile(32, 32, 8, 2), Tile(64, 32, 4, 2)) * 2),
     **dict.fromkeys(
         (("backward_queries", 16), ("backward_queries", 32)),
@@ -68,7 +70,7 @@ TILES = {
         (("backward_keys", 16), ("backward_keys", 32)),
         Tiles(Tile(32, 16, 4, 1), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 2)),
     ),
-    ("backward_keys", 64): Tiles(Tile(32, 32, 4, 1), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 2)),
+    ("backward_keys", 64): Tiles(Tile(32, 32, 4, 1), Tile(64, 64, 4, 2), Tile(16, 64, 4, 1), Tile(64, 64, 4, 2)),
     ("backward_keys", 128): Tiles(*(Tile(32, 16, 8, 1), Tile(32, 64, 8, 1)) * 2),
     **dict.fromkeys(
         (("tangent", 16), ("tangent", 32)),
@@ -92,6 +94,9 @@ TILES = {
         Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 64, 4, 1), Tile(32, 64, 4, 1)
     ),
     ("tangent_backward_keys", 128): Tiles(*(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)) * 2),
+    ("tangent_backward_values", 64): Tiles(
+        Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)
+    ),
 }
 
 
@@ -150,9 +155,12 @@ def tangent_backward(
     }
     present = {**_present(dot), "D_O_DOT": d_o_dot is not None}
     launch.over_queries("tangent_backward_queries", {**read, "d_q_dot": d_q_dot}, WANTED=need[0], **present)
-    if need[1] or need[2]:
-        written = {"d_k_dot": d_k_dot, "d_v_dot": d_v_dot}
-        launch.over_keys("tangent_backward_keys", {**read, **written}, WANT_K=need[1], WANT_V=need[2], **present)
+    written = {**read, "d_k_dot": d_k_dot, "d_v_dot": d_v_dot}
+    if need[1] and need[2] and launch.apart():
+        launch.over_keys("tangent_backward_keys", written, WANT_K=True, WANT_V=False, **present)
+        launch.over_keys("tangent_backward_values", written, WANT_K=False, WANT_V=True, **present)
+    elif need[1] or need[2]:
+        launch.over_keys("tangent_backward_keys", written, WANT_K=need[1], WANT_V=need[2], **present)
     return d_q_dot, d_k_dot, d_v_dot
 
 
@@ -181,6 +189,10 @@ class _Launch:
             "ALIGNED": aligned,
             "PRECISION": self.precision,
         }
+
+    def apart(self) -> bool:
+        """Whether keys and values have launches of their own: the sums of both do not fit the registers together."""
+        return _is_apart(self.precision, self.constants["WIDTH"])
 
     def over_queries(self, name: str, tensors: dict[str, Tensor | None], **flags: bool) -> None:
         """One program for each block of queries."""
@@ -218,15 +230,16 @@ def shipped() -> list[Shipped]:
     found = []
     for name in KERNELS:
         for width, asked in builds:
-            older, hopper = (
-                (precision, tile(name, width, precision, hopper=new))
-                for new in (False, True)
-                for precision in [_precision(asked, hopper=new)]
-            )
-            if older == hopper:
-                found.append(_build(name, width, *older, (80, 90)))
+            older, hopper = (_precision(asked, hopper=new) for new in (False, True))
+            if name == "tangent_backward_values":
+                if _is_apart(hopper, width):
+                    found.append(_build(name, width, hopper, tile(name, width, hopper, hopper=True), (90,)))
+                continue
+            tiles = [tile(name, width, older, hopper=False), tile(name, width, hopper, hopper=True)]
+            if older == hopper and tiles[0] == tiles[1]:
+                found.append(_build(name, width, older, tiles[0], (80, 90)))
             else:
-                found += [_build(name, width, *older, (80,)), _build(name, width, *hopper, (90,))]
+                found += [_build(name, width, older, tiles[0], (80,)), _build(name, width, hopper, tiles[1], (90,))]
     return found
 
 
@@ -234,6 +247,8 @@ def _build(name: str, width: int, precision: str, sizes: Tile, capabilities: tup
     kernel = KERNELS[name]
     flags = {"WANTED", "WANT_K", "WANT_V", "Q_DOT", "K_DOT", "V_DOT", "D_O_DOT"}
     constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
+    if KERNELS[name] is KERNELS["tangent_backward_values"] and _is_apart(precision, width):
+        constants |= {"WANT_K": name != "tangent_backward_values", "WANT_V": name == "tangent_backward_values"}
     constants |= {"D": width, "WIDTH": width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
     constants |= {"MASK": "none", "CAUSAL": False, "ALIGNED": True, "PRECISION": precision}
     numbers = {*triton_kernels.INTEGERS, "scale"}
@@ -302,11 +317,12 @@ def _result(x: Tensor) -> Tensor:
 
 
 def _precision(asked: str, *, hopper: bool) -> str:
-    """Float32's accuracy by six products of bfloat16 parts where tensor cores read them from shared memory either way.
-
-    On an H100, 4x12 heads of 1024 by 64, the second order's two kernels take 2.5 ms so, and 3.6 ms by tf32 parts.
-    """
+    """Float32's accuracy by products of bfloat16 parts where tensor cores read them from shared memory either way."""
     return "bf16x6" if asked == "tf32x3" and hopper else asked
+
+
+def _is_apart(precision: str, width: int) -> bool:
+    return precision == "bf16x6" and width == 64
 
 
 def _is_hopper(device: torch.device) -> bool:

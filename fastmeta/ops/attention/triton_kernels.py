@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmeta.core.triton_dot import operand, product
+from fastmeta.core.triton_dot import alone, operand, product
 
 # Builds depend on none of these, so that a model of new lengths finds its kernels compiled.
 STRIDES = (*(f"{x}_{axis}" for x in "qkv" for axis in "tbhs"), "m_t", "m_b", "m_h", "m_q", "m_k")
@@ -102,7 +102,6 @@ def forward(
         mask += start(row, batch, heads, m_t, m_b, m_h, False)
     queries = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_tile = operand(load(q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
-    zeros = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_Q,), tl.float32)
@@ -112,7 +111,7 @@ def forward(
     for first in range(0, stop, BLOCK_K):
         keys = first + tl.arange(0, BLOCK_K)
         k_tile = operand(load(k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-        s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
+        s = alone(q_tile, tl.trans(k_tile), PRECISION) * scale
         s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         larger = tl.maximum(largest, tl.max(s, 1))
         level = tl.where(larger == float("-inf"), 0.0, larger)
@@ -158,7 +157,6 @@ def backward_queries(
         d_o_tile = operand(d_o_tile, PRECISION)
         level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
         spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
-        zeros = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
         total = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
         stop = S_k
         if CAUSAL:
@@ -167,9 +165,9 @@ def backward_queries(
             keys = first + tl.arange(0, BLOCK_K)
             k_tile = operand(load(k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
             v_tile = operand(load(v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-            s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
+            s = alone(q_tile, tl.trans(k_tile), PRECISION) * scale
             s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
-            d_p = product(d_o_tile, tl.trans(v_tile), zeros, PRECISION)
+            d_p = alone(d_o_tile, tl.trans(v_tile), PRECISION)
             d_s = tl.exp(s - level[:, None] - spread[:, None]) * (d_p - shift[:, None])
             total = product(operand(d_s, PRECISION), k_tile, total, PRECISION)
         store(d_q + of_result, queries, heads * D, S_q, total * scale, D, WIDTH, ALIGNED)
@@ -197,7 +195,6 @@ def backward_keys(
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     k_tile = operand(load(k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
     v_tile = operand(load(v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-    zeros = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
     total_k = tl.zeros((BLOCK_K, WIDTH), tl.float32)
     total_v = tl.zeros((BLOCK_K, WIDTH), tl.float32)
     begin = 0
@@ -209,14 +206,14 @@ def backward_keys(
         d_o_tile = operand(load(d_o, queries, heads * D, S_q, D, WIDTH, ALIGNED), PRECISION)
         level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
         spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
-        s = product(k_tile, tl.trans(q_tile), zeros, PRECISION) * scale
+        s = alone(k_tile, tl.trans(q_tile), PRECISION) * scale
         s = masked(s, mask, queries[None, :], keys[:, None], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         p = tl.exp(s - level[None, :] - spread[None, :])
         if WANT_V:
             total_v = product(operand(p, PRECISION), d_o_tile, total_v, PRECISION)
         if WANT_K:
             shift = tl.load(delta + of_rows + queries, mask=queries < S_q, other=0.0)
-            d_p = product(v_tile, tl.trans(d_o_tile), zeros, PRECISION)
+            d_p = alone(v_tile, tl.trans(d_o_tile), PRECISION)
             d_s = p * (d_p - shift[None, :])
             total_k = product(operand(d_s, PRECISION), q_tile, total_k, PRECISION)
     of_result = start_of_result(row, heads, S_k, D, ALIGNED)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmeta.core.triton_dot import operand, product
+from fastmeta.core.triton_dot import alone, onto, operand, product
 from fastmeta.ops.attention.triton_kernels import (
     INTEGERS,
     load,
@@ -56,16 +56,16 @@ def tangent(
     for first in range(0, stop, BLOCK_K):
         keys = first + tl.arange(0, BLOCK_K)
         k_tile = operand(load(k + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-        s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
+        s = alone(q_tile, tl.trans(k_tile), PRECISION) * scale
         s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         p = tl.exp(s - level[:, None] - spread[:, None])
         if Q_DOT or K_DOT:
             s_dot = zeros
             if Q_DOT:
-                s_dot = product(q_dot_tile, tl.trans(k_tile), s_dot, PRECISION)
+                s_dot = alone(q_dot_tile, tl.trans(k_tile), PRECISION)
             if K_DOT:
                 k_dot_tile = operand(load(k_dot + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-                s_dot = product(q_tile, tl.trans(k_dot_tile), s_dot, PRECISION)
+                s_dot = onto(q_tile, tl.trans(k_dot_tile), s_dot, Q_DOT, PRECISION)
             weighted = p * (s_dot * scale)
             drift += tl.sum(weighted, 1)
             v_tile = operand(load(v + of_v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
@@ -128,29 +128,30 @@ def tangent_backward_queries(
             k_tile = operand(load(k + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
             if K_DOT:
                 k_dot_tile = operand(load(k_dot + of_k, keys, k_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-            s = product(q_tile, tl.trans(k_tile), zeros, PRECISION) * scale
+            s = alone(q_tile, tl.trans(k_tile), PRECISION) * scale
             s = masked(s, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
             p = tl.exp(s - level[:, None] - spread[:, None])
             p_dot = zeros
             if Q_DOT or K_DOT:
                 s_dot = zeros
                 if Q_DOT:
-                    s_dot = product(q_dot_tile, tl.trans(k_tile), s_dot, PRECISION)
+                    s_dot = alone(q_dot_tile, tl.trans(k_tile), PRECISION)
                 if K_DOT:
-                    s_dot = product(q_tile, tl.trans(k_dot_tile), s_dot, PRECISION)
+                    s_dot = onto(q_tile, tl.trans(k_dot_tile), s_dot, Q_DOT, PRECISION)
                 p_dot = p * (s_dot * scale - drift[:, None])
             v_tile = operand(load(v + of_v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-            centred = product(d_o_tile, tl.trans(v_tile), zeros, PRECISION) - shift[:, None]
+            centred = alone(d_o_tile, tl.trans(v_tile), PRECISION) - shift[:, None]
             centred_dot = zeros
             if D_O_DOT:
-                centred_dot = product(d_o_dot_tile, tl.trans(v_tile), centred_dot, PRECISION)
+                centred_dot = alone(d_o_dot_tile, tl.trans(v_tile), PRECISION)
             if V_DOT:
                 v_dot_tile = operand(load(v_dot + of_v, keys, v_s, S_k, D, WIDTH, ALIGNED), PRECISION)
-                centred_dot = product(d_o_tile, tl.trans(v_dot_tile), centred_dot, PRECISION)
+                centred_dot = onto(d_o_tile, tl.trans(v_dot_tile), centred_dot, D_O_DOT, PRECISION)
             d_s_dot = p_dot * centred + p * (centred_dot - shift_dot[:, None])
-            total = product(operand(d_s_dot, PRECISION), k_tile, total, PRECISION)
+            part = alone(operand(d_s_dot, PRECISION), k_tile, PRECISION)
             if K_DOT:
-                total = product(operand(p * centred, PRECISION), k_dot_tile, total, PRECISION)
+                part = onto(operand(p * centred, PRECISION), k_dot_tile, part, True, PRECISION)
+            total += part
         store(d_q_dot + of_result, queries, heads * D, S_q, total * scale, D, WIDTH, ALIGNED)
 
 
@@ -193,7 +194,7 @@ def tangent_backward_keys(
         d_o_tile = operand(load(d_o + of_d_o, queries, heads * D, S_q, D, WIDTH, ALIGNED), PRECISION)
         level = tl.load(peak + of_rows + queries, mask=queries < S_q, other=float("inf"))
         spread = tl.load(log_sum + of_rows + queries, mask=queries < S_q, other=0.0)
-        s = product(k_tile, tl.trans(q_tile), zeros, PRECISION) * scale
+        s = alone(k_tile, tl.trans(q_tile), PRECISION) * scale
         s = masked(s, mask, queries[None, :], keys[:, None], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         p = tl.exp(s - level[None, :] - spread[None, :])
         p_dot = zeros
@@ -201,30 +202,34 @@ def tangent_backward_keys(
             s_dot = zeros
             if Q_DOT:
                 q_dot_tile = operand(load(q_dot + of_q, queries, q_s, S_q, D, WIDTH, ALIGNED), PRECISION)
-                s_dot = product(k_tile, tl.trans(q_dot_tile), s_dot, PRECISION)
+                s_dot = alone(k_tile, tl.trans(q_dot_tile), PRECISION)
             if K_DOT:
-                s_dot = product(k_dot_tile, tl.trans(q_tile), s_dot, PRECISION)
+                s_dot = onto(k_dot_tile, tl.trans(q_tile), s_dot, Q_DOT, PRECISION)
             drift = tl.load(lse_dot + of_rows + queries, mask=queries < S_q, other=0.0)
             p_dot = p * (s_dot * scale - drift[None, :])
-            if WANT_V:
-                total_v = product(operand(p_dot, PRECISION), d_o_tile, total_v, PRECISION)
         if D_O_DOT:
             d_o_dot_tile = operand(load(d_o_dot + of_d_o, queries, heads * D, S_q, D, WIDTH, ALIGNED), PRECISION)
-            if WANT_V:
-                total_v = product(operand(p, PRECISION), d_o_dot_tile, total_v, PRECISION)
+        if WANT_V:
+            part = tl.zeros((BLOCK_K, WIDTH), tl.float32)
+            if Q_DOT or K_DOT:
+                part = alone(operand(p_dot, PRECISION), d_o_tile, PRECISION)
+            if D_O_DOT:
+                part = onto(operand(p, PRECISION), d_o_dot_tile, part, Q_DOT or K_DOT, PRECISION)
+            total_v += part
         if WANT_K:
             shift = tl.load(delta + of_rows + queries, mask=queries < S_q, other=0.0)
             shift_dot = tl.load(delta_dot + of_rows + queries, mask=queries < S_q, other=0.0)
-            centred = product(v_tile, tl.trans(d_o_tile), zeros, PRECISION) - shift[None, :]
+            centred = alone(v_tile, tl.trans(d_o_tile), PRECISION) - shift[None, :]
             centred_dot = zeros
             if D_O_DOT:
-                centred_dot = product(v_tile, tl.trans(d_o_dot_tile), centred_dot, PRECISION)
+                centred_dot = alone(v_tile, tl.trans(d_o_dot_tile), PRECISION)
             if V_DOT:
-                centred_dot = product(v_dot_tile, tl.trans(d_o_tile), centred_dot, PRECISION)
+                centred_dot = onto(v_dot_tile, tl.trans(d_o_tile), centred_dot, D_O_DOT, PRECISION)
             d_s_dot = p_dot * centred + p * (centred_dot - shift_dot[None, :])
-            total_k = product(operand(d_s_dot, PRECISION), q_tile, total_k, PRECISION)
+            part = alone(operand(d_s_dot, PRECISION), q_tile, PRECISION)
             if Q_DOT:
-                total_k = product(operand(p * centred, PRECISION), q_dot_tile, total_k, PRECISION)
+                part = onto(operand(p * centred, PRECISION), q_dot_tile, part, True, PRECISION)
+            total_k += part
     of_result = start_of_result(row, heads, S_k, D, ALIGNED)
     if WANT_K:
         store(d_k_dot + of_result, keys, heads * D, S_k, total_k * scale, D, WIDTH, ALIGNED)
