@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,57 +20,7 @@ from fastmeta.ops.conv_block import triton_first as first
 from fastmeta.ops.conv_block import triton_norm as norm
 from fastmeta.ops.conv_block import triton_products as products
 from fastmeta.ops.conv_block.geometry import Geometry
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a forward pass keeps, every image with its channels last.
-
-    Attributes:
-        x: ``[T, N, H, W, I]``.
-        weight, turned: packed for the convolution, ``[T or 1, parts, taps, O, I]``, and for its transpose.
-        z: ``[T, N, h, w, O]``; ``None`` unless it is normalised, and where it is computed anew.
-        mean, rstd: ``[T, O]``; ``None`` unless ``z`` is normalised.
-        scale: ``[T or 1, O]`` or ``None``.
-        code, peak: of every window, see ``triton_norm``.
-        bias: ``[T or 1, O]`` where ``z`` is computed anew, see ``triton_first``; else ``None``.
-        middle, spread: of the patches where ``z`` is computed anew: ``[T, I]``, and sums of their products with
-            themselves and of themselves, ``[T, F + 1, F]``; else ``None``.
-    """
-
-    x: Tensor
-    weight: Tensor
-    turned: Tensor
-    z: Tensor | None = None
-    mean: Tensor | None = None
-    rstd: Tensor | None = None
-    scale: Tensor | None = None
-    code: Tensor | None = None
-    peak: Tensor | None = None
-    bias: Tensor | None = None
-    middle: Tensor | None = None
-    spread: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class SavedDot:
-    """What a tangent map keeps: tangents of the input and of the packed weight, and of what is normalised.
-
-    Attributes:
-        x_dot, weight_dot, turned_dot: like ``x`` and the packed weights; ``None`` for zero.
-        z_dot: like ``z``; ``None`` where it is. ``peak_dot`` and ``moves`` are ``None`` unless ``z`` is normalised.
-        peak_dot: of every window.
-        moves: ``[T, 2, O]``, sums of ``z_dot`` and of ``x z_dot``.
-        scale_dot: ``[T, O]`` or ``None``.
-    """
-
-    x_dot: Tensor | None = None
-    weight_dot: Tensor | None = None
-    turned_dot: Tensor | None = None
-    z_dot: Tensor | None = None
-    peak_dot: Tensor | None = None
-    moves: Tensor | None = None
-    scale_dot: Tensor | None = None
+from fastmeta.ops.conv_block.kept import Saved, SavedDot, channel_rows, channels_last, of_windows, sizes, stride
 
 
 def forward(
@@ -83,23 +33,25 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Saved]:
     """Result ``[T, N, O, ph, pw]``, new running statistics ``[T, O]`` and what is kept."""
     g = geometry
-    kept = Saved(_last(x), *_packed(weight, g))
+    kept = Saved(channels_last(x), *_packed(weight, g))
     if g.shallow:
-        return _first(replace(kept, bias=_rows(bias)), (_rows(affine[0]), _rows(affine[1])), running, g)
+        return _first(
+            replace(kept, bias=channel_rows(bias)), (channel_rows(affine[0]), channel_rows(affine[1])), running, g
+        )
     z, partial = _convolve(kept, None, bias, g, moments=g.normalised)
     if g.plain:
         return z.movedim(-1, 2), None, kept
     new = None
-    scale, shift = (_rows(v) for v in affine)
+    scale, shift = (channel_rows(v) for v in affine)
     if partial is not None:
         mean, rstd, new = _moments(partial, tiles.ROWS, running, g)
         kept = replace(kept, z=z, mean=mean, rstd=rstd, scale=scale)
-    y, code = _windows(z, g), _windows(z, g, torch.uint8)
-    peak = _windows(z, g) if g.normalised and g.pooled else None
+    y, code = of_windows(z, g), of_windows(z, g, torch.uint8)
+    peak = of_windows(z, g) if g.normalised and g.pooled else None
     grid, tile = tiles.elementwise(g.windows, z.shape[0], g.out)
     norm.activate[grid](
-        z, kept.mean, kept.rstd, scale, shift, y, code, peak, _stride(scale), _stride(shift),
-        *_sizes(g), g.slope, **tiles.pool_constants(g), ACTIVATION=g.activation, **tile, **tiles.OPTIONS, num_stages=1,
+        z, kept.mean, kept.rstd, scale, shift, y, code, peak, stride(scale), stride(shift),
+        *sizes(g), g.slope, **tiles.pool_constants(g), ACTIVATION=g.activation, **tile, **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     peak = kept.z if g.normalised and not g.pooled else peak
     return y.movedim(-1, 2), new, replace(kept, code=code, peak=peak)
@@ -107,7 +59,7 @@ def forward(
 
 def backward(saved: Saved, d_y: Tensor, need: Sequence[Need], geometry: Geometry) -> dict[str, Tensor | None]:
     """Cotangents of ``x``, ``weight``, ``bias``, ``scale`` and ``shift`` of which ``need`` says which are wanted."""
-    d, sums, g = _last(d_y), None, geometry
+    d, sums, g = channels_last(d_y), None, geometry
     if saved.code is not None and (g.normalised or need[2]):
         sums = _window_sums(saved, None, d, None, g)
     d_z = d
@@ -137,9 +89,9 @@ def tangent(
     """``y_dot`` and what is kept; at least one tangent is given."""
     g, tasks = geometry, saved.x.shape[0]
     packed = (None, None) if weight_dot is None else _packed(weight_dot, g)
-    dot = SavedDot(None if x_dot is None else _last(x_dot), *packed)
+    dot = SavedDot(None if x_dot is None else channels_last(x_dot), *packed)
     if g.shallow and x_dot is None:
-        return _first_tangent(saved, dot, (_rows(affine_dot[0]), _rows(affine_dot[1])), g)
+        return _first_tangent(saved, dot, (channel_rows(affine_dot[0]), channel_rows(affine_dot[1])), g)
     saved = _formed(saved, g)
     moves = None
     if x_dot is None and weight_dot is None:
@@ -152,13 +104,13 @@ def tangent(
         moves = None if partial is None else _folded(partial)
     if g.plain:
         return z_dot.movedim(-1, 2), dot
-    scale_dot, shift_dot = (_rows(v) for v in affine_dot)
-    y_dot = _windows(z_dot, g)
-    peak_dot = _windows(z_dot, g) if g.normalised and g.pooled else None
+    scale_dot, shift_dot = (channel_rows(v) for v in affine_dot)
+    y_dot = of_windows(z_dot, g)
+    peak_dot = of_windows(z_dot, g) if g.normalised and g.pooled else None
     grid, tile = tiles.elementwise(g.windows, tasks, g.out)
     norm.activate_tangent[grid](
         z_dot, saved.code, saved.peak, saved.mean, saved.rstd, moves, saved.scale, scale_dot, shift_dot, y_dot,
-        peak_dot, _stride(saved.scale), _stride(scale_dot), _stride(shift_dot), *_sizes(g), g.slope,
+        peak_dot, stride(saved.scale), stride(scale_dot), stride(shift_dot), *sizes(g), g.slope,
         **tiles.pool_constants(g), **tile, **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     if g.normalised:
@@ -171,7 +123,7 @@ def tangent_backward(
     saved: Saved, dot: SavedDot, d_y: Tensor, d_y_dot: Tensor, need: Sequence[Need], geometry: Geometry
 ) -> dict[str, Tensor | None]:
     """Tangents of what :func:`backward` returns."""
-    d, d_dot, sums, g = _last(d_y), _last(d_y_dot), None, geometry
+    d, d_dot, sums, g = channels_last(d_y), channels_last(d_y_dot), None, geometry
     if saved.code is not None and (g.normalised or need[2]):
         sums = _window_sums(saved, dot, d, d_dot, g) if g.normalised else _window_sums(saved, None, d_dot, None, g)
     d_z, d_z_dot = d, d_dot
@@ -209,32 +161,6 @@ def _affine(
         if value is not None and wanted is Need.SHARED:
             results[name] = value.sum(0)
     return results
-
-
-def _last(images: Tensor) -> Tensor:
-    """``[T, N, C, H, W]`` as ``[T, N, H, W, C]``, dense."""
-    return images.movedim(2, -1).contiguous()
-
-
-def _rows(value: Tensor | None) -> Tensor | None:
-    """Parameters of channels, with or without task axis, as ``[T or 1, C]`` that lie one after another."""
-    if value is None:
-        return None
-    rows = value if value.dim() == 2 else value.unsqueeze(0)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _stride(value: Tensor | None) -> int:
-    """Elements from one task's value to the next; 0 where tasks share it."""
-    return 0 if value is None or value.shape[0] == 1 else value.stride(0)
-
-
-def _windows(like: Tensor, g: Geometry, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty((like.shape[0], g.images, *g.pool_size, g.out), dtype=dtype or like.dtype)
-
-
-def _sizes(g: Geometry) -> tuple[int, ...]:
-    return (g.images, *g.conv_size, *g.pool_size)
 
 
 def _packed(weight: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
@@ -281,10 +207,10 @@ def _convolve(
     z = x.new_empty((tasks, g.images, *g.conv_size, g.out))
     partial = x.new_empty((tasks, blocks, 2, g.out)) if moments else None
     of = (saved.z, saved.mean, saved.rstd) if dot is not None and moments else (None, None, None)
-    bias = _rows(bias)
+    bias = channel_rows(bias)
     grid = blocks, tasks, tiles.cdiv(g.out, constants["BN"])
     products.product[grid](
-        *pairs, bias, z, partial, *of, _stride(pairs[1]), _stride(pairs[3]), _stride(bias),
+        *pairs, bias, z, partial, *of, stride(pairs[1]), stride(pairs[3]), stride(bias),
         g.images, *g.size, *g.conv_size, **constants, PRECISION=build_precision(),
         **tiles.product_options(constants, math.prod(grid)),
     )  # fmt: skip
@@ -300,7 +226,7 @@ def _spread(d: Tensor, weight: Tensor, d2: Tensor | None, weight2: Tensor | None
         d2 = None
     grid = (tiles.cdiv(g.images * g.size[0] * g.size[1], tiles.ROWS), tasks, tiles.cdiv(g.channels, constants["BN"]))
     products.product[grid](
-        d, weight, d2, weight2, None, d_x, None, None, None, None, _stride(weight), _stride(weight2), 0,
+        d, weight, d2, weight2, None, d_x, None, None, None, None, stride(weight), stride(weight2), 0,
         g.images, *g.conv_size, *g.size, **constants, PRECISION=build_precision(),
         **tiles.product_options(constants, math.prod(grid)),
     )  # fmt: skip
@@ -340,7 +266,7 @@ def _first(
     """:func:`forward` where ``z`` is computed anew."""
     mean, rstd, new = _moments(_first_moments(kept, None, g), tiles.FIRST_ROWS, running, g)
     kept = replace(kept, mean=mean, rstd=rstd, scale=affine[0])
-    y, peak, code = _windows(kept.x, g), _windows(kept.x, g), _windows(kept.x, g, torch.uint8)
+    y, peak, code = of_windows(kept.x, g), of_windows(kept.x, g), of_windows(kept.x, g, torch.uint8)
     middle = kept.x.mean((1, 2, 3))
     kept = replace(kept, code=code, peak=peak, middle=middle, spread=_spread_of_patches(kept.x, middle, g))
     _first_windows(kept, SavedDot(), affine[1], None, y, None, g)
@@ -353,7 +279,7 @@ def _first_tangent(
     """:func:`tangent` where ``z_dot`` is computed anew."""
     turned_dot = dot.turned_dot if dot.turned_dot is not None else torch.zeros_like(saved.turned)
     moves = _folded(_first_moments(saved, turned_dot, g))
-    y_dot, peak_dot = _windows(saved.x, g), _windows(saved.x, g)
+    y_dot, peak_dot = of_windows(saved.x, g), of_windows(saved.x, g)
     dot = SavedDot(None, dot.weight_dot, turned_dot, None, peak_dot, moves, affine_dot[0])
     _first_windows(saved, dot, None, affine_dot[1], y_dot, peak_dot, g)
     return y_dot.movedim(-1, 2), dot
@@ -366,8 +292,8 @@ def _first_moments(saved: Saved, turned_dot: Tensor | None, g: Geometry) -> Tens
     partial = saved.x.new_empty((tasks, blocks, 2, g.out))
     statistics = (None, None) if turned_dot is None else (saved.mean, saved.rstd)
     first.moments[(blocks, tasks, tiles.cdiv(g.out, constants["BC"]))](
-        saved.x, saved.turned, turned_dot, saved.bias, *statistics, partial, _stride(saved.turned), _stride(turned_dot),
-        _stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=build_precision(),
+        saved.x, saved.turned, turned_dot, saved.bias, *statistics, partial, stride(saved.turned), stride(turned_dot),
+        stride(saved.bias), *g.size, g.images, *g.conv_size, **constants, PRECISION=build_precision(),
         **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return partial
@@ -386,9 +312,9 @@ def _first_windows(
     constants, tasks = tiles.windows_constants(g), saved.x.shape[0]
     first.windows[(tiles.cdiv(g.windows, constants["BM"]), tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, dot.turned_dot, saved.bias, saved.mean, saved.rstd, dot.moves, saved.scale, shift,
-        dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, _stride(saved.turned), _stride(dot.turned_dot),
-        _stride(saved.bias), _stride(saved.scale), _stride(shift), _stride(dot.scale_dot), _stride(shift_dot),
-        *g.size, *_sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=build_precision(),
+        dot.scale_dot, shift_dot, saved.code, saved.peak, y, peak_dot, stride(saved.turned), stride(dot.turned_dot),
+        stride(saved.bias), stride(saved.scale), stride(shift), stride(dot.scale_dot), stride(shift_dot),
+        *g.size, *sizes(g), g.slope, **constants, ACTIVATION=g.activation, PRECISION=build_precision(),
         **tiles.windows_options(g),
     )  # fmt: skip
 
@@ -415,8 +341,8 @@ def _correlate_anew(
     turned_dot = None if d_dot is None else dot.turned_dot
     first.correlation[(pieces, tasks, tiles.cdiv(g.out, constants["BC"]))](
         saved.x, saved.turned, turned_dot, saved.middle, saved.spread, d, d_dot, saved.code, saved.rstd, saved.scale,
-        dot.scale_dot, dot.moves, sums, partial, _stride(saved.turned), _stride(turned_dot), _stride(saved.scale),
-        _stride(dot.scale_dot), *g.size, *_sizes(g), g.slope, span, **constants, Q=2 if d_dot is None else 4,
+        dot.scale_dot, dot.moves, sums, partial, stride(saved.turned), stride(turned_dot), stride(saved.scale),
+        stride(dot.scale_dot), *g.size, *sizes(g), g.slope, span, **constants, Q=2 if d_dot is None else 4,
         PRECISION=turned_precision(), EXACT=exact_precision(), **tiles.FEW_WARPS,
     )  # fmt: skip
     return _collected(partial, g, shared=shared)
@@ -439,10 +365,10 @@ def _moments(
     old: tuple[Tensor | None, ...] = (None, None)
     new: tuple[Tensor, Tensor] | None = None
     if running is not None:
-        old = tuple(_rows(v) for v in running)
+        old = tuple(channel_rows(v) for v in running)
         new = torch.empty_like(mean), torch.empty_like(mean)
     norm.finish_moments[(tasks, columns)](
-        partial, mean, rstd, *old, *(new or (None, None)), _stride(old[0]), g.positions, span, blocks, g.eps,
+        partial, mean, rstd, *old, *(new or (None, None)), stride(old[0]), g.positions, span, blocks, g.eps,
         g.momentum, **tile, **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return mean, rstd, new
@@ -497,7 +423,7 @@ def _positions(
     grid, tile = tiles.elementwise(g.positions, tasks, g.out)
     norm.input_cotangent[grid](
         d, d_dot, saved.code, saved.z, z_dot, saved.mean, saved.rstd, saved.scale, scale_dot, moves, sums, d_z,
-        d_z_dot, _stride(saved.scale), _stride(scale_dot), *_sizes(g), g.slope, **tiles.pool_constants(g), Q=q,
+        d_z_dot, stride(saved.scale), stride(scale_dot), *sizes(g), g.slope, **tiles.pool_constants(g), Q=q,
         **tile, **tiles.OPTIONS, num_stages=1,
     )  # fmt: skip
     return d_z, d_z_dot
