@@ -42,7 +42,9 @@ FASTMETA_DEVICE Place place_of(const Plan& plan, int tile) {
 template <class R>
 FASTMETA_DEVICE void stage_rows(const Block<R>& block, R* to, int stride, int places, const R* from, int rows,
                                 int columns, const R* behind, R constant) {
+#pragma unroll 1
   for (int row = block.warp; row < places; row += block.warps) {
+#pragma unroll 1
     for (int column = block.lane; column < stride; column += warp_size) {
       R* place = to + row * stride + column;
       if (row < rows && column < columns) copy_ahead(place, from + row * columns + column);

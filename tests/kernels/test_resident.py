@@ -315,11 +315,13 @@ def test_a_missing_wait_of_a_warp_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_a_divergent_barrier_aborts(tmp_path: Path, new: str, message: str) -> None:
-    old = "    pass(plan, io, block, k);\n    __syncthreads();\n"
+    old = "    pass<smooth>(plan, io, block, k);\n    __syncthreads();\n"
     for folder in ("csrc", "tests/csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     path = tmp_path / "csrc" / "resident" / "kernel.cuh"
-    path.write_text(path.read_text().replace(old, f"    pass(plan, io, block, k);\n{new}"))
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, f"    pass<smooth>(plan, io, block, k);\n{new}"))
     library = resident_shim.build(tmp_path, tmp_path, "-O0")
     code = (
         "import ctypes\nfrom tests.kernels.test_resident import SINUSOID, Truth\n"
