@@ -232,8 +232,10 @@ def shipped() -> list[Shipped]:
         for width, asked in builds:
             older, hopper = (_precision(asked, hopper=new) for new in (False, True))
             if name == "tangent_backward_values":
-                if _is_apart(hopper, width):
-                    found.append(_build(name, width, hopper, tile(name, width, hopper, hopper=True), (90,)))
+                for new, precision, capability in ((False, older, 80), (True, hopper, 90)):
+                    if _is_apart(precision, width):
+                        sizes = tile(name, width, precision, hopper=new)
+                        found.append(_build(name, width, precision, sizes, (capability,)))
                 continue
             tiles = [tile(name, width, older, hopper=False), tile(name, width, hopper, hopper=True)]
             if older == hopper and tiles[0] == tiles[1]:
@@ -322,7 +324,7 @@ def _precision(asked: str, *, hopper: bool) -> str:
 
 
 def _is_apart(precision: str, width: int) -> bool:
-    return precision == "bf16x6" and width == 64
+    return precision in ("bf16x6", "tf32") and width == 64
 
 
 def _is_hopper(device: torch.device) -> bool:
