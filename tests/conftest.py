@@ -25,7 +25,7 @@ REQUIRED = {word for word in os.environ.get("FASTMETA_REQUIRE", "").split(",") i
 torch.manual_seed(0)  # what tests draw while they are collected is the same in every process that runs them
 
 # The same examples in every run: a failure is a property of the code, not of the day.
-hypothesis.settings.register_profile("fastmeta", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("fastmeta", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("fastmeta")
 
 
