@@ -155,6 +155,18 @@ def test_partial_sums_of_many_blocks(monkeypatch: pytest.MonkeyPatch, nan_poison
         check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, layer.length)
 
 
+def test_products_of_weights_in_two_parts(monkeypatch: pytest.MonkeyPatch, nan_poison: None) -> None:
+    """As they are made on a GPU; the interpreter makes products in one part otherwise."""
+    from fastmeta.ops.conv_block import triton as maps
+
+    monkeypatch.setattr(maps, "build_precision", lambda: "tf32x3")
+    layer = Layer(channels=4, out=5, size=(4, 5))
+    drawn = Drawn(layer)
+    assert tiles.weight_parts(drawn.op.geometry, "tf32x3") == 2
+    torchs = on_reference(drawn, torch.float32, monkeypatch)
+    check(drawn.maps(torch.float32, device()), drawn.truth(), torchs, layer.length)
+
+
 def test_images_of_any_layout() -> None:
     drawn = Drawn(Layer(channels=3, out=5, size=(4, 5)))
     given = [drawn.x[name].to(device(), torch.float32) for name in drawn.names]
