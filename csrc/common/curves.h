@@ -24,7 +24,7 @@ struct Curve {
     if constexpr (activation == Activation::tanh) return hyperbolic_tangent(z);
     if constexpr (activation == Activation::sigmoid) return logistic(z);
     if constexpr (activation == Activation::silu) return z * logistic(z);
-    if constexpr (activation == Activation::gelu) return z * normal_distribution(z);
+    if constexpr (activation == Activation::gelu) return z * normal_distribution(z, bell(z));
     return z;
   }
 
@@ -37,7 +37,10 @@ struct Curve {
       const V s = logistic(z);
       return s + z * s * (1 - s);
     }
-    if constexpr (activation == Activation::gelu) return normal_distribution(z) + z * normal_density(z);
+    if constexpr (activation == Activation::gelu) {
+      const V e = bell(z);
+      return normal_distribution(z, e) + z * e * density;
+    }
     return splat(R(1));
   }
 
@@ -48,15 +51,13 @@ struct Curve {
       const V s = logistic(z), d = s * (1 - s);
       return 2 * d + z * d * (1 - 2 * s);
     }
-    if constexpr (activation == Activation::gelu) return (2 - z * z) * normal_density(z);
+    if constexpr (activation == Activation::gelu) return (2 - z * z) * bell(z) * density;
     return V{};
   }
 
  private:
-  static FASTMETA_INLINE V normal_distribution(V z) {
-    return (1 + error_function(z * R(0.70710678118654752440))) * R(0.5);
-  }
-  static FASTMETA_INLINE V normal_density(V z) { return exponential(z * z * R(-0.5)) * R(0.39894228040143267794); }
+  static constexpr R density = R(0.39894228040143267794);  // of the normal distribution at 0
+  static FASTMETA_INLINE V bell(V z) { return exponential(z * z * R(-0.5)); }
 };
 
 // f(curve) with the curve of `activation`.

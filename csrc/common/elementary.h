@@ -96,12 +96,32 @@ FASTMETA_INLINE V logistic(V x) {  // 1 / (1 + exp(-x))
   return 1 / (1 + exponential(-x));
 }
 
-FASTMETA_INLINE Vector<float> error_function(Vector<float> x) {
-  return each<float>(x, [](float v) { return __builtin_erff(v); });
+// The normal distribution at z, given e = exp(-z^2 / 2): one half and an odd polynomial where |z| < 1.5; further out e
+// times a polynomial in 1 / (1 + |z| / 2), on z's own side of the curve, so that its lower end keeps its digits. Both
+// are least in the largest error, 7e-10 and 2e-7 of the result, of which float's own rounding leaves 8e-8 of 1 in all.
+FASTMETA_INLINE Vector<float> normal_distribution(Vector<float> z, Vector<float> e) {
+  using V = Vector<float>;
+  const V size = of_bits(bits_of(z) & INT32_MAX), square = z * z;
+  V centre = splat(3.995911583842826e-07f);
+  centre = centre * square - 8.629878720967099e-06f;
+  centre = centre * square + 0.00011410449224058539f;
+  centre = centre * square - 0.0011861430248245597f;
+  centre = centre * square + 0.009973010048270226f;
+  centre = centre * square - 0.06649027019739151f;
+  centre = centre * square + 0.3989422619342804f;
+  const V t = 1.0f / (size * 0.5f + 1.0f);
+  V end = splat(0.12152647227048874f);
+  end = end * t - 0.3090101480484009f;
+  end = end * t + 0.16712939739227295f;
+  end = end * t + 0.118390291929245f;
+  end = end * t + 0.20425014197826385f;
+  end = end * t + 0.1990789920091629f;
+  end = (end * t + 1.332335432380205e-05f) * e;
+  return select<float>(size < 1.5f, centre * z + 0.5f, select<float>(z > 0, 1.0f - end, end));
 }
 
-FASTMETA_INLINE Vector<double> error_function(Vector<double> x) {
-  return each<double>(x, [](double v) { return __builtin_erf(v); });
+FASTMETA_INLINE Vector<double> normal_distribution(Vector<double> z, Vector<double>) {
+  return each<double>(z, [](double v) { return (1 + __builtin_erf(v * 0.70710678118654752440)) * 0.5; });
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 // of whole vectors one behind the other, and all rows of the left factor meet it there.
 #pragma once
 
+#include <type_traits>
+
 #include "product.h"
 #include "threads.h"
 #include "transpose.h"
@@ -13,10 +15,20 @@ namespace {
 constexpr std::int64_t panel_vectors = vector_registers >= 32 ? 4 : 3;
 constexpr std::int64_t panel_depth = vector_registers >= 32 ? 384 : 256;
 
-// Elements of a thread's copy.
+// A turned left factor is copied as well, a block of its rows at a time, in the order in which tiles read it: where it
+// lies, a tile's elements are a row apart for each step of the depth. 512 or 768 KiB, which all strips share.
+constexpr std::int64_t block_rows = 512;
+constexpr int block_tile = Columns<panel_vectors, false>::tile_rows();
+
+// Elements of a thread's copies.
 template <class R>
 constexpr std::int64_t panel_size() {
   return panel_depth * panel_vectors * width<R>;
+}
+
+template <class R>
+constexpr std::int64_t block_size() {
+  return panel_depth * block_rows;
 }
 
 // Depth `kc` from k and vectors from column n of B, as rows of `row` elements.
@@ -33,33 +45,122 @@ void copy_panel(const Term<R>& t, std::int64_t k, std::int64_t kc, std::int64_t 
     for (std::int64_t j = 0; j < row; j += width<R>) store(panel + i * row + j, load(b + j));
 }
 
-// As `product`, or where every A is turned `turned_product`, on so many threads; `panels` has room for a copy each.
-template <class R, bool turned>
-void panel_product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
-                   const Result<R>& result, int threads, R* panels) {
+// Rows from m and columns from n of a result whose sum comes in parts: the first `begins` it, the others add to it.
+template <class R>
+Result<R> part_of(const Result<R>& whole, std::int64_t m, std::int64_t n, bool begins) {
+  Result<R> part = whole;
+  part.c += m * whole.row + n;
+  if (!begins) {
+    part.base = nullptr;
+    part.from = part.c;
+    part.rate = whole.from != nullptr ? whole.rate : R(-1);
+    return part;
+  }
+  if (whole.base != nullptr) part.base += n;
+  if (whole.from != nullptr) part.from += m * whole.row + n;
+  return part;
+}
+
+constexpr std::int64_t at_most(std::int64_t n, std::int64_t limit) { return n < limit ? n : limit; }
+
+// Calls f(m, height) for tiles as even as they can be.
+template <class F>
+FASTMETA_INLINE void for_tiles(std::int64_t rows, F f) {
+  const std::int64_t number = (rows + block_tile - 1) / block_tile, least = rows / number, taller = rows % number;
+  for (std::int64_t i = 0, m = 0; i < number; ++i) {
+    const std::int64_t height = i < taller ? least + 1 : least;
+    f(m, height);
+    m += height;
+  }
+}
+
+// f(height) with the height of a tile as a constant.
+template <class F>
+FASTMETA_INLINE void of_height(std::int64_t height, F f) {
+  static_assert(block_tile <= 6, "as many as there are cases");
+  switch (height) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, at_most(5, block_tile)>{});
+    default: return f(std::integral_constant<int, at_most(6, block_tile)>{});
+  }
+}
+
+// Strips from one to another of a product, all its rows; `panel` has room for a copy.
+template <class R>
+void strips_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result,
+               std::int64_t first, std::int64_t last, R* panel) {
   constexpr std::int64_t wide = panel_vectors * width<R>;
-  const std::int64_t all = padded<R>(columns), strips = (all + wide - 1) / wide;
-  parallel_for(strips, threads, [&](std::int64_t first, std::int64_t last, int seat) {
-    R* panel = panels + seat * panel_size<R>();
-    for (std::int64_t n = first * wide; n < last * wide && n < all; n += wide) {
-      const std::int64_t row = all - n < wide ? all - n : wide;
-      Result<R> to = result;
-      to.c += n;
-      if (to.base != nullptr) to.base += n;
-      if (to.from != nullptr) to.from += n;
-      for (int t = 0; t < count; ++t) {
-        const Term<R>& whole = terms[t];
-        for (std::int64_t k = 0; k < whole.depth; k += panel_depth) {
-          const std::int64_t kc = whole.depth - k < panel_depth ? whole.depth - k : panel_depth;
+  const std::int64_t all = padded<R>(columns);
+  for (std::int64_t n = first * wide; n < last * wide && n < all; n += wide) {
+    const std::int64_t row = at_most(all - n, wide);
+    bool begins = true;
+    for (int t = 0; t < count; ++t) {
+      const Term<R>& whole = terms[t];
+      for (std::int64_t k = 0; k < whole.depth; k += panel_depth, begins = false) {
+        const std::int64_t kc = at_most(whole.depth - k, panel_depth);
+        copy_panel(whole, k, kc, n, columns, row, panel);
+        const Term<R> part{whole.a + k, whole.a_row, panel, row, kc};
+        product_of<R, false>(&part, 1, rows, row, part_of(result, 0, n, begins));
+      }
+    }
+  }
+}
+
+// The same where every A is turned; `block` has room for a copy of its rows.
+template <class R>
+void turned_strips_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
+                      const Result<R>& result, std::int64_t first, std::int64_t last, R* panel, R* block) {
+  constexpr std::int64_t wide = panel_vectors * width<R>;
+  const std::int64_t all = padded<R>(columns), blocks = (rows + block_rows - 1) / block_rows;
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const std::int64_t top = rows * b / blocks, here = rows * (b + 1) / blocks - top;
+    bool begins = true;
+    for (int t = 0; t < count; ++t) {
+      const Term<R>& whole = terms[t];
+      for (std::int64_t k = 0; k < whole.depth; k += panel_depth, begins = false) {
+        const std::int64_t kc = at_most(whole.depth - k, panel_depth);
+        const R* a = whole.a + k * whole.a_row + top;
+        for_tiles(here, [&](std::int64_t m, std::int64_t height) {
+          of_height(height, [&](auto h) {
+            for (std::int64_t i = 0; i < kc; ++i)
+              __builtin_memcpy(block + m * kc + i * h, a + i * whole.a_row + m, h * sizeof(R));
+          });
+        });
+        for (std::int64_t n = first * wide; n < last * wide && n < all; n += wide) {
+          const std::int64_t row = at_most(all - n, wide);
           copy_panel(whole, k, kc, n, columns, row, panel);
-          const Term<R> part{whole.a + k * (turned ? whole.a_row : 1), whole.a_row, panel, row, kc};
-          product_of<R, turned>(&part, 1, rows, row, to);
-          to.rate = to.from != nullptr ? to.rate : R(-1);  // what follows is added to what is there
-          to.base = nullptr;
-          to.from = to.c;
+          if (row < wide) {  // has other tiles
+            const Term<R> part{a, whole.a_row, panel, row, kc};
+            product_of<R, true>(&part, 1, here, row, part_of(result, top, n, begins));
+            continue;
+          }
+          for_tiles(here, [&](std::int64_t m, std::int64_t height) {
+            of_height(height, [&](auto h) {
+              const Term<R> tile{block + m * kc, h, panel, wide, kc};
+              tiles<R, h, panel_vectors, false, true>(&tile, 1, 0, 1, 0, part_of(result, top + m, n, begins));
+            });
+          });
         }
       }
     }
+  }
+}
+
+// As `product`, or where every A is turned `turned_product`, on so many threads; `copies` has room for each one's panel
+// and, of turned products, block.
+template <class R, bool turned>
+void panel_product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
+                   const Result<R>& result, int threads, R* copies) {
+  constexpr std::int64_t wide = panel_vectors * width<R>;
+  parallel_for((padded<R>(columns) + wide - 1) / wide, threads, [&](std::int64_t first, std::int64_t last, int seat) {
+    R* panel = copies + seat * (panel_size<R>() + block_size<R>());
+    if constexpr (turned)
+      turned_strips_of(terms, count, rows, columns, result, first, last, panel, panel + panel_size<R>());
+    else
+      strips_of(terms, count, rows, columns, result, first, last, panel);
   });
 }
 
