@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MetaOutput
@@ -155,8 +156,13 @@ class MAML(BaseLearner):
 def _descended(
     model: nn.Module, parameters: Sequence[Tensor], lr: float | Tensor, grads: Sequence[Tensor | None]
 ) -> nn.Module:
-    steps = [(p, p + (-lr * g)) for p, g in zip(parameters, grads, strict=True) if g is not None]
-    return replace_parameters(model, steps)
+    moving = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+    if not moving:
+        return model
+    old, found = map(list, zip(*moving, strict=True))
+    # Two operations in the graph, not two a parameter, with the bits of p + (-lr * g).
+    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else torch._foreach_mul(found, -lr)
+    return replace_parameters(model, zip(old, torch._foreach_add(old, updates), strict=True))
 
 
 def _chosen(here: bool | None, otherwise: bool) -> bool:
