@@ -278,7 +278,7 @@ def test_weights_that_are_copied_in_panels(activation: str, learned: bool, dtype
     assert error <= (EXACT if dtype == torch.float64 else 1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     widths=st.lists(st.integers(1, 70), min_size=2, max_size=5),
     activation=st.sampled_from(list(ACTIVATIONS)),

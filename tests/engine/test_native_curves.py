@@ -1,4 +1,4 @@
-"""Activations of the native executor point by point: their value, slope and bend in float32, on each instruction set."""
+"""Activations of the native executor point by point: value, slope and bend in float32, on each instruction set."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def test_points_of_a_curve(activation: nn.Module) -> None:
 
     # 1e-6: a few units in the last place of numbers up to 9, where torch may have none
     assert error(ours(tasks).logits, right[2]) <= 2 * error(torchs[2], right[2]) + 1e-6
-    name = "0.weight"
-    assert error(ours.value_and_grad(tasks)[1][name], right[3][name]) <= 2 * error(torchs[3][name], right[3][name]) + 1e-6
+    found, wanted, theirs = (grads["0.weight"] for grads in (ours.value_and_grad(tasks)[1], right[3], torchs[3]))
+    assert error(found, wanted) <= 2 * error(theirs, wanted) + 1e-6

@@ -5,8 +5,8 @@ with another version of Triton than the one that file is of, only what no build 
 process of its own: kernels that were made for the interpreter cannot be compiled.
 
 One version of Triton makes the same of the same intermediate code, so ``resources.json`` keeps a digest of that beside
-what was found. The first build of each kernel is compiled every time, and every build whose code is not the one that
-was read; ``--all`` compiles the others too.
+what was found, and one of the sources that it all comes from. The first build of each kernel is compiled every time.
+Where the sources are others, so is every build whose code is not the one that was read; ``--all`` compiles all.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ def modules() -> list[str]:
     """The modules that ship kernels."""
     found = sorted((ROOT / "fastmeta" / "ops").glob("*/triton.py"))
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+
+
+def sources() -> str:
+    """Of the files that kernels are written in, and their tiles and constants."""
+    folders = [path.parent for path in sorted((ROOT / "fastmeta" / "ops").glob("*/triton.py"))]
+    files = [path for folder in folders for path in folder.glob("*.py")]
+    files += (ROOT / "fastmeta" / "core").glob("triton_*.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,19 @@ def builds(names: list[str]) -> list[Build]:
     return [Build(one, capability) for one in shipped for capability in CAPABILITIES if capability in one.capabilities]
 
 
-def gather(wanted: list[Build], known: dict[str, Any], always: set[str]) -> dict[str, dict[str, Any]]:
-    """Resources by name: compiled, or as ``known`` where that is of the same code, ``always`` excepted."""
+def gather(
+    wanted: list[Build], known: dict[str, Any], always: set[str], *, unchanged: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Resources by name: compiled, or as ``known`` where that is of the same code, ``always`` excepted.
+
+    Where the sources are ``unchanged``, so is the code of what is known.
+    """
 
     def look(build: Build) -> dict[str, Any]:
-        digest, before = build.digest(), known.get(build.name)
+        before = known.get(build.name)
+        if unchanged and before is not None and build.name not in always:
+            return dict(before)
+        digest = build.digest()
         if build.name not in always and before is not None and before["code"] == digest:
             return dict(before)
         return {"code": digest, **read(build)}
@@ -151,7 +167,7 @@ def main() -> None:
     golden = kept["builds"] if kept["triton"] == version else {}
     first = {(id(build.shipped.kernel), build.capability): build for build in reversed(wanted)}
     always = {build.name for build in (wanted if arguments.all else first.values())}
-    found = gather(wanted, golden, always)
+    found = gather(wanted, golden, always, unchanged=kept.get("sources") == sources())
     wrong = [
         fault
         for build in wanted
@@ -159,7 +175,10 @@ def main() -> None:
     ]
     if arguments.write:
         every = {**(golden if arguments.modules else {}), **found}
-        GOLDEN.write_text(json.dumps({"triton": version, "builds": dict(sorted(every.items()))}, indent=1) + "\n")
+        GOLDEN.write_text(
+            json.dumps({"triton": version, "sources": sources(), "builds": dict(sorted(every.items()))}, indent=1)
+            + "\n"
+        )
     elif golden:
         for name, one in found.items():
             before = golden.get(name, {})

@@ -33,6 +33,8 @@ def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources.gather(wanted, known, {"first sm_80"})
     assert [found[f"{name} sm_80"]["registers"] for name in names] == [1, 0, 1, 1]
     assert [one["code"] for one in found.values()] == ["known", "known", "new", "known"]
+    found = resources.gather(wanted, known, {"first sm_80"}, unchanged=True)
+    assert [found[f"{name} sm_80"]["registers"] for name in names] == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
