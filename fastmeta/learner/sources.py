@@ -55,7 +55,8 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches of the pass are taken, and what it began with."""
-        return {"taken": self._taken, "began": list(self._began)}
+        began = self._began if self._taken else [_text(state) for state in self._states()]
+        return {"taken": self._taken, "began": began}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -66,9 +67,7 @@ class Batches:
         taken, began = state["taken"], state["began"]
         if type(taken) is not int or not 0 <= taken <= len(self.batches):
             checks.fail(ValueError, "fit", "state", f"one of {len(self.batches)} batches a pass", f"{taken} taken")
-        self._iterator, self._taken, self._began = None, 0, []
-        if taken == 0:
-            return
+        self._iterator, self._taken = None, 0
         now = torch.get_rng_state()
         for put, value in zip(self._puts(), began, strict=True):
             put(torch.frombuffer(bytearray.fromhex(value), dtype=torch.uint8))
