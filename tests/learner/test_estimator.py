@@ -26,8 +26,12 @@ def network(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
 
 
+AUTODIFF = {"engine": "autodiff"}  # spares small tests the time of tracing
+
+
 def small(model: nn.Module | None = None, **changes: Any) -> MetaLearner:
-    settings = {"loss": "mse_loss", "inner_lr": 0.05, "meta_lr": 1e-2, "random_state": 0, "verbose": False}
+    settings = {"loss": "mse_loss", "inner_lr": 0.05, "meta_lr": 1e-2, "options": AUTODIFF}
+    settings |= {"random_state": 0, "verbose": False}
     return MetaLearner(network() if model is None else model, **settings | changes)
 
 
@@ -61,7 +65,7 @@ def by_hand(model: nn.Module, batches: list[fm.TaskBatch], optimizer: Any, inner
 def test_a_fit_is_the_loop_that_one_would_write(optimizer: Any, lr: float | None) -> None:
     stream, model = Sinusoid(3, 4, seed=1, dtype=torch.float64), network().double()
     batches = [stream.sample() for _ in range(6)]
-    learner = small(model, optimizer=optimizer, meta_lr=lr)
+    learner = small(model, optimizer=optimizer, meta_lr=lr, options={"engine": "program"})
     assert learner.fit(Sinusoid(3, 4, seed=1, dtype=torch.float64), epochs=2, steps_per_epoch=3) is learner
     truth = copy.deepcopy(model)
     made = torch.optim.Adam(truth.parameters(), lr=1e-2) if lr else optimizer(truth.parameters())
@@ -130,7 +134,7 @@ def test_a_warm_start_goes_on() -> None:
 ALGORITHMS = {
     "name": {"algorithm": "ANIL", "inner_steps": 2},
     "class": {"algorithm": fm.MetaSGD},
-    "options": {"algorithm": "cavia", "options": {"context": 2}},
+    "options": {"algorithm": "cavia", "options": {"context": 2} | AUTODIFF},
     "function": {"algorithm": functools.partial(fm.MAMLPlusPlus, multi_step_epochs=2), "inner_steps": 2},
     "reptile": {"algorithm": "reptile", "inner_steps": 2},
 }
@@ -149,7 +153,7 @@ def test_algorithms_by_name_class_or_function(name: str) -> None:
 
 
 def test_an_instance_is_copied_and_has_its_own_settings() -> None:
-    instance = fm.ANIL(network(), F.mse_loss, lr=0.05, steps=2)
+    instance = fm.ANIL(network(), F.mse_loss, lr=0.05, steps=2, **AUTODIFF)
     before = [p.detach().clone() for p in instance.parameters()]
     learner = MetaLearner(algorithm=instance, meta_lr=1e-2, random_state=0, verbose=False)
     learner.fit(Sinusoid(3, 4), steps_per_epoch=3)
@@ -190,7 +194,7 @@ def test_dropout_is_on_in_training_alone_and_a_model_in_evaluation_mode_stays_so
 @pytest.mark.parametrize("followed", [False, True])
 def test_batch_norm_normalises_as_it_was_trained_to(followed: bool) -> None:
     model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
-    options = {"update_running_stats": followed}
+    options = {"update_running_stats": followed} | AUTODIFF
     learner = small(model, options=options).fit(Sinusoid(3, 4), steps_per_epoch=2)
     assert learner.model_[1].training is not followed
     assert bool((learner.model_[1].running_mean != 0).any()) is followed
@@ -225,7 +229,7 @@ def test_rates_of_the_outer_loop_follow_a_schedule() -> None:
 
 def test_training_learns_and_is_judged_the_same_way_every_epoch() -> None:
     validation = Sinusoid(1, 10, 20, seed=9)
-    learner = small(metric="mse", inner_steps=1, eval_steps=3, inner_lr=0.02)
+    learner = small(metric="mse", inner_steps=1, eval_steps=3, inner_lr=0.02, options={"engine": "program"})
     learner.fit(Sinusoid(10, 10, seed=1), epochs=2, steps_per_epoch=80, validation=validation, validation_tasks=40)
     first, last = learner.history_
     assert last["validation"] < last["validation_before"]
@@ -254,7 +258,7 @@ def test_predictions_take_arrays_and_batches() -> None:
 
 
 def test_manners_of_scikit_learn() -> None:
-    learner = small(options={"allow_unused": True})
+    learner = small(options={"allow_unused": True} | AUTODIFF)
     parameters = learner.get_params()
     assert parameters["inner_lr"] == 0.05
     assert all(getattr(learner, name) is value for name, value in parameters.items())
@@ -277,7 +281,8 @@ def test_manners_of_scikit_learn() -> None:
     assert fresh.model is not learner.model
     assert same(weights(fresh.fit(Sinusoid(3, 4), steps_per_epoch=2)), weights(learner))
     assert "inner_steps=3" in repr(fresh)
-    clone(MetaLearner(algorithm=fm.MAML(network(), F.mse_loss), verbose=False)).fit(Sinusoid(3, 4), steps_per_epoch=1)
+    instance = fm.MAML(network(), F.mse_loss, **AUTODIFF)
+    clone(MetaLearner(algorithm=instance, verbose=False)).fit(Sinusoid(3, 4), steps_per_epoch=1)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +344,8 @@ def test_recommendations_are_the_best_items_for_the_user() -> None:
     items, tastes = torch.randn(20, 2), torch.randn(5, 2)
     rated = torch.arange(6).expand(5, -1)
     users = fm.TaskBatch((items[rated], (items[rated] * tastes[:, None]).sum(-1)))
-    learner = MetaLearner(Ranker(), "maml", "mse_loss", inner_lr=0.1, inner_steps=20, optimizer="SGD", verbose=False)
-    learner.fit(fm.TaskBatch(users.support, users.support))
+    learner = MetaLearner(Ranker(), "maml", "mse_loss", inner_lr=0.1, inner_steps=20, verbose=False)
+    learner.set_params(optimizer="SGD", options=AUTODIFF).fit(fm.TaskBatch(users.support, users.support))
     many = learner.recommend(users, items, 4)
     assert many.items.shape == many.scores.shape == (5, 4)
     for t in range(5):
@@ -365,7 +370,7 @@ def test_recommendations_are_the_best_items_for_the_user() -> None:
             learner.recommend(users.task(0)[0], items, k, exclude=exclude)
     with pytest.raises(ValueError, match="5 sequences, one a user, got 2"):
         learner.recommend(users, items, 1, exclude=[[], []])
-    wide = MetaLearner(nn.Linear(2, 3), "maml", "mse_loss", verbose=False)
+    wide = small(nn.Linear(2, 3))
     wide.fit(fm.TaskBatch((torch.zeros(2, 3, 2), torch.zeros(2, 3, 3)), (torch.zeros(2, 3, 2), torch.zeros(2, 3, 3))))
     with pytest.raises(ValueError, match=r"one score an item, \[N\] or \[N, 1\], got \[20, 3\]"):
         wide.recommend((torch.zeros(3, 2), torch.zeros(3, 3)), items, 1)

@@ -39,6 +39,7 @@ def noisy() -> nn.Module:
 
 def learner(**changes: Any) -> MetaLearner:
     settings = {"inner_lr": 0.05, "meta_lr": 1e-2, "random_state": 0, "verbose": False, "metric": "mse"}
+    settings["options"] = {"engine": "autodiff"}  # spares small tests the time of tracing
     return MetaLearner(noisy(), "maml", "mse_loss", **settings | changes)
 
 
@@ -79,7 +80,7 @@ def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(tmp_path: Path, source
     def fit(stop: int, resume: Path | None = None) -> MetaLearner:
         folder = tmp_path / ("parts" if stop or resume else "whole")
         callbacks = [Checkpoint(folder), EarlyStopping(2, larger=True), Signal(stop)]  # the error falls: stops early
-        made = learner(scheduler=plateau)
+        made = learner(scheduler=plateau, options={"engine": "program" if source == "sampler" else "autodiff"})
         settings = {"validation": Sinusoid(1, 4, seed=9), "validation_tasks": 3, "steps_per_epoch": 4}
         try:
             return made.fit(SOURCES[source](), epochs=9, callbacks=callbacks, resume=resume, **settings)

@@ -20,7 +20,9 @@ from fastmeta.tasks import Sinusoid
 
 
 def fit(callbacks: list[Callback], epochs: int = 2, resume: Path | None = None) -> MetaLearner:
-    learner = MetaLearner(nn.Linear(1, 1), "maml", F.mse_loss, metric="mse", random_state=0, verbose=False)
+    learner = MetaLearner(
+        nn.Linear(1, 1), "maml", F.mse_loss, metric="mse", verbose=False, options={"engine": "autodiff"}
+    )
     settings: dict[str, Any] = {"validation": Sinusoid(2, 4, seed=1), "validation_tasks": 2, "resume": resume}
     return learner.fit(Sinusoid(2, 4), epochs=epochs, steps_per_epoch=4, callbacks=callbacks, **settings)
 

@@ -23,6 +23,7 @@ def network(width: int = 4) -> nn.Module:
 
 def fitted(**settings: Any) -> MetaLearner:
     settings = {"model": network(), "loss": F.mse_loss, "inner_lr": 0.05, "verbose": False} | settings
+    settings["options"] = {"engine": "autodiff"}  # spares small tests the time of tracing
     return MetaLearner(**settings).fit(Sinusoid(2, 4), steps_per_epoch=2)
 
 
@@ -76,7 +77,7 @@ def test_what_is_no_plain_value_is_given_again(tmp_path: Path) -> None:
     assert again.learner_.lr.item() == learner.learner_.lr.item() != pytest.approx(0.05, abs=1e-6)
     with pytest.raises(TypeError, match=r"parameters must be of .*, got \['speed'\]"):
         MetaLearner.load(tmp_path, network(), loss=loss, inner_lr=rate, speed=1)
-    instance = fm.MAML(network(), F.mse_loss, lr=0.05)
+    instance = fm.MAML(network(), F.mse_loss, lr=0.05, engine="autodiff")
     MetaLearner(algorithm=instance, verbose=False).fit(Sinusoid(2, 4), steps_per_epoch=1).save(tmp_path / "instance")
     with pytest.raises(ValueError, match=r"\['algorithm'\] must be given"):
         MetaLearner.load(tmp_path / "instance")
