@@ -406,7 +406,7 @@ class MetaLearner(BaseEstimator):
             yield
             return
         count("MetaLearner", "random_state", self.random_state, least=0)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.random_state)
             yield
 
