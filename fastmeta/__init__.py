@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
+    from fastmeta.learner.callbacks import Callback as Callback
+    from fastmeta.learner.callbacks import Checkpoint as Checkpoint
+    from fastmeta.learner.callbacks import EarlyStopping as EarlyStopping
+    from fastmeta.learner.estimator import MetaLearner as MetaLearner
+    from fastmeta.learner.loggers import MLflow as MLflow
+    from fastmeta.learner.loggers import TensorBoard as TensorBoard
     from fastmeta.ops.inner_update.op import inner_update as inner_update
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
 
@@ -38,16 +44,22 @@ _ATTRIBUTES = {
     "ANIL": "fastmeta.algorithms.anil",
     "BOIL": "fastmeta.algorithms.anil",
     "CAVIA": "fastmeta.algorithms.cavia",
+    "Callback": "fastmeta.learner.callbacks",
+    "Checkpoint": "fastmeta.learner.callbacks",
+    "EarlyStopping": "fastmeta.learner.callbacks",
     "FOMAML": "fastmeta.algorithms.fomaml",
     "IMAML": "fastmeta.algorithms.imaml",
     "MAML": "fastmeta.algorithms.maml",
     "MAMLPlusPlus": "fastmeta.algorithms.maml_plus_plus",
+    "MLflow": "fastmeta.learner.loggers",
     "MetaCurvature": "fastmeta.algorithms.meta_curvature",
+    "MetaLearner": "fastmeta.learner.estimator",
     "MetaOutput": "fastmeta.algorithms.maml",
     "MetaSGD": "fastmeta.algorithms.meta_sgd",
     "ProtoMAML": "fastmeta.algorithms.proto_maml",
     "Reptile": "fastmeta.algorithms.reptile",
     "TaskBatch": "fastmeta.tasks.batch",
+    "TensorBoard": "fastmeta.learner.loggers",
     "inner_update": "fastmeta.ops.inner_update",
 }
 _MODULES = {
@@ -67,13 +79,19 @@ __all__ = [
     "FOMAML",
     "IMAML",
     "MAML",
+    "Callback",
+    "Checkpoint",
+    "EarlyStopping",
     "MAMLPlusPlus",
+    "MLflow",
     "MetaCurvature",
+    "MetaLearner",
     "MetaOutput",
     "MetaSGD",
     "ProtoMAML",
     "Reptile",
     "TaskBatch",
+    "TensorBoard",
     "__version__",
     "algorithms",
     "compat",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class AdaptedModel:
@@ -69,7 +71,7 @@ class AdaptedModel:
         """
         if not 0 <= task < self.tasks:
             raise IndexError(f"AdaptedModel: task must be in [0, {self.tasks}), got {task}")
-        clone = copy.deepcopy(self._model, _computed_attributes(self._model))
+        clone = deep_copy(self._model)
         with torch.no_grad():
             for name, parameter in clone.named_parameters():
                 if name in self._batched:
@@ -85,15 +87,15 @@ class AdaptedModel:
         return functional_call(self._model, state, args, kwargs)
 
 
-def _computed_attributes(model: nn.Module) -> dict[int, Tensor]:
-    """A memo for ``deepcopy`` with copies of tensors a forward pass left behind, such as a pruned module's weight.
+def deep_copy(module: M) -> M:
+    """A copy of a module, though a forward pass has left tensors behind, such as a pruned module's weight.
 
     They are results of autograd, which ``deepcopy`` refuses; the next forward pass computes them anew.
     """
     computed = (
         value
-        for module in model.modules()
-        for value in module.__dict__.values()
+        for part in module.modules()
+        for value in part.__dict__.values()
         if isinstance(value, Tensor) and not value.is_leaf
     )
-    return {id(value): value.detach().clone() for value in computed}
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in computed})

@@ -149,10 +149,7 @@ class MAML(nn.Module):
             raise ValueError(f"MAML: memory_budget must be None with engine='autodiff', got {memory_budget}")
         self._objective = Objective(model, loss)
         self._selection = parameters
-        self._compiler = Compiler()
-        self._custom = Custom()
-        self._recall = Recall(self._objective.root)
-        self._warned: set[str] = set()
+        self._remember_nothing()
         self.model = model
         if isinstance(loss, nn.Module):
             self.loss = loss
@@ -276,6 +273,21 @@ class MAML(nn.Module):
         """Forget every trace, after a change a trace cannot see (a Python attribute the forward pass branches on)."""
         self._compiler.clear()
         self._recall.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is remembered of meta-steps, which copies find out for themselves."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_compiler", "_custom", "_recall", "_warned")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take ``state``, and nothing remembered."""
+        super().__setstate__(state)
+        self._remember_nothing()
+
+    def _remember_nothing(self) -> None:
+        self._compiler = Compiler()
+        self._custom = Custom()
+        self._recall = Recall(self._objective.root)
+        self._warned: set[str] = set()
 
     def extra_repr(self) -> str:
         """Settings, for ``print``."""

@@ -153,7 +153,7 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"checkpoint: {path} must be JSON, got {error}; it is damaged or truncated") from error
     names = {"version", "tensors", "sha256", "state"}
     if not isinstance(record, dict) or not names <= record.keys() or not isinstance(record["state"], dict):
@@ -163,6 +163,7 @@ def _record(path: Path) -> dict[str, Any]:
             f"checkpoint: {path} must be of version {VERSION}, got {record['version']}; "
             "read it with the fastmeta that wrote it"
         )
-    if Path(str(record["tensors"])).name != record["tensors"]:
-        raise ValueError(f"checkpoint: {path} must name a file beside it, got {record['tensors']!r}")
+    named = record["tensors"]
+    if not isinstance(named, str) or Path(named).name != named or named in ("", ".."):
+        raise ValueError(f"checkpoint: {path} must name a file beside it, got {named!r}")
     return record

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta.algorithms.maml import MAML
 from fastmeta.core import checks
-from fastmeta.tasks import TaskSampler
+from fastmeta.learner.metric import Metric, metric_of
+from fastmeta.tasks.batch import TaskBatch
+from fastmeta.tasks.sampler import TaskSampler
 
 
 class Stopped(Exception):
@@ -45,14 +48,14 @@ class Evaluation:
     """Figures of an initialisation on fresh tasks.
 
     Attributes:
-        metric: ``"accuracy"`` (a share in [0, 1]) or ``"mse"``.
+        metric: what tasks are judged by.
         before: the metric of the initialisation itself.
         after: the metric after adaptation to each task.
         loss: query loss after adaptation.
         steps: inner steps of the adaptation.
     """
 
-    metric: str
+    metric: Metric
     before: Estimate
     after: Estimate
     loss: float
@@ -60,15 +63,13 @@ class Evaluation:
 
     def better_than(self, value: float | None) -> bool:
         """Whether ``after`` beats ``value``; ``None`` is beaten by anything."""
-        if value is None:
-            return True
-        return self.after.mean > value if self.metric == "accuracy" else self.after.mean < value
+        return self.metric.better(self.after.mean, value)
 
 
 def evaluate(
     maml: MAML,
     sampler: TaskSampler,
-    metric: str,
+    metric: str | Metric,
     *,
     tasks: int,
     steps: int,
@@ -82,7 +83,7 @@ def evaluate(
     Args:
         maml: the learner.
         sampler: where the tasks come from.
-        metric: ``"accuracy"`` or ``"mse"``.
+        metric: a name that :func:`~fastmeta.learner.metric.metric_of` knows, or a metric.
         tasks: number of tasks.
         steps: inner steps.
         batch: tasks adapted at once.
@@ -91,31 +92,57 @@ def evaluate(
     Raises:
         Stopped: ``stop`` said so.
     """
+    return evaluate_batches(maml, drawn(sampler, tasks, batch), metric_of(metric), steps=steps, stop=stop)
+
+
+def evaluate_batches(
+    maml: MAML,
+    batches: Iterable[TaskBatch],
+    metric: Metric,
+    *,
+    steps: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """:func:`evaluate` on given batches; ``steps`` are the learner's own where left out.
+
+    Raises:
+        ValueError: fewer than two tasks in all.
+        Stopped: ``stop`` said so.
+    """
+    steps = maml.steps if steps is None else steps
     before, after, losses = [], [], []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for start in range(0, tasks, batch):
+        for tasks in batches:
             if stop():
                 raise Stopped
-            episodes = sampler.sample(min(batch, tasks - start))
-            targets = episodes.query[1]
-            before.append(scores(metric, maml(episodes, steps=0).logits, targets))
-            out = maml(episodes, steps=steps)
-            after.append(scores(metric, out.logits, targets))
+            before.append(metric.score(maml(tasks, steps=0), tasks.query))
+            out = maml(tasks, steps=steps)
+            after.append(metric.score(out, tasks.query))
             losses.append(out.task_losses)
+    checks.at_least("evaluate", "tasks", sum(map(len, losses)), 2)  # an interval needs two
     return Evaluation(
         metric, Estimate.of(torch.cat(before)), Estimate.of(torch.cat(after)), float(torch.cat(losses).mean()), steps
     )
 
 
-def scores(metric: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The metric of each task, ``[T]``.
+def drawn(sampler: TaskSampler, tasks: int, batch: int) -> Iterator[TaskBatch]:
+    """``tasks`` tasks from ``sampler``, ``batch`` at a time."""
+    for start in range(0, tasks, batch):
+        yield sampler.sample(min(batch, tasks - start))
 
-    Args:
-        metric: ``"accuracy"`` or ``"mse"``.
-        outputs: ``[T, N, ways]`` scores of classes, or ``[T, N, ...]`` predictions.
-        targets: ``[T, N]`` labels, or ``[T, N, ...]`` values.
+
+def evaluation_record(kind: str, step: int, found: Evaluation) -> dict[str, Any]:
+    """An evaluation as it goes into the log.
+
+    Raises:
+        ValueError: a figure is not finite.
     """
-    checks.one_of("evaluate", "metric", metric, ("accuracy", "mse"))
-    if metric == "accuracy":
-        return (outputs.argmax(-1) == targets).to(torch.float64).mean(1)
-    return (outputs - targets).square().flatten(1).mean(1).to(torch.float64)
+    record: dict[str, Any] = {
+        "kind": kind, "step": step, "metric": found.metric.name, "loss": found.loss, "steps": found.steps,
+        "tasks": found.after.tasks, "before": found.before.mean, "before_ci95": found.before.ci95,
+        "after": found.after.mean, "after_ci95": found.after.ci95,
+    }  # fmt: skip
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{kind}: {name} must be finite, got {value} at step {step}; lower the inner rate")
+    return record

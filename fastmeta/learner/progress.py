@@ -111,8 +111,8 @@ class Live(Silent):
 
 
 def reporter_for(console: Console) -> Reporter:
-    """A live display where ``console`` is a terminal, plain lines elsewhere."""
-    return Live(console) if console.is_terminal else Lines(console)
+    """A live display where ``console`` is a terminal or a notebook, plain lines elsewhere."""
+    return Live(console) if console.is_terminal or console.is_jupyter else Lines(console)
 
 
 def describe(record: Mapping[str, Any]) -> str:
@@ -131,7 +131,8 @@ def figure(record: Mapping[str, Any], which: str = "after") -> str:
     mean, ci = record[which], record[f"{which}_ci95"]
     if record["metric"] == "accuracy":
         return f"accuracy {100 * mean:.2f} % ± {100 * ci:.2f} %"
-    return f"error {mean:.4f} ± {ci:.4f}"
+    name = "error" if record["metric"] == "mse" else record["metric"]
+    return f"{name} {mean:.4f} ± {ci:.4f}"
 
 
 def clock(seconds: float) -> str:

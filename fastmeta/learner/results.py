@@ -13,11 +13,10 @@ from fastmeta.core import checks, files
 from fastmeta.learner import checkpoint, plots
 from fastmeta.learner.algorithms import learner_of, load_weights
 from fastmeta.learner.config import TrainConfig
-from fastmeta.learner.evaluation import evaluate
+from fastmeta.learner.evaluation import evaluate, evaluation_record
 from fastmeta.learner.metrics import MetricsLog, read_metrics
 from fastmeta.learner.problems import Problem, build
 from fastmeta.learner.run import BEST, LAST, Run
-from fastmeta.learner.training import evaluation_record
 from fastmeta.tasks.batch import TaskBatch
 from fastmeta.tasks.sinusoid import Sinusoid, grid, wave
 

@@ -10,6 +10,7 @@ from fastmeta.tasks.omniglot import Omniglot, load_omniglot
 from fastmeta.tasks.pool import ClassPool
 from fastmeta.tasks.sampler import TaskSampler
 from fastmeta.tasks.sinusoid import Sinusoid
+from fastmeta.tasks.task_set import TaskSet
 
 __all__ = [
     "ClassPool",
@@ -20,6 +21,7 @@ __all__ = [
     "SquareSymmetries",
     "TaskBatch",
     "TaskSampler",
+    "TaskSet",
     "cache_folder",
     "fetch",
     "load_digits_pools",

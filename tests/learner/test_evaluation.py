@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmeta import MAML
-from fastmeta.learner.evaluation import Estimate, Evaluation, Stopped, evaluate, scores
+from fastmeta.learner.evaluation import Estimate, Evaluation, Stopped, evaluate
+from fastmeta.learner.metric import accuracy, metric_of, mse
 from fastmeta.learner.models import mlp
 from fastmeta.tasks import Sinusoid
 
@@ -20,15 +21,16 @@ def test_an_estimate_is_a_mean_with_its_interval() -> None:
         Estimate.of(torch.ones(1))
 
 
-def test_scores() -> None:
+def test_figures_of_tasks() -> None:
     logits = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [3.0, 1.0]]])
-    assert scores("accuracy", logits, torch.tensor([[0, 1], [0, 1]])).tolist() == [1.0, 0.5]
-    assert scores("mse", torch.zeros(2, 3, 1), torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 3, 1)).tolist() == [
-        1,
-        4,
-    ]
-    with pytest.raises(ValueError, match="metric must be one of 'accuracy', 'mse', got 'f1'"):
-        scores("f1", logits, logits)
+    labels = torch.tensor([[0, 1], [0, 1]])
+    assert accuracy(logits, labels).tolist() == [1.0, 0.5]
+    assert accuracy(logits, labels, torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist() == [1.0, 1.0]
+    values = torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 3, 1)
+    assert mse(torch.zeros(2, 3, 1), values).tolist() == [1, 4]
+    assert mse(torch.zeros(2, 3), torch.ones(2, 3), torch.eye(2, 3)).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"metric: name must be one of .*'accuracy', 'mse'.*, got 'f1'"):
+        metric_of("f1")
 
 
 def test_evaluation_adapts_without_gradients() -> None:
@@ -54,7 +56,7 @@ def test_evaluation_stops_when_asked() -> None:
 
 def test_better_is_larger_accuracy_or_smaller_error() -> None:
     estimate = Estimate(0.5, 0.1, 10)
-    accuracy, error = (Evaluation(m, estimate, estimate, 1.0, 1) for m in ("accuracy", "mse"))
+    accuracy, error = (Evaluation(metric_of(m), estimate, estimate, 1.0, 1) for m in ("accuracy", "mse"))
     assert accuracy.better_than(0.4)
     assert not accuracy.better_than(0.6)
     assert error.better_than(0.6)

@@ -159,7 +159,7 @@ def test_the_meta_gradient_is_clipped(tmp_path: Path) -> None:
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:
     config = small(inner_lr=1e30, val_every=100)
     trainer = Trainer(config, build(config), open_new(tmp_path, config))
-    with pytest.raises(ValueError, match=r"must be finite, got .*lower --inner-lr"):
+    with pytest.raises(ValueError, match=r"must be finite, got .*lower the inner rate"):
         trainer.fit()
 
 
