@@ -19,8 +19,7 @@ import fastmeta as fm
 from examples.common import meta_train, percent, table
 from fastmeta.learner.encoders import SentenceClassifier, load_classifier, load_tokenizer
 from fastmeta.learner.evaluation import Evaluation, evaluate
-from fastmeta.tasks import ClassPool, EpisodeSampler
-from fastmeta.tasks.sentences import Trim, read_sentences, sentence_pool
+from fastmeta.tasks import ClassPool, EpisodeSampler, Trim, read_sentences, sentence_pool
 
 RATES = {"head": 0.1, "last block": 0.03, "everything": 0.03}
 

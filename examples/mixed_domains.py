@@ -19,8 +19,17 @@ from torch import Tensor, nn
 import fastmeta as fm
 from examples.common import percent, progress, table
 from fastmeta.learner.evaluation import Evaluation, evaluate
-from fastmeta.tasks import ClassPool, EpisodeSampler, SquareSymmetries, TaskSampler, load_digits_pools, load_omniglot
-from fastmeta.tasks.sentences import Trim, read_sentences, sentence_pool
+from fastmeta.tasks import (
+    ClassPool,
+    EpisodeSampler,
+    SquareSymmetries,
+    TaskSampler,
+    Trim,
+    load_digits_pools,
+    load_omniglot,
+    read_sentences,
+    sentence_pool,
+)
 
 WAYS, WIDTH, STEPS = 5, 64, 3
 UNKNOWN = 1  # the token of words that training has not seen; 0 is the padding
