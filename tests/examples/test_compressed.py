@@ -45,21 +45,20 @@ def test_meta_gradient_agrees_with_the_loop(kind) -> None:
     assert relative_error(grads, truth[3]) < 1e-9
 
 
-def trained(model: nn.Module, learner: fm.MAML, optimizer: type[torch.optim.Optimizer]) -> None:
-    made = optimizer(learner.parameters(), lr=1e-2)
+def trained(model: nn.Module, learner: fm.MAML) -> None:
+    made = torch.optim.AdamW(learner.parameters(), lr=1e-2)
     for _ in range(3):
         made.zero_grad()
         learner(digits()).loss.backward()
         made.step()
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
-def test_pruned_weights_are_zero_in_every_task_and_after_training(optimizer) -> None:
+def test_pruned_weights_are_zero_in_every_task_and_after_training() -> None:
     model, tasks = made("pruned"), digits()
     learner = compressed.learner_of("pruned", model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     grads = learner.value_and_grad(tasks)[1]
-    trained(model, learner, optimizer)
+    trained(model, learner)
     adapted = learner.adapt(tasks)
     masks = {n.replace("_mask", "_orig"): b.bool() for n, b in model.named_buffers()}
     assert len(masks) == 3
@@ -96,7 +95,7 @@ def test_what_is_quantised_keeps_every_bit(kind) -> None:
     assert len(before) == 4
     assert sum(b.dtype == torch.int8 for b in before.values()) == 2
     head = model[1].weight.detach().clone()
-    trained(model, learner, torch.optim.Adam)
+    trained(model, learner)
     for name, value in frozen(model).items():
         assert torch.equal(value, before[name])
     for name, value in frozen(learner.adapt(tasks).module(1)).items():
@@ -112,7 +111,7 @@ def test_int8_weights_are_near_those_they_stand_for() -> None:
 
 
 def test_learns() -> None:
-    found = compressed.main(["--iterations", "150", "--more", "40", "--width", "48", "--test-tasks", "60"])
+    found = compressed.main(["--iterations", "80", "--more", "15", "--width", "48", "--test-tasks", "20"])
     fresh, dense = found.pop("dense")
     assert dense.mean > fresh.mean + 0.1
     assert len(found) == 3

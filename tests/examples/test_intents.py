@@ -80,17 +80,15 @@ def test_meta_gradient_agrees_with_the_loop(kind) -> None:
     assert relative_error(grads, truth[3]) < 1e-9
 
 
-def test_every_kind_learns(tmp_path: Path) -> None:
+def test_a_block_learns(tmp_path: Path) -> None:
     texts, labels = read_sentences(write_sentences(tmp_path / "sentences.jsonl"), "train")
     pool = sentence_pool(texts, labels, encode)
-    options = intents.parser().parse_args(
-        ["--iterations", "40", "--lr", "0.01", "--shots", "2", "--test-tasks", "24", "--steps", "2"]
-    )
+    sizes = ["--iterations", "60", "--lr", "0.01", "--shots", "2", "--test-tasks", "12", "--steps", "2"]
+    options = intents.parser().parse_args([*sizes, "--adapt", "last block"])
     found = intents.compare(small, pool, options)
-    assert list(found) == list(RATES)
-    for before, after in found.values():
-        assert abs(before.before.mean - 0.2) < 1e-9  # a head of zeros prefers no class
-        assert after.after.mean > before.after.mean + 0.1
+    before, after = found["last block"]
+    assert abs(before.before.mean - 0.2) < 1e-9  # a head of zeros prefers no class
+    assert after.after.mean > before.after.mean + 0.15
 
 
 def test_the_pretrained_encoder(data_folder: Path) -> None:
@@ -100,6 +98,6 @@ def test_the_pretrained_encoder(data_folder: Path) -> None:
     if not data.is_file():
         pytest.skip(f"{data.name} is not in the data folder")
     found = intents.main(
-        ["--data", str(data), "--adapt", "head", "--iterations", "1", "--tasks", "2", "--test-tasks", "10"]
+        ["--data", str(data), "--adapt", "head", "--iterations", "1", "--tasks", "2", "--test-tasks", "4"]
     )
     assert found["head"][0].after.mean > 0.6

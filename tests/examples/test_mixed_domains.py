@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,12 +55,10 @@ def test_a_step_follows_the_sum_of_both_meta_gradients() -> None:
         assert relative_error(found[kind], loss) < 1e-12
 
 
-@pytest.mark.parametrize("schedule", ["sum", "alternate"])
-def test_learns_both(schedule, tmp_path: Path) -> None:
+def test_learns_both_in_turn(tmp_path: Path) -> None:
     texts = write_sentences(tmp_path / "sentences.jsonl")
-    steps = {"sum": "30", "alternate": "60"}[schedule]
     found = mixed_domains.main(
-        ["--texts", str(texts), "--schedule", schedule, "--iterations", steps, "--test-tasks", "24", "--tasks", "6"]
+        ["--texts", str(texts), "--schedule", "alternate", "--iterations", "60", "--test-tasks", "24", "--tasks", "6"]
     )
     for fresh, trained in found.values():
         assert trained.after.mean > fresh.after.mean + 0.1
