@@ -111,7 +111,7 @@ def test_int8_weights_are_near_those_they_stand_for() -> None:
 
 
 def test_learns() -> None:
-    found = compressed.main(["--iterations", "80", "--more", "15", "--width", "48", "--test-tasks", "20"])
+    found = compressed.main(["--iterations", "80", "--more", "8", "--width", "48", "--test-tasks", "16"])
     fresh, dense = found.pop("dense")
     assert dense.mean > fresh.mean + 0.1
     assert len(found) == 3
