@@ -63,4 +63,4 @@ bench: $(VENV)/.package ## Time the meta-step against its peers
 clean: ## Remove what was built; the virtual environment stays
 	rm -rf build dist *.egg-info fastmeta/_C.* fastmeta/_cuda.* fastmeta/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.package
-	find fastmeta tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastmeta tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -43,7 +43,7 @@ def storey_of(name: str) -> str:
 
 
 def imports(path: Path, source: str | None = None) -> set[str]:
-    """Names of the modules of fastmeta, tests and benchmarks that a file imports anywhere, functions included."""
+    """Names of the modules of this repository that a file imports anywhere, functions included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def imports(path: Path, source: str | None = None) -> set[str]:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 found.add(full if is_module(full) else node.module)
-    return {name for name in found if name.split(".")[0] in ("fastmeta", "tests", "benchmarks")}
+    return {name for name in found if name.split(".")[0] in ("fastmeta", "tests", "benchmarks", "examples")}
 
 
 def faults(name: str, imported: set[str], rows: list[list[str]]) -> list[str]:
@@ -94,6 +94,7 @@ def test_imports_run_downward(path: Path) -> None:
         ("fastmeta.learner.run", "from fastmeta.cli import main", "stands above"),
         ("fastmeta.engine.plan", "from tests import oracle", "imports tests"),
         ("fastmeta.engine.plan", "import benchmarks", "imports benchmarks"),
+        ("fastmeta.learner.run", "from examples import common", "imports examples"),
         ("fastmeta.core.checks", "from fastmeta import MAML", "front"),
         ("fastmeta.cli.main", "from fastmeta.learner import run\nfrom fastmeta.core import files", ""),
         ("fastmeta.ops.linear.op", "from fastmeta.ops.linear import reference\nimport torch", ""),

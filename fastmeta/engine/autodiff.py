@@ -82,6 +82,8 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
                 loss, _ = passed(phi, k, support, keep_buffers)
                 if not loss.requires_grad:
                     raise ValueError("MAML: the support loss depends on no adapting parameter; see parameters=")
+                if create_graph and t == k == 0:
+                    _require_derivatives(loss)
                 if work.check_finite:
                     _require_finite(loss, t, f"support loss at inner step {k}")
                 g = torch.autograd.grad(
@@ -95,6 +97,8 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
         phis.append(work.packing.pack_shared(phi))
         if work.query is not None:
             loss, output = passed(phi, work.steps, task_of(work.query, t), keep_buffers)
+            if t == 0:
+                _require_derivatives(loss)
             if work.check_finite:
                 _require_finite(loss, t, "query loss")
             losses.append(loss if work.query_weights is None else sum(looked) + loss * work.weights[-1])
@@ -136,6 +140,25 @@ def _stack(outputs: list[Any]) -> Any:
     columns = zip(*[leaves for leaves, _ in flat], strict=True)
     stacked = [torch.stack(c) if isinstance(c[0], Tensor) else None for c in columns]
     return pytree.tree_unflatten(stacked, flat[0][1])
+
+
+def _require_derivatives(loss: Tensor) -> None:
+    """No call on the way from parameters to ``loss`` is one that has no derivative, which autograd takes for zero."""
+    waiting = [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name().endswith("WarnNotImplemented"):
+            raise ValueError(
+                "MAML: every call between a parameter that requires grad and the loss must have a derivative, got one "
+                "that has none, such as a dynamically quantised layer; what comes before it must not require grad: "
+                "requires_grad_(False)"
+            )
+        found = {before for before, _ in node.next_functions} - seen
+        seen |= found
+        waiting += found
 
 
 def _require_finite(loss: Tensor, task: int, what: str) -> None:

@@ -95,6 +95,8 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
     for name, module in objective.modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise NotTraceable(f"module {name or 'model'} has a backward hook, which a trace cannot see")
+        if any(type(value) is torch.ScriptObject for value in vars(module).values()):
+            raise NotTraceable(f"module {name or 'model'} holds packed weights, as quantised layers do, and no tensors")
     leaves, spec = pytree.tree_flatten(batch)
     root = _Root(objective, list(parameters), list(buffers), spec)
     arguments = (

@@ -1,4 +1,4 @@
-"""Task batches and where they come from: sine waves, few-shot episodes, Omniglot, handwritten digits."""
+"""Task batches and where they come from: sine waves, few-shot episodes, Omniglot, handwritten digits, sentences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastmeta.tasks.episodes import EpisodeSampler, SquareSymmetries, to_unit
 from fastmeta.tasks.omniglot import Omniglot, load_omniglot
 from fastmeta.tasks.pool import ClassPool
 from fastmeta.tasks.sampler import TaskSampler
+from fastmeta.tasks.sentences import Trim, read_sentences, sentence_pool
 from fastmeta.tasks.sinusoid import Sinusoid
 from fastmeta.tasks.task_set import TaskSet
 
@@ -22,9 +23,12 @@ __all__ = [
     "TaskBatch",
     "TaskSampler",
     "TaskSet",
+    "Trim",
     "cache_folder",
     "fetch",
     "load_digits_pools",
     "load_omniglot",
+    "read_sentences",
+    "sentence_pool",
     "to_unit",
 ]

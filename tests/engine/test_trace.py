@@ -16,7 +16,7 @@ import fastmeta as fm
 from fastmeta.engine import trace
 from fastmeta.engine.objective import Objective
 from tests.engine.cases import CASES, T, labels, normal
-from tests.oracle import relative_error
+from tests.oracle import maml_loop, relative_error
 
 
 def sets():
@@ -137,6 +137,23 @@ class Hooked(Base):
         return self.head(torch.tanh(self.inner(x)))
 
 
+def quantised(layer: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
+
+
+class Quantised(Base):
+    """Features of a fixed int8 layer; ``inner`` adapts behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = quantised(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(self.body(x.float()).double())))
+
+
 OUTSIDE = torch.ones(6, dtype=torch.float64, requires_grad=True)
 
 
@@ -153,6 +170,7 @@ CASES = {
     Data: r"\.data",
     Hooked: "backward hook",
     Closure: "neither a parameter",
+    Quantised: "module body.0._packed_params holds packed weights",
 }
 
 
@@ -176,6 +194,31 @@ def test_the_program_asked_for_raises_with_the_reason(kind) -> None:
     maml = fm.MAML(kind(), F.cross_entropy, engine="program")
     with pytest.raises(RuntimeError, match=CASES[kind]):
         maml(fm.TaskBatch(*sets()))
+
+
+class Blocked(Base):
+    """A quantised layer between ``inner`` and ``head``, through which no derivative passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = quantised(nn.Linear(6, 6))
+
+    def forward(self, x):
+        return self.head(self.body(self.inner(x).float()).double())
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("parameters", [None, ["head.*"]])
+def test_a_call_without_a_derivative_raises(first_order, parameters) -> None:
+    model, tasks = Blocked(), fm.TaskBatch(*sets())
+    maml = fm.MAML(model, F.cross_entropy, engine="autodiff", first_order=first_order, parameters=parameters)
+    with pytest.raises(ValueError, match=r"must have a derivative.*quantised layer.*requires_grad_\(False\)"):
+        maml(tasks)
+    model.inner.requires_grad_(False)
+    maml = fm.MAML(model, F.cross_entropy, engine="autodiff", first_order=first_order)
+    grads = maml.value_and_grad(tasks)[1]
+    truth = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.01, 1, first_order)
+    assert relative_error(grads, truth[3]) <= 1e-12
 
 
 def test_tracing_leaves_the_model_as_it_was() -> None:
