@@ -10,9 +10,9 @@ from pathlib import Path
 from benchmarks.harness import compare
 from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.report import details, remarks, summary, text_table, where_time_goes, write
-from benchmarks.timing import Effort
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS
+from fastmeta.bench.timing import Effort
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

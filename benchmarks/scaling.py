@@ -21,9 +21,9 @@ import torch
 from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.memory import measure_all
 from benchmarks.peers.base import Step
-from benchmarks.timing import Effort, interleave
 from benchmarks.variants import EVERY
 from benchmarks.workloads import Problem, square
+from fastmeta.bench.timing import Effort, interleave
 from fastmeta.core import files
 from tests.oracle import total_error
 

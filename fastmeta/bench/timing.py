@@ -107,6 +107,7 @@ class Foreign:
         self._begin = self._read()
 
     def cores(self) -> float | None:
+        """Cores of others, on average since then."""
         end = self._read()
         if self._begin is None or end is None:
             return None
