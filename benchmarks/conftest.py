@@ -13,10 +13,8 @@ from benchmarks.harness import Comparison, compare
 from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.report import summary, write
 from benchmarks.variants import VARIANTS
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import QUICK_WORKLOADS, WORKLOADS
 from fastmeta.bench.timing import QUICK, Effort
-
-QUICK_WORKLOADS = ("sinusoid_k1", "sinusoid_k5", "mlp784")
 
 
 class Measured:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,8 @@ from benchmarks.breakdown import Breakdown, Line
 from benchmarks.floor import Floor
 from benchmarks.harness import Comparison, Outcome
 from benchmarks.variants import VARIANTS
+from fastmeta.bench.texts import table as text_table
+from fastmeta.core import files
 
 Rows = list[list[str]]
 
@@ -96,16 +97,6 @@ def remarks(comparisons: Sequence[Comparison]) -> list[str]:
     return [f"{' '.join(workloads)}{rest}" for rest, workloads in merged.items()]
 
 
-def text_table(header: Sequence[str], rows: Rows) -> str:
-    """Columns aligned with spaces."""
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
-    lines = []
-    for row in [list(header), *rows]:
-        first, *others = (cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def markdown_table(header: Sequence[str], rows: Rows) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -165,9 +156,9 @@ def write(comparisons: Sequence[Comparison], machine: str, folder: Path, stem: s
     """Write ``<stem>.json``, ``.md`` and ``.png`` into ``folder``, each at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}{suffix}" for suffix in (".json", ".md", ".png")]
-    _replace(paths[0], (json.dumps(as_json(comparisons, machine), indent=1) + "\n").encode())
-    _replace(paths[1], markdown(comparisons, machine, paths[2].name).encode())
-    _replace(paths[2], picture(comparisons, machine))
+    files.write_text(paths[0], json.dumps(as_json(comparisons, machine), indent=1) + "\n")
+    files.write_text(paths[1], markdown(comparisons, machine, paths[2].name))
+    files.write_bytes(paths[2], picture(comparisons, machine))
     return paths
 
 
@@ -205,19 +196,6 @@ def picture(comparisons: Sequence[Comparison], machine: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _floor(floor: Floor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from benchmarks.peers.base import Step, Unavailable, Variant
 from benchmarks.report import as_json, markdown, markdown_table, summary, text_table, where_time_goes, write
 from benchmarks.sentences import MissingSentences
 from benchmarks.variants import VARIANTS
-from benchmarks.workloads import WORKLOADS, Problem, Workload, sinusoid
+from benchmarks.workloads import WORKLOADS, Problem, Workload, named, sinusoid
 from fastmeta.bench.timing import Effort, interleave
 from fastmeta.core import native
 from tests.oracle import maml_loop, relative_error, relative_errors
@@ -267,16 +268,18 @@ def test_relative_errors_of_null_and_non_finite_gradients() -> None:
         relative_errors({"a": truth["a"]}, truth)
 
 
-@pytest.mark.slow
 def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(scaling, "PEERS", ("loop", "torch.func"))
     monkeypatch.setattr(scaling, "Point", functools.partial(scaling.Point, tasks=2, steps=1))
+    monkeypatch.setattr(scaling, "PEERS", ("loop", "torch.func"))
+    monkeypatch.setattr(scaling, "UNROLLED", ())
     path = tmp_path / "scaling.json"
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8,))})
-    scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
+    with monkeypatch.context() as narrow:  # memory takes a process for each number
+        narrow.setattr(scaling, "OURS", ("fastmeta",))
+        scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
-    data = scaling.run(["width"], BRIEF, memory=False, path=path)  # memory takes a process for each number
-    assert (data["points"]["square:16,3,5,8"]["fastmeta"]["mib"] is not None) == RESET.exists()
+    data = scaling.run(["width"], BRIEF, memory=False, path=path)
+    assert (data["points"]["square:2,1,5,8"]["fastmeta"]["mib"] is not None) == RESET.exists()
     assert scaling.run(["width"], BRIEF, path=path) == data == json.loads(path.read_text())  # nothing is done again
     rows = scaling.rows_of(data, "width")
     assert scaling.curve(rows, "peer", "ms") == [
@@ -284,9 +287,28 @@ def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, t
     ]
     text = scaling.document(data)
     assert text.count("| 16 |") == 1
-    assert "T = 16, K = 3, N = 5" in text
+    assert "T = 2, K = 1, N = 5" in text
     assert scaling.picture(data).startswith(b"\x89PNG")
     assert scaling.exponent([1, 2, 4, 8], [7, 3, 12, 48]) == pytest.approx(2)
+
+
+def test_scaling_says_what_a_task_costs_and_what_a_graph_holds() -> None:
+    variants = (*scaling.PEERS, *scaling.OURS)
+    points = {
+        point.name: {v: {"ms": 2.0 * value, "mib": 3.0 * value} for v in variants}
+        for axis in ("tasks", "steps")
+        for value, point in scaling.points_of(axis)
+    }
+    data = {"machine": "a machine", "base": {}, "axes": ["tasks", "steps"], "points": points}
+    text = scaling.document(data)
+    assert "| 64 | 2000 | 2000 | 2000 | 2000 |" in text
+    assert "| inner steps K | chosen plan, MiB | weights as factors, MiB | graph of one task, MiB |" in text
+    assert "| 8 | 24 | 24 | 24 | 24 |" in text
+    points[scaling.Point(steps=8).name]["torch.func"]["mib"] = None  # an earlier run did not measure that
+    assert "graph of one task" not in scaling.document(data)
+    deep = scaling.Point(layers=3, width=8)
+    layers = [m for m in named(deep.name).build().model if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in layers] == [8, 8, 8, 10]
 
 
 @pytest.mark.skipif(not (scaling.RESULTS / "scaling.json").is_file(), reason="no run of benchmarks.scaling is kept")
