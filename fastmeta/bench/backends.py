@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -246,13 +245,8 @@ def _time(runs: list[Run], effort: Effort, native: _Native | None, device: str) 
         calls["native"] = native
         native()  # compiled and packed
         native.samples.clear()
-    gc.collect()
-    gc.freeze()  # the turns collect garbage, and should not look at all that has been loaded each time
-    try:
-        with torch.no_grad():
-            found = interleave(calls, effort)
-    finally:
-        gc.unfreeze()
+    with torch.no_grad():
+        found = interleave(calls, effort)
     for key, (run, number, name) in places.items():
         run.times[number, name] = [1e6 * s / run.pieces[number].tasks for s in found[key].seconds]
     for sample in native.samples if native is not None else ():

@@ -20,7 +20,7 @@ p.soft, figcaption { color: var(--soft); font-size: 0.9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, td.word { text-align: left; }
+th:first-child, td:first-child, .word { text-align: left; }
 th { background: var(--head); position: sticky; top: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--ours); outline-offset: 3px; }
@@ -108,7 +108,7 @@ def _part(part: str | Table | Bars) -> str:
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f'<th aria-sort="none"><button type="button">{_text(h)}</button></th>' for h in table.header)
+    heads = "".join(map(_head, table.header, range(len(table.header)), [table] * len(table.header)))
     lines = []
     marks = table.marks or [""] * len(table.rows)
     for row, mark in zip(table.rows, marks, strict=True):
@@ -118,10 +118,22 @@ def _table(table: Table) -> str:
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
-def _cell(text: str) -> str:
+def _head(title: str, column: int, table: Table) -> str:
+    words = any(row[column] and _value(row[column]) is None for row in table.rows)
+    start = '<th class="word" aria-sort="none">' if words else '<th aria-sort="none">'
+    return f'{start}<button type="button">{_text(title)}</button></th>'
+
+
+def _value(text: str) -> float | None:
+    """The number that a cell begins with."""
     found = NUMBER.match(text)
-    if found and (found.end() == len(text) or text[found.end()] in " %"):
-        return f'<td data-value="{float(found[0])!r}">{_text(text)}</td>'
+    return float(found[0]) if found and (found.end() == len(text) or text[found.end()] in " %") else None
+
+
+def _cell(text: str) -> str:
+    value = _value(text)
+    if value is not None:
+        return f'<td data-value="{value!r}">{_text(text)}</td>'
     return f'<td class="word">{_text(text)}</td>' if text else "<td></td>"
 
 
