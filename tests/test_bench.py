@@ -126,7 +126,8 @@ def test_the_networks_have_every_operation_of_the_catalogue() -> None:
         _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
         assert programs is not None
         seen |= {type(instruction.op).__module__.split(".")[2] for instruction in programs.support.instructions}
-    assert set(NAMES) - seen == {"conv_block", "linear_block"}  # what a GPU, and the native executor, make of others
+    # On a CPU these are calls of several others in the program, and single operations of the native executor.
+    assert set(NAMES) - seen == {"conv_block", "linear_block", "attention"}
 
 
 def test_recording_leaves_no_trace() -> None:

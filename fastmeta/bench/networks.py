@@ -62,7 +62,6 @@ class _Block(nn.Module):
         self.of_attention, self.of_rows = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.of_attention(x)
@@ -71,7 +70,7 @@ class _Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v)
         else:
             y = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
-        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         rows: Tensor = x + self.down(F.gelu(self.up(self.of_rows(x))))
         return rows
 
@@ -82,12 +81,12 @@ class Ranking(nn.Module):
     def __init__(self, items: int, width: int) -> None:
         super().__init__()
         self.items = nn.Embedding(items, width)
-        self.rows = mlp((2 * width, 64, 1))
+        self.rows, self.dropout = mlp((2 * width, 64, 1)), nn.Dropout(0.1)
 
     def forward(self, item: Tensor, features: Tensor) -> Tensor:
         """Logits ``[N]`` of items ``[N]`` and features ``[N, width]``."""
         # A call that has no maps of its own, so that the operation for such is measured too.
-        signed = torch.asinh(features)
+        signed = torch.asinh(self.dropout(features))
         logits: Tensor = self.rows(torch.cat([self.items(item), signed], -1)).squeeze(-1)
         return logits
 

@@ -18,24 +18,24 @@ DRIVER = Path(__file__).with_name("driver.py")
 COST = re.compile(r"[-+*\d]")
 
 
-def instructions(extension: Path, folder: Path, name: str, times: int) -> int:
+def instructions(extension: Path, case: Path, times: int) -> int:
     """Those of the extension in ``times`` meta-steps of a recorded case, loading and lowering included.
 
     Those of the libraries that it calls do not count: memcpy has a form for every processor.
     """
-    out = folder / f"{name}.callgrind"
+    out = case.with_suffix(".callgrind")
     command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable, "-I", "-S", str(DRIVER)]
     # The plain kernels: valgrind knows no AVX-512, and not every processor has AVX2.
     environment = os.environ | {"FASTMETA_ISA": "plain", "PYTHONHASHSEED": "0"}
     ran = subprocess.run(
-        [*command, str(extension), str(folder), name, str(times)],
+        [*command, str(extension), str(case), str(times)],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
     )
     if ran.returncode:
-        raise RuntimeError(f"valgrind must run {name}, got status {ran.returncode}: {ran.stderr[-2000:]}")
+        raise RuntimeError(f"valgrind must run {case.name}, got status {ran.returncode}: {ran.stderr[-2000:]}")
     return of_object(out.read_text(errors="replace").splitlines(), extension.name)
 
 

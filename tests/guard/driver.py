@@ -1,28 +1,24 @@
 """Runs the compiled extension without torch, on meta-steps that were recorded, so that instructions can be counted.
 
-``python -I -S driver.py EXTENSION FOLDER NAME TIMES`` runs the case ``FOLDER/NAME.json`` so many times; tensors are
-bytes in ``FOLDER/NAME.bin``. Importing torch would take longer than all else under valgrind.
+``python -I -S driver.py EXTENSION CASE TIMES`` runs the case of ``cases.py`` in this file so many times. Under valgrind
+starting and importing take longer than all else, so it imports what is compiled into Python.
 """
 
-import ctypes
-import importlib.machinery
-import importlib.util
-import json
-import pathlib
+import marshal
 import sys
-import types
+from _frozen_importlib import ModuleSpec, module_from_spec
+from _frozen_importlib_external import ExtensionFileLoader
+from array import array
 
 
 class Memory:
     """Bytes, as much of a tensor as the extension asks for."""
 
     def __init__(self, content):
-        self.content = bytearray(content)
-        size = len(self.content)
-        self.held = (ctypes.c_char * size).from_buffer(self.content) if size else None
+        self.content = array("B", content)
 
     def data_ptr(self):
-        return ctypes.addressof(self.held) if self.held is not None else 0
+        return self.content.buffer_info()[0] if self.content else 0
 
     def is_contiguous(self):
         return True
@@ -31,33 +27,35 @@ class Memory:
         return self
 
 
-def stand_in():
-    """Modules with the names that the extension looks up in torch."""
-    torch, nn = types.ModuleType("torch"), types.ModuleType("torch.nn")
-    torch.Tensor, nn.Parameter, torch.nn = Memory, Memory, nn
-    torch.empty_like = lambda memory: Memory(len(memory.content))
-    sys.modules["torch"], sys.modules["torch.nn"] = torch, nn
+class Torch(type(sys)):
+    """The names that the extension looks up in torch and torch.nn."""
+
+    Tensor = Parameter = Memory
+
+    @staticmethod
+    def empty_like(memory):
+        return Memory(bytes(len(memory.content)))
 
 
-def main(extension, folder, name, times):
-    stand_in()
-    loader = importlib.machinery.ExtensionFileLoader("_C", extension)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+def filled(value):
+    """Arguments with memory for bytes."""
+    if isinstance(value, bytes):
+        return Memory(value)
+    return [filled(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def main(extension, case, times):
+    sys.modules["torch"], sys.modules["torch.nn"] = Torch("torch"), Torch("torch.nn")
+    loader = ExtensionFileLoader("_C", extension)
+    module = module_from_spec(ModuleSpec("_C", loader, origin=extension))
     loader.exec_module(module)
-    case = json.loads(pathlib.Path(folder, f"{name}.json").read_text())
-    blob = pathlib.Path(folder, f"{name}.bin").read_bytes()
-
-    def filled(value):
-        if isinstance(value, dict):
-            begin, end = value["bytes"]
-            return Memory(blob[begin:end])
-        return [filled(each) for each in value] if isinstance(value, list) else value
-
-    step = module.MetaGradient32(*case["programs"])
-    call = step.call(*case["call"])
-    arguments = [filled(value) for value in case["run"]]
+    with open(case, "rb") as file:  # noqa: PTH123
+        programs, call, arguments = marshal.load(file)
+    step = module.MetaGradient32(*programs)
+    run = step.call(*call).run
+    arguments = filled(arguments)
     for _ in range(int(times)):
-        call.run(*arguments)
+        run(*arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tests.guard.counting import compiler_of, instructions, of_python
 
 FILE = Path(__file__).with_name("counts.json")
 NATIVE = ("perceptron", "convolution")
-PYTHON = (*((case, "native") for case in NATIVE), ("perceptron", "reference"), ("encoder", "reference"))
+PYTHON = (("perceptron", "native"), ("perceptron", "reference"), ("encoder", "reference"))
 RUNS = {"value_and_grad": lambda maml, tasks: maml.value_and_grad(tasks), "backward": cases.backward}
 
 
@@ -50,8 +50,8 @@ def measured_instructions() -> dict[str, int]:
         folder = Path(name)
         found = {}
         for case in NATIVE:
-            cases.write(case, folder)
-            found[case] = instructions(Path(extension.__file__), folder, case, times=1)
+            cases.write(case, folder / case)
+            found[case] = instructions(Path(extension.__file__), folder / case, times=1)
         return found
 
 
