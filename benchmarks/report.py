@@ -59,7 +59,8 @@ def _detail(o: Outcome, ours: float | None) -> dict[str, str]:
         "worst parameter": f"{_error(errors.worst)} {errors.parameter}" if errors else "",
         "one task": _error(errors and errors.task),
         "in float64": _error(errors and errors.float64),
-        "peak MiB": f"{o.memory.peak_mib:.1f}" if o.memory and o.memory.peak_mib is not None else "",
+        "peak MiB": _mib(o.memory and o.memory.peak_mib),
+        "allocated": _mib(o.memory and o.memory.allocated_mib),
         "first s": f"{o.first_s:.1f}" if o.first_s is not None else "",
     }
 
@@ -223,6 +224,10 @@ def _ms(value: float | None) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _error(value: float | None) -> str:

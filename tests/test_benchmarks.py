@@ -21,7 +21,7 @@ from benchmarks import probe, scaling
 from benchmarks.breakdown import Breakdown, Line, break_down
 from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import compare
-from benchmarks.memory import RESET, peak_mib
+from benchmarks.memory import RESET, allocated_mib, peak_mib
 from benchmarks.peers import LOOP
 from benchmarks.peers.base import Step, Unavailable, Variant
 from benchmarks.report import as_json, markdown, markdown_table, summary, text_table, where_time_goes, write
@@ -172,7 +172,10 @@ def test_peak_memory_sees_what_a_step_allocates() -> None:
     def prepare(problem: Problem) -> Step:
         return Step(lambda: {"x": torch.zeros(problem.tasks * 2**20)})  # 4 MiB a task
 
-    peak = peak_mib(Variant("", "", "eager", prepare, ""), sinusoid(1, tasks=8))
+    variant = Variant("", "", "eager", prepare, "")
+    peak = peak_mib(variant, sinusoid(1, tasks=8))
+    assert allocated_mib(variant, sinusoid(1, tasks=8)) == 32
+    assert allocated_mib(dataclasses.replace(variant, peer="jax"), sinusoid(1)) is None
     assert 31.9 <= peak <= 36  # the tensor itself, and a few pages that come or go beside it
 
 

@@ -58,11 +58,7 @@ def measured_instructions() -> dict[str, int]:
 def measured_python() -> dict[str, dict[str, int]]:
     """Of each case, by the executor and by the way it is asked for the gradient."""
     found = {}
-    for case, executor in [
-        *((case, "native") for case in NATIVE),
-        ("perceptron", "reference"),
-        ("encoder", "reference"),
-    ]:
+    for case, executor in PYTHON:
         for name, run in RUNS.items():
             maml, tasks = cases.learner(case, executor=executor)
             for _ in range(3):  # traced, imported, recognised
