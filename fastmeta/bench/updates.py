@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmeta.bench import gpu_timing
 from fastmeta.bench.pieces import as_double, error
@@ -15,6 +19,7 @@ from fastmeta.engine import cost
 from fastmeta.ops.adaptive_update.form import Coefficients, Form, State
 
 BOUND = 1e-5  # of the relative error in float32
+COLD, MOST = 64 << 20, 64  # bytes of all copies of the operands, and how many there may be
 # Adam's first step: betas 0.9 and 0.999, bias corrected.
 ADAM = Coefficients(keep_first=0.9, take_first=0.1, keep_second=0.999, take_second=1e-3, of_first=10.0, of_second=1e3)
 Arguments = dict[str, tuple[Any, ...]]
@@ -28,7 +33,8 @@ def measure(tasks: int, size: int, effort: Effort, device: str) -> list[dict[str
         names = [backend.name for backend in table if backend.available]
         modules = {name: importlib.import_module(f"fastmeta.ops.{op}.{name}") for name in names}
         for step, given in arguments.items():
-            calls = {name: _bound(getattr(module, step), given) for name, module in modules.items()}
+            copies = _in_turn(given, device)
+            calls = {name: _bound(getattr(module, step), copies) for name, module in modules.items()}
             truth = getattr(modules["reference"], step)(*as_double(given))
             errors = {name: error(call(), truth) for name, call in calls.items()}
             for name, times in _timed(calls, effort, device).items():
@@ -54,8 +60,20 @@ def _arguments(tasks: int, size: int, device: str) -> dict[str, Arguments]:
     }
 
 
-def _bound(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: call(*arguments)
+def _in_turn(arguments: tuple[Any, ...], device: str) -> list[tuple[Any, ...]]:
+    """Copies of the operands, together more than caches hold where they are large: a step's are new to the cache.
+
+    On a GPU there is one, which a graph replays.
+    """
+    size = sum(x.nbytes for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor))
+    count = 1 if device == "cuda" else max(1, min(MOST, COLD // size))
+    clone = functools.partial(pytree.tree_map, lambda x: x.clone() if isinstance(x, Tensor) else x)
+    return [arguments, *(clone(arguments) for _ in range(count - 1))]
+
+
+def _bound(call: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Callable[[], Any]:
+    turns = itertools.cycle(arguments)
+    return lambda: call(*next(turns))
 
 
 def _timed(calls: dict[str, Callable[[], Any]], effort: Effort, device: str) -> dict[str, list[float]]:
