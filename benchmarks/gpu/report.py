@@ -102,7 +102,7 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _step_rows(result: dict[str, Any]) -> list[str]:
     header, rows = step_table(result)
     lines = [f"| {' | '.join(header)} |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    lines += [("| " + " | ".join(row) + " |").replace("|  ", "| ").replace("  |", " |") for row in rows]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     peer = best_peer(result)
     if peer is not None:
         ours = next(row for row in result["rows"] if row["variant"] == MAIN)
