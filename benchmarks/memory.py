@@ -69,7 +69,9 @@ def _in_a_process(workload: str, variant: str) -> Memory:
     if answer.returncode:
         lines = answer.stderr.strip().splitlines()
         return Memory(None, lines[-1] if lines else f"exit status {answer.returncode}")
-    return Memory(**json.loads(answer.stdout.strip().splitlines()[-1]))
+    # A library may print lines of its own, and even behind this one.
+    found = next(line for line in reversed(answer.stdout.splitlines()) if line.startswith("{"))
+    return Memory(**json.loads(found))
 
 
 def peak_mib(variant: Variant, problem: Problem) -> float:

@@ -325,7 +325,7 @@ def test_a_browser_shows_it_light_and_dark_and_sorts(tmp_path: Path) -> None:
     base = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
 
     def browse(*options: str) -> str:
-        ran = subprocess.run([*base, *options, file.as_uri()], capture_output=True, text=True, check=False, timeout=120)
+        ran = subprocess.run([*base, *options, file.as_uri()], capture_output=True, text=True, check=False, timeout=300)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
