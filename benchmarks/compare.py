@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import text
 from benchmarks.harness import compare
 from benchmarks.machine import THREADS, machine_line, use_threads
-from benchmarks.report import details, remarks, summary, text_table, where_time_goes, write
-from benchmarks.timing import Effort
+from benchmarks.report import summary, write
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS
+from fastmeta.bench.timing import Effort
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparisons = []
     for name in options.workload or [name for name, w in WORKLOADS.items() if w.group == "usual"]:
         comparisons.append(compare(WORKLOADS[name], variants, effort, memory=options.memory, say=_to_stderr))
-        print(f"\n{comparisons[-1].title}\n{text_table(*details(comparisons[-1]))}", flush=True)
-        if comparisons[-1].breakdown is not None:
-            print(f"\n{text_table(*where_time_goes(comparisons[-1].breakdown))}", flush=True)
-        print("\n".join(remarks(comparisons[-1:])), flush=True)
+        print(text(comparisons[-1]), flush=True)
     if len(comparisons) > 1:
         print("\n" + summary(comparisons, machine_line()))
     if options.results:

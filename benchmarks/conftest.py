@@ -12,11 +12,9 @@ import pytest
 from benchmarks.harness import Comparison, compare
 from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.report import summary, write
-from benchmarks.timing import QUICK, Effort
 from benchmarks.variants import VARIANTS
-from benchmarks.workloads import WORKLOADS
-
-QUICK_WORKLOADS = ("sinusoid_k1", "sinusoid_k5", "mlp784")
+from benchmarks.workloads import QUICK_WORKLOADS, WORKLOADS
+from fastmeta.bench.timing import QUICK, Effort
 
 
 class Measured:

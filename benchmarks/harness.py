@@ -15,8 +15,8 @@ from benchmarks.floor import Floor, floor_of
 from benchmarks.gate import Errors, Gate, open_gate
 from benchmarks.memory import Memory, measure_all
 from benchmarks.peers.base import Kind, Step, Unavailable, Unsupported, Variant
-from benchmarks.timing import Effort, Foreign, interleave, percentile
 from benchmarks.workloads import Problem, Workload
+from fastmeta.bench.timing import Effort, Foreign, interleave, percentile
 
 Status = Literal["ok", "not installed", "unsupported", "failed", "wrong"]
 

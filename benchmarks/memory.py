@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.profiler import ProfilerActivity, profile
+
 from benchmarks.peers.base import Variant
 from benchmarks.workloads import Problem, named
 
@@ -29,10 +31,15 @@ RESET = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak of one meta-gradient in MiB, or the reason there is none."""
+    """Peak of one meta-gradient in MiB, or the reason there is none.
+
+    ``allocated_mib`` is the peak of what PyTorch's allocator handed out: without other libraries' memory, and without
+    the native executor's workspaces.
+    """
 
     peak_mib: float | None
     reason: str = ""
+    allocated_mib: float | None = None
 
 
 def measure_all(workload: str, variants: Sequence[str]) -> dict[str, Memory]:
@@ -62,7 +69,9 @@ def _in_a_process(workload: str, variant: str) -> Memory:
     if answer.returncode:
         lines = answer.stderr.strip().splitlines()
         return Memory(None, lines[-1] if lines else f"exit status {answer.returncode}")
-    return Memory(json.loads(answer.stdout.strip().splitlines()[-1])["peak_mib"])
+    # A library may print lines of its own, and even behind this one.
+    found = next(line for line in reversed(answer.stdout.splitlines()) if line.startswith("{"))
+    return Memory(**json.loads(found))
 
 
 def peak_mib(variant: Variant, problem: Problem) -> float:
@@ -79,6 +88,23 @@ def peak_mib(variant: Variant, problem: Problem) -> float:
     peak = _field("VmHWM")
     del result
     return (peak - before) / 1024
+
+
+def allocated_mib(variant: Variant, problem: Problem) -> float | None:
+    """Peak of what PyTorch's allocator hands out during one meta-gradient, in MiB; ``None`` where it is not asked."""
+    if variant.peer == "jax":
+        return None
+    step = variant.prepare(problem)
+    step.run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = step.run()
+    del result
+    now = peak = 0
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
 
 
 def _settle() -> int:
@@ -106,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.variants import EVERY
 
     use_threads()
-    print(json.dumps({"peak_mib": peak_mib(EVERY[options.variant], named(options.workload).build())}))
+    variant, problem = EVERY[options.variant], named(options.workload).build()
+    print(json.dumps({"peak_mib": peak_mib(variant, problem), "allocated_mib": allocated_mib(variant, problem)}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,8 @@ from benchmarks.breakdown import Breakdown, Line
 from benchmarks.floor import Floor
 from benchmarks.harness import Comparison, Outcome
 from benchmarks.variants import VARIANTS
+from fastmeta.bench.texts import table as text_table
+from fastmeta.core import files
 
 Rows = list[list[str]]
 
@@ -58,7 +59,8 @@ def _detail(o: Outcome, ours: float | None) -> dict[str, str]:
         "worst parameter": f"{_error(errors.worst)} {errors.parameter}" if errors else "",
         "one task": _error(errors and errors.task),
         "in float64": _error(errors and errors.float64),
-        "peak MiB": f"{o.memory.peak_mib:.1f}" if o.memory and o.memory.peak_mib is not None else "",
+        "peak MiB": _mib(o.memory and o.memory.peak_mib),
+        "allocated": _mib(o.memory and o.memory.allocated_mib),
         "first s": f"{o.first_s:.1f}" if o.first_s is not None else "",
     }
 
@@ -94,16 +96,6 @@ def remarks(comparisons: Sequence[Comparison]) -> list[str]:
         workload, separator, rest = line.partition(", ") if ", " in line.split(":", 1)[0] else line.partition(": ")
         merged.setdefault(separator + rest, []).append(workload)
     return [f"{' '.join(workloads)}{rest}" for rest, workloads in merged.items()]
-
-
-def text_table(header: Sequence[str], rows: Rows) -> str:
-    """Columns aligned with spaces."""
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
-    lines = []
-    for row in [list(header), *rows]:
-        first, *others = (cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def markdown_table(header: Sequence[str], rows: Rows) -> str:
@@ -165,9 +157,9 @@ def write(comparisons: Sequence[Comparison], machine: str, folder: Path, stem: s
     """Write ``<stem>.json``, ``.md`` and ``.png`` into ``folder``, each at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}{suffix}" for suffix in (".json", ".md", ".png")]
-    _replace(paths[0], (json.dumps(as_json(comparisons, machine), indent=1) + "\n").encode())
-    _replace(paths[1], markdown(comparisons, machine, paths[2].name).encode())
-    _replace(paths[2], picture(comparisons, machine))
+    files.write_text(paths[0], json.dumps(as_json(comparisons, machine), indent=1) + "\n")
+    files.write_text(paths[1], markdown(comparisons, machine, paths[2].name))
+    files.write_bytes(paths[2], picture(comparisons, machine))
     return paths
 
 
@@ -207,19 +199,6 @@ def picture(comparisons: Sequence[Comparison], machine: str) -> bytes:
     return buffer.getvalue()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
 def _floor(floor: Floor) -> str:
     return (
         f"Floor: {floor.flops / 1e6:.4g} MFLOP of products at {floor.peak_gflops:.0f} GFLOP/s ({floor.peak_source}), "
@@ -245,6 +224,10 @@ def _ms(value: float | None) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _error(value: float | None) -> str:

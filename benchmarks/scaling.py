@@ -1,6 +1,6 @@
-"""``python -m benchmarks.scaling``: time and memory of one meta-gradient against T, K, N and width.
+"""``python -m benchmarks.scaling``: time and memory of one meta-gradient against T, K, N, width and P.
 
-A perceptron of three layers, of which one number at a time is varied. fastmeta runs with the plan that it chooses, with
+A perceptron of which one number at a time is varied. fastmeta runs with the plan that it chooses, with
 every weight formed for each task, and with none formed; of the peers the quickest at each point is shown.
 """
 
@@ -21,15 +21,16 @@ import torch
 from benchmarks.machine import THREADS, machine_line, use_threads
 from benchmarks.memory import measure_all
 from benchmarks.peers.base import Step
-from benchmarks.timing import Effort, interleave
 from benchmarks.variants import EVERY
 from benchmarks.workloads import Problem, square
+from fastmeta.bench.timing import Effort, interleave
 from fastmeta.core import files
 from tests.oracle import total_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 OURS = ("fastmeta", "fastmeta.dense", "fastmeta.factored")
+UNROLLED = ("loop", "torch.func")  # hold the unrolled graph of one task, and of all of them
 PEERS = ("loop", "torch.func", "jax.vmap", "jax.map")  # torch.compile takes minutes a point
 EFFORT = Effort(rounds=5, slot_s=0.05, budget_s=8.0)
 ALIKE = 1e-3  # of the loop's gradient, as far as another may be from it; a wrong one is at 1
@@ -44,26 +45,28 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Point:
-    """T tasks of N support and N query samples, K steps, a perceptron width-width-width-10."""
+    """T tasks of N support and N query samples, K steps, a perceptron of square layers and one to 10 classes."""
 
     tasks: int = 16
     steps: int = 3
     samples: int = 5
     width: int = 256
+    layers: int = 2
 
     @property
     def name(self) -> str:
         """As :func:`benchmarks.workloads.named` reads it."""
-        return f"square:{self.tasks},{self.steps},{self.samples},{self.width}"
+        more = "" if self.layers == 2 else f",{self.layers}"
+        return f"square:{self.tasks},{self.steps},{self.samples},{self.width}{more}"
 
     def problem(self) -> Problem:
         """The meta-gradient to compute."""
-        return square(self.tasks, self.steps, self.samples, self.width)
+        return square(self.tasks, self.steps, self.samples, self.width, self.layers)
 
     @property
     def weight_bytes(self) -> int:
         """Of the weights of every task at every step."""
-        return 4 * self.tasks * (self.steps + 1) * (2 * self.width**2 + 10 * self.width)
+        return 4 * self.tasks * (self.steps + 1) * (self.layers * self.width**2 + 10 * self.width)
 
 
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -71,6 +74,7 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "steps": ("inner steps K", (1, 2, 3, 5, 8)),
     "samples": ("samples N", (1, 2, 5, 10, 20, 40)),
     "width": ("width", (64, 128, 256, 512, 1024, 2048)),
+    "layers": ("layers (P / 65,536)", (1, 2, 4, 8, 16)),
 }
 
 
@@ -94,7 +98,7 @@ def measure(point: Point, effort: Effort, *, memory: bool) -> dict[str, dict[str
     }
     if memory:
         best = min(PEERS, key=lambda name: found[name]["ms"] if name in found else math.inf)
-        for name, peak in measure_all(point.name, [*OURS, best]).items():
+        for name, peak in measure_all(point.name, list(dict.fromkeys([*OURS, *UNROLLED, best]))).items():
             found[name]["mib"] = peak.peak_mib
     return found
 
@@ -104,7 +108,7 @@ def run(axes: Iterable[str], effort: Effort, *, memory: bool = True, path: Path 
     data: dict[str, Any] = {"machine": machine_line(), "base": asdict(Point()), "axes": list(axes), "points": {}}
     if path is not None and path.is_file():
         earlier = json.loads(path.read_text())
-        if (earlier["machine"], earlier["base"]) == (data["machine"], data["base"]):
+        if (earlier["machine"], Point(**earlier["base"])) == (data["machine"], Point()):
             data["points"] = earlier["points"]
     for axis in data["axes"]:
         for _, point in points_of(axis):
@@ -192,10 +196,38 @@ def document(data: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         slopes = [_number(exponent(xs, column)) for column in columns]
         exponents.append("| " + " | ".join([title, *slopes]) + " |")
+        lines += _per_task(rows) if axis == "tasks" else _beside_the_graph(rows) if axis == "steps" else []
     heads = ["by", *(f"{LOOKS[v][0]}, {what}" for what in ("time", "memory") for v in LOOKS)]
     lines += ["", "## Exponents", "", "Of a power law fitted to the upper half of each axis.", ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *exponents, ""]
     return "\n".join(lines)
+
+
+def _per_task(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What one task more costs: time over T."""
+    heads = ["tasks T", *(f"{LOOKS[v][0]}, us a task" for v in LOOKS)]
+    columns = [curve(rows, v, "ms") for v in LOOKS]
+    lines = ["", "Time over the number of tasks:", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for i, row in enumerate(rows):
+        cells = [str(row["value"]), *(_number(1e3 * column[i] / row["value"]) for column in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _beside_the_graph(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Peak memory by K beside that of autograd's graph of the loop; nothing where a run did not measure that."""
+    variants = {"fastmeta": LOOKS["fastmeta"][0], "fastmeta.factored": LOOKS["fastmeta.factored"][0]}
+    variants |= dict(zip(UNROLLED, ("graph of one task", "graph of all tasks"), strict=True))
+    columns = [curve(rows, v, "mib") for v in variants]
+    if any(math.isnan(value) for column in columns[2:] for value in column):
+        return []
+    heads = ["inner steps K", *(f"{title}, MiB" for title in variants.values())]
+    lines = ["", "Peak memory beside that of the unrolled loop's graph, of one task after another (`loop`) and of all"]
+    lines += ["at once (`torch.func`):", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for i, row in enumerate(rows):
+        cells = [str(row["value"]), *(_number(column[i]) for column in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def picture(data: dict[str, Any]) -> bytes:

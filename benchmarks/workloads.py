@@ -177,15 +177,16 @@ def wide() -> Problem:
     return Problem(_seeded(lambda: mlp(4096, 4096, 4096, 10)), F.cross_entropy, batch(5), batch(15), 0.01, 3)
 
 
-def square(tasks: int, steps: int, samples: int, width: int) -> Problem:
-    """A perceptron width-width-width-10 on random vectors, as many for the query as for the support set."""
+def square(tasks: int, steps: int, samples: int, width: int, layers: int = 2) -> Problem:
+    """A perceptron of so many square ``layers`` and one to 10 on random vectors, as many for the query set."""
     generator = torch.Generator().manual_seed(SEED)
 
     def batch() -> Batch:
         x = torch.randn(tasks, samples, width, generator=generator)
         return x, torch.randint(10, (tasks, samples), generator=generator)
 
-    return Problem(_seeded(lambda: mlp(width, width, width, 10)), F.cross_entropy, batch(), batch(), 0.01, steps)
+    widths = [width] * (layers + 1)
+    return Problem(_seeded(lambda: mlp(*widths, 10)), F.cross_entropy, batch(), batch(), 0.01, steps)
 
 
 def minilm(*, head_only: bool) -> Problem:
@@ -275,12 +276,13 @@ WORKLOADS: dict[str, Workload] = {
         Workload("minilm_head", "MiniLM, head, T = 4, 5 + 25, K = 3", lambda: minilm(head_only=True), "large"),
     )
 }
+QUICK_WORKLOADS = ("sinusoid_k1", "sinusoid_k5", "mlp784")  # what a quick run measures
 
 
 def named(name: str) -> Workload:
-    """The workload of this name; ``square:T,K,N,width`` stands for :func:`square` of these."""
+    """The workload of this name; ``square:T,K,N,width,layers`` stands for :func:`square` of these."""
     kind, _, numbers = name.partition(":")
     if kind != "square":
         return WORKLOADS[name]
-    tasks, steps, samples, width = map(int, numbers.split(","))
-    return Workload(name, name, lambda: square(tasks, steps, samples, width))
+    sizes = [int(number) for number in numbers.split(",")]
+    return Workload(name, name, lambda: square(*sizes))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,35 +21,20 @@ from benchmarks import probe, scaling
 from benchmarks.breakdown import Breakdown, Line, break_down
 from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import compare
-from benchmarks.memory import RESET, peak_mib
+from benchmarks.memory import RESET, allocated_mib, peak_mib
 from benchmarks.peers import LOOP
 from benchmarks.peers.base import Step, Unavailable, Variant
-from benchmarks.report import as_json, markdown, markdown_table, summary, text_table, where_time_goes, write
+from benchmarks.report import as_json, markdown, markdown_table, summary, text_table, where_time_goes
 from benchmarks.sentences import MissingSentences
-from benchmarks.timing import Effort, interleave
 from benchmarks.variants import VARIANTS
-from benchmarks.workloads import WORKLOADS, Problem, Workload, sinusoid
+from benchmarks.workloads import WORKLOADS, Problem, Workload, named, sinusoid
+from fastmeta.bench.timing import Effort, interleave
 from fastmeta.core import native
 from tests.oracle import maml_loop, relative_error, relative_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 BRIEF = Effort(rounds=2, slot_s=0.0, budget_s=1.0)
 K1 = WORKLOADS["sinusoid_k1"]
-
-
-def test_sinusoid_comparison_is_timed_judged_and_written(tmp_path: Path) -> None:
-    names = ["loop", "torch.func", "fastmeta", "fastmeta.backward"]
-    result = compare(K1, [VARIANTS[n] for n in names], BRIEF)
-    assert [(o.name, o.status) for o in result.outcomes] == [(n, "ok") for n in names]
-    assert all(o.times_ms for o in result.outcomes)  # how often depends on the time a round takes
-    assert result.ratio("eager") == result.best("eager").median_ms / result["fastmeta"].median_ms
-
-    paths = write([result], "a machine", tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)  # no temporary file is left
-    stored = json.loads(paths[0].read_text())["workloads"][0]
-    assert [o["name"] for o in stored["outcomes"]] == names
-    assert stored["outcomes"][2]["errors"]["total"] == result["fastmeta"].errors.total
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
@@ -125,10 +112,17 @@ def test_an_absent_or_broken_peer_is_shown_with_its_reason() -> None:
         assert "does not run here" in text
 
 
-def test_a_compiler_that_does_not_end_is_stopped_and_a_broken_one_is_named() -> None:
-    assert probe.refusal("sinusoid_k1", "loop", 100) == ""
-    assert probe.refusal("sinusoid_k1", "loop", 0.01) == "compiling did not finish within 0.01 s"
-    assert "'nobody'" in probe.refusal("sinusoid_k1", "nobody", 100)
+def test_a_compiler_that_does_not_end_is_stopped_and_a_broken_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(2) as pool:  # each is a process that imports PyTorch
+        answers = list(pool.map(functools.partial(probe.refusal, "sinusoid_k1", "loop"), (400, 0.01)))
+    assert answers == ["", "compiling did not finish within 0.01 s"]
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho Traceback >&2\necho 'KeyError: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(probe.sys, "executable", str(broken))
+    assert probe.refusal("sinusoid_k1", "loop", 100) == "KeyError: no such thing"
 
 
 def test_a_part_of_the_parameters_adapts() -> None:
@@ -168,7 +162,10 @@ def test_peak_memory_sees_what_a_step_allocates() -> None:
     def prepare(problem: Problem) -> Step:
         return Step(lambda: {"x": torch.zeros(problem.tasks * 2**20)})  # 4 MiB a task
 
-    peak = peak_mib(Variant("", "", "eager", prepare, ""), sinusoid(1, tasks=8))
+    variant = Variant("", "", "eager", prepare, "")
+    peak = peak_mib(variant, sinusoid(1, tasks=8))
+    assert allocated_mib(variant, sinusoid(1, tasks=8)) == 32
+    assert allocated_mib(dataclasses.replace(variant, peer="jax"), sinusoid(1)) is None
     assert 31.9 <= peak <= 36  # the tensor itself, and a few pages that come or go beside it
 
 
@@ -181,23 +178,32 @@ def test_peers_do_not_know_fastmeta() -> None:
 
 
 @pytest.mark.slow
-def test_pytest_entries_carry_the_interleaved_times(tmp_path: Path) -> None:
+def test_a_run_of_pytest_is_timed_judged_and_written(tmp_path: Path) -> None:
+    names, results = ["loop", "torch.func", "fastmeta", "fastmeta.backward"], tmp_path / "results"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--threads", "1"]
-    command += ["--workload", "sinusoid_k1", "--variant", "loop", "--variant", "fastmeta", "--rounds", "2"]
-    command += ["--results", str(tmp_path / "results"), "--benchmark-json", str(tmp_path / "bench.json")]
+    command += ["--workload", "sinusoid_k1", *(word for name in names for word in ("--variant", name)), "--rounds", "2"]
+    command += ["--results", str(results), "--benchmark-json", str(tmp_path / "bench.json")]
     # The inner pytest-benchmark must not think that it is one of several processes, in which it times nothing.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment = {**outer, "FASTMETA_BENCH_QUICK": "1"}
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
+    # No temporary file is left.
+    assert sorted(p.name for p in results.iterdir()) == ["meta_step.json", "meta_step.md", "meta_step.png"]
+    assert (results / "meta_step.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((results / "meta_step.json").read_text())["workloads"][0]
+    outcomes = {outcome["name"]: outcome for outcome in stored["outcomes"]}
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == dict.fromkeys(names, "ok")
+    best = min(outcomes[name]["median_ms"] for name in names[:2])
+    assert stored["best_eager_over_ours"] == pytest.approx(best / outcomes["fastmeta"]["median_ms"])
+
     entries = {b["params"]["variant"]: b for b in json.loads((tmp_path / "bench.json").read_text())["benchmarks"]}
-    stored = json.loads((tmp_path / "results" / "meta_step.json").read_text())["workloads"][0]["outcomes"]
-    for outcome in stored:
-        entry = entries[outcome["name"]]
-        assert entry["stats"]["rounds"] == len(outcome["times_ms"])
+    for name, outcome in outcomes.items():
+        stats = entries[name]["stats"]
+        assert stats["rounds"] == len(outcome["times_ms"]) > 0
         # Times are stored in ms with five digits after the point; a clock that sums them rounds once more.
-        assert 1e3 * entry["stats"]["min"] == pytest.approx(min(outcome["times_ms"]), abs=1e-4)
-        assert entry["extra_info"]["error"]["total"] == outcome["errors"]["total"]
+        assert 1e3 * stats["min"] == pytest.approx(min(outcome["times_ms"]), abs=1e-4)
+        assert entries[name]["extra_info"]["error"]["total"] == outcome["errors"]["total"]
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -264,15 +270,18 @@ def test_relative_errors_of_null_and_non_finite_gradients() -> None:
         relative_errors({"a": truth["a"]}, truth)
 
 
-@pytest.mark.slow
 def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scaling, "Point", functools.partial(scaling.Point, tasks=2, steps=1))
     monkeypatch.setattr(scaling, "PEERS", ("loop", "torch.func"))
+    monkeypatch.setattr(scaling, "UNROLLED", ())
     path = tmp_path / "scaling.json"
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8,))})
-    scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
+    with monkeypatch.context() as narrow:  # memory takes a process for each number
+        narrow.setattr(scaling, "OURS", ("fastmeta",))
+        scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
-    data = scaling.run(["width"], BRIEF, memory=False, path=path)  # memory takes a process for each number
-    assert (data["points"]["square:16,3,5,8"]["fastmeta"]["mib"] is not None) == RESET.exists()
+    data = scaling.run(["width"], BRIEF, memory=False, path=path)
+    assert (data["points"]["square:2,1,5,8"]["fastmeta"]["mib"] is not None) == RESET.exists()
     assert scaling.run(["width"], BRIEF, path=path) == data == json.loads(path.read_text())  # nothing is done again
     rows = scaling.rows_of(data, "width")
     assert scaling.curve(rows, "peer", "ms") == [
@@ -280,9 +289,28 @@ def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, t
     ]
     text = scaling.document(data)
     assert text.count("| 16 |") == 1
-    assert "T = 16, K = 3, N = 5" in text
+    assert "T = 2, K = 1, N = 5" in text
     assert scaling.picture(data).startswith(b"\x89PNG")
     assert scaling.exponent([1, 2, 4, 8], [7, 3, 12, 48]) == pytest.approx(2)
+
+
+def test_scaling_says_what_a_task_costs_and_what_a_graph_holds() -> None:
+    variants = (*scaling.PEERS, *scaling.OURS)
+    points = {
+        point.name: {v: {"ms": 2.0 * value, "mib": 3.0 * value} for v in variants}
+        for axis in ("tasks", "steps")
+        for value, point in scaling.points_of(axis)
+    }
+    data = {"machine": "a machine", "base": {}, "axes": ["tasks", "steps"], "points": points}
+    text = scaling.document(data)
+    assert "| 64 | 2000 | 2000 | 2000 | 2000 |" in text
+    assert "| inner steps K | chosen plan, MiB | weights as factors, MiB | graph of one task, MiB |" in text
+    assert "| 8 | 24 | 24 | 24 | 24 |" in text
+    points[scaling.Point(steps=8).name]["torch.func"]["mib"] = None  # an earlier run did not measure that
+    assert "graph of one task" not in scaling.document(data)
+    deep = scaling.Point(layers=3, width=8)
+    layers = [m for m in named(deep.name).build().model if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in layers] == [8, 8, 8, 10]
 
 
 @pytest.mark.skipif(not (scaling.RESULTS / "scaling.json").is_file(), reason="no run of benchmarks.scaling is kept")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.peaks import Peaks
-from benchmarks.gpu.timing import Timed, graphed, interleaved
+from fastmeta.bench.gpu_peaks import Peaks
+from fastmeta.bench.gpu_timing import Timed, graphed, interleaved
 from fastmeta.core.triton_support import PRECISIONS
 from fastmeta.ops.attention import reference
 from fastmeta.ops.attention.reference import Saved, SavedDot, Setting

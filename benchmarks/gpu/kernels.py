@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.steps import WORKLOADS, value_and_grad
-from benchmarks.gpu.timing import graphed, interleaved
+from fastmeta.bench.gpu_timing import graphed, interleaved
 
 CALLS = 5  # that are profiled
 

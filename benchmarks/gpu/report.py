@@ -86,17 +86,26 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _step_rows(result: dict[str, Any]) -> list[str]:
+def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one comparison, the quickest first, and behind them who could not take part."""
     ours = next((row for row in result["rows"] if row["variant"] == MAIN), {"ms": float("nan")})
-    lines = ["| variant | ms | 20 % | 80 % | / fastmeta | error | of a task | MiB |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    header = ["variant", "ms", "20 %", "80 %", "/ fastmeta", "error", "of a task", "MiB"]
+    rows = []
     for row in sorted(result["rows"], key=lambda row: row["ms"]):
-        memory = f"{row['mib']:.1f}" if "mib" in row else ""
-        times = f"{row['ms']:.4g} | {row['low']:.4g} | {row['high']:.4g} | {row['ms'] / ours['ms']:.2f}"
-        lines.append(f"| {row['variant']} | {times} | {_error(row, '')} | {_error(row, 'task_')} | {memory} |")
-    lines += [f"| {variant} | {reason} | | | | | | |" for variant, reason in result["reasons"].items()]
+        cells = [row["variant"], *(f"{row[key]:.4g}" for key in ("ms", "low", "high")), f"{row['ms'] / ours['ms']:.2f}"]
+        cells += [_error(row, ""), _error(row, "task_"), f"{row['mib']:.1f}" if "mib" in row else ""]
+        rows.append(cells)
+    rows += [[variant, reason, *[""] * 6] for variant, reason in result["reasons"].items()]
+    return header, rows
+
+
+def _step_rows(result: dict[str, Any]) -> list[str]:
+    header, rows = step_table(result)
+    lines = [f"| {' | '.join(header)} |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     peer = best_peer(result)
     if peer is not None:
+        ours = next(row for row in result["rows"] if row["variant"] == MAIN)
         lines += ["", f"Best peer / fastmeta: {peer['ms'] / ours['ms']:.2f} ({peer['variant']})."]
     return lines
 

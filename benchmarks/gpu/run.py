@@ -6,44 +6,20 @@ What is measured is kept after every part, so that an interrupted run loses the 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gpu import attention, conv, kernels, peaks, report, steps
-from fastmeta.core import environment, files, triton_support
+from benchmarks.gpu import attention, conv, kernels, report, steps
+from fastmeta.bench import gpu_peaks
+from fastmeta.bench.machine import machine_line
+from fastmeta.core import files, triton_support
 
 PARTS = ("steps", "kernels", "conv", "attention", "tf32", "jax")
 TF32 = ("omniglot_5way", "omniglot_20way", "conv4_84")
 WITH_COMPILE = ("sinusoid_k1", "mlp784")  # compiling takes minutes elsewhere
-
-
-def machine_line() -> str:
-    """What the figures were measured on."""
-    parts = [environment.machine_line(), f"triton {environment.versions()['triton']}", f"CUDA {torch.version.cuda}"]
-    query = "driver_version,clocks.sm,clocks.mem"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode == 0:
-        driver, sm, memory = ran.stdout.strip().split(", ")
-        parts += [f"driver {driver}", f"clocks {sm}, memory {memory}"]
-    return ", ".join([*parts, f"cuDNN {torch.backends.cudnn.version()}", f"revision {revision()}"])
-
-
-def revision() -> str:
-    """The commit that is measured: from git, or from where the copy was made."""
-    given = os.environ.get("FASTMETA_REVISION")
-    if given:
-        return given
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return ran.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -70,7 +46,7 @@ def main() -> None:
         files.write_json(arguments.out / "gpu.json", found)
 
     say(found["machine"])
-    measured = peaks.measure()
+    measured = gpu_peaks.measure()
     found["peaks"] = asdict(measured)
     say(str(measured))
     for name in arguments.workload or steps.WORKLOADS:

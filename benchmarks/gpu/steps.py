@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gate import FACTOR, open_gate
-from benchmarks.gpu.timing import graphed, interleaved, once
 from benchmarks.ours import learner
 from benchmarks.peers import torch_compile, torch_func, torch_loop
 from benchmarks.workloads import Problem, mini84, mlp784, omniglot, sinusoid
+from fastmeta.bench.gpu_timing import graphed, interleaved, once
 from tests.oracle import total_error
 
 Gradients = dict[str, Tensor]

@@ -14,14 +14,14 @@ import typer
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: the function that runs it, and the line ``fastmeta --help`` shows without loading it."""
+    """A subcommand: its function or the group of its own commands, and the line that ``fastmeta --help`` shows."""
 
     module: str
     function: str
     help: str
 
-    def load(self) -> Callable[..., Any]:
-        """Import the function; its annotated arguments are the command's."""
+    def load(self) -> Callable[..., Any] | typer.Typer:
+        """Import it; a function's annotated arguments are the command's."""
         return getattr(importlib.import_module(self.module), self.function)
 
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Command("fastmeta.cli.train", "train", "Meta-train a learner on sinusoid, digits or omniglot."),
     "eval": Command("fastmeta.cli.evaluate", "evaluate", "Evaluate a trained learner on new tasks."),
     "demo": Command("fastmeta.cli.demo", "demo", "See it work: exact gradients, fast steps, a trained learner."),
+    "bench": Command("fastmeta.cli.bench", "app", "Time operations, or whole meta-steps beside peers."),
     "doctor": Command("fastmeta.cli.doctor", "doctor", "Show versions, backends, instruction sets, threads and GPU."),
 }
 
@@ -61,7 +62,11 @@ def build_app(chosen: str | None) -> typer.Typer:
     app.callback(no_args_is_help=True)(_root)
     for name, command in COMMANDS.items():
         if name == chosen:
-            app.command(name)(command.load())
+            loaded = command.load()
+            if isinstance(loaded, typer.Typer):
+                app.add_typer(loaded, name=name, help=command.help)
+            else:
+                app.command(name)(loaded)
         else:
             app.command(name, help=command.help)(_listed)
     return app

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +58,23 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+_passed_over: ContextVar[bool] = ContextVar("fastmeta_triton_passed_over", default=False)
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """Within it no kernel runs in this thread, so that operations can be compared with their references."""
+    token = _passed_over.set(True)
+    try:
+        yield
+    finally:
+        _passed_over.reset(token)
+
+
 def missing_reason(device: torch.device, dtype: torch.dtype) -> str:
     """Why no kernel can run tensors of this device and dtype; empty where they can."""
+    if _passed_over.get():
+        return "Triton kernels are passed over, for a comparison"
     if device.type != "cuda" and not interpreted():
         return f"Triton kernels need a GPU, got tensors on {device}"
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from math import prod
+
 from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.program import Instruction, Program
 from fastmeta.engine.work import Work
@@ -52,6 +55,48 @@ def bytes_by_map(operands: Operands) -> ByMap:
         primal + dots + o.y,
         primal + o.y + dots + o.y + cotangents,
     )
+
+
+def operands_of(program: Program, run: Sequence[Instruction]) -> Operands:
+    """Operands of consecutive calls of a program as those of one operation, for whatever implementation of it.
+
+    What they read of others goes in, what others read of theirs comes out; what lies between is nobody's operand.
+    """
+    varying = {program.graph.parameters[name] for name in program.adapted}
+    for instruction in program.instructions:
+        if varying.intersection(instruction.inputs):
+            varying.update(instruction.outputs)
+    own = {slot for instruction in run for slot in instruction.outputs}
+    inside = {id(instruction) for instruction in run}
+    wanted = {program.graph.loss, *program.graph.outputs}
+    wanted.update(slot for i in program.instructions if id(i) not in inside for slot in i.inputs)
+    pairs = [pair for i in run for pair in zip(i.inputs, i.later.need, strict=True) if pair[0] not in own]
+    read = {slot for slot, _ in pairs} - program.constants.keys()
+    active = {slot for slot, need in pairs if need}
+    weights = read & set(program.graph.parameters.values())
+
+    def size(slots: Iterable[int]) -> int:
+        values = [program.graph.values[slot] for slot in slots]
+        return sum(prod(value.shape) * value.dtype.itemsize for value in values)
+
+    data = read - weights
+    return Operands(
+        run[0].op.name,
+        run[0],
+        x=size(data),
+        w=size(weights),
+        y=size(own & wanted),
+        x_varies=size(data & varying),
+        w_varies=size(weights & varying),
+        x_active=size(data & active),
+        w_active=size(weights & active),
+    )
+
+
+# How often a packed parameter moves in an inner rule's kernels, which multiply no matrices. The step of descent reads
+# theta and g and writes phi; its adjoint reads lambda and g and writes u. Adam's step reads phi, g and two moments and
+# writes all but g; its adjoint reads g, the moments and the cotangents of what the step wrote, and writes three.
+UPDATES = {"inner_update": {"step": 3, "adjoint": 3}, "adaptive_update": {"step": 7, "adjoint": 9}}
 
 
 def flops(work: Work, support: Instruction, query: Instruction | None) -> int:

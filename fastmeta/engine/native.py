@@ -75,6 +75,11 @@ class NativeStep:
         self._mutates = bool(graph.mutations)
 
     @property
+    def operands(self) -> tuple[Operands, ...]:
+        """Of the operations on a support set, in execution order."""
+        return self._operands[0]
+
+    @property
     def instruction_set(self) -> str:
         """The one its kernels are compiled for."""
         return self._isa()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.timing import graphed, interleaved
+from fastmeta.bench.gpu_timing import graphed, interleaved
 
 COPY_BYTES = 1 << 30  # far beyond any cache
 SIZE = 8192  # of the products

@@ -41,6 +41,15 @@ def interleave(calls: Mapping[str, Callable[[], Any]], effort: Effort) -> dict[s
     A turn during which other processes took part of the machine counts only for a variant that has no other; up to the
     budget over again is spent on getting everyone ``LEAST`` undisturbed turns.
     """
+    gc.collect()
+    gc.freeze()  # each turn collects garbage, and should not look at all that was there before each time
+    try:
+        return _interleave(calls, effort)
+    finally:
+        gc.unfreeze()
+
+
+def _interleave(calls: Mapping[str, Callable[[], Any]], effort: Effort) -> dict[str, Times]:
     names = list(calls)
     turns: dict[str, list[_Turn]] = {name: [] for name in names}
     share = effort.budget_s / max(1, len(names))
@@ -107,6 +116,7 @@ class Foreign:
         self._begin = self._read()
 
     def cores(self) -> float | None:
+        """Cores of others, on average since then."""
         end = self._read()
         if self._begin is None or end is None:
             return None

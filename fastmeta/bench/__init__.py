@@ -1,0 +1,1 @@
+"""Microbenchmarks: timing by turns, ceilings measured on the spot, every operation's maps, reports, regressions."""
