@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
+
 from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.program import Instruction, Program
 from fastmeta.engine.work import Work
@@ -52,6 +55,44 @@ def bytes_by_map(operands: Operands) -> ByMap:
         primal + dots + o.y,
         primal + o.y + dots + o.y + cotangents,
     )
+
+
+def operands_by_call(program: Program) -> list[Operands]:
+    """One task's operands of each instruction, for :func:`bytes_by_map`.
+
+    A weight that no task forms counts as the shared one, which has no derivative in memory.
+    """
+    graph = program.graph
+    parameters = set(graph.parameters.values())
+    varies = {graph.parameters[name] for name in program.adapted}
+    active = varies | {graph.parameters[name] for name in program.outer}
+    factors = {graph.parameters[name] for name in program.factored}
+
+    def size(slots: Iterable[int]) -> int:
+        return sum(prod(graph.values[slot].shape) * graph.values[slot].dtype.itemsize for slot in slots)
+
+    counted = []
+    for instruction in program.instructions:
+        read = set(instruction.inputs)
+        x, w = read - parameters, read & parameters
+        if read & varies:
+            varies = varies.union(instruction.outputs)
+        if read & active:
+            active = active.union(instruction.outputs)
+        counted.append(
+            Operands(
+                instruction.op.name,
+                instruction,
+                x=size(x),
+                w=size(w),
+                y=size(instruction.outputs),
+                x_varies=size(x & varies),
+                w_varies=size((w & varies) - factors),
+                x_active=size(x & active),
+                w_active=size((w & active) - factors),
+            )
+        )
+    return counted
 
 
 def flops(work: Work, support: Instruction, query: Instruction | None) -> int:
