@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from benchmarks.floor import peaks
 from benchmarks.ours import learner
 from benchmarks.workloads import Problem
-from fastmeta.core.peak import copy_rate
+from fastmeta.engine.floor import copy_rate_of
 from fastmeta.engine.profile import Profile, Record, collect
 
 # The quickest block is shown: the others are those that the machine disturbed more.
 BLOCKS = 10
 BLOCK_S = 0.05
-SMALLEST = 128  # bytes that a copy is timed of
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,5 @@ def _breakdown(seconds: float, profile: Profile) -> Breakdown:
 def _floor_s(records: Sequence[Record], threads: int) -> float:
     """The least seconds of ``records`` with all threads busy."""
     return sum(
-        max(r.flops / peaks().flops, r.bytes / _copy_rate(r.bytes // r.calls // r.threads, threads)) for r in records
+        max(r.flops / peaks().flops, r.bytes / copy_rate_of(r.bytes // r.calls // r.threads, threads)) for r in records
     )
-
-
-def _copy_rate(size: int, threads: int) -> float:
-    """Of buffers of ``size`` bytes, rounded down to a power of two: a smaller copy is not slower."""
-    return _rounded_copy_rate(1 << (max(size, SMALLEST).bit_length() - 1), threads)
-
-
-@cache
-def _rounded_copy_rate(size: int, threads: int) -> float:
-    return copy_rate(size, threads)

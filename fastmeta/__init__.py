@@ -7,6 +7,7 @@ command that needs only a part of the package loads only that part.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
     from fastmeta.ops.inner_update.op import inner_update as inner_update
+    from fastmeta.profiling.session import profile as profile
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
 
 _ATTRIBUTES = {
@@ -49,6 +51,7 @@ _ATTRIBUTES = {
     "Reptile": "fastmeta.algorithms.reptile",
     "TaskBatch": "fastmeta.tasks.batch",
     "inner_update": "fastmeta.ops.inner_update",
+    "profile": "fastmeta.profiling.session",
 }
 _MODULES = {
     "algorithms": "fastmeta.algorithms",
@@ -82,6 +85,7 @@ __all__ = [
     "learner",
     "models",
     "ops",
+    "profile",
     "tasks",
 ]
 
@@ -99,3 +103,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "FASTMETA_PROFILE" in os.environ:  # by `fastmeta profile`, for the processes of its command
+    from fastmeta.profiling import launched
+
+    launched.begin(launched.Order.found())

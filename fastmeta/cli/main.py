@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Command("fastmeta.cli.train", "train", "Meta-train a learner on sinusoid, digits or omniglot."),
     "eval": Command("fastmeta.cli.evaluate", "evaluate", "Evaluate a trained learner on new tasks."),
     "demo": Command("fastmeta.cli.demo", "demo", "See it work: exact gradients, fast steps, a trained learner."),
+    "profile": Command("fastmeta.cli.profile", "profile", "Run a command and show where its meta-steps' time goes."),
     "doctor": Command("fastmeta.cli.doctor", "doctor", "Show versions, backends, instruction sets, threads and GPU."),
 }
 

@@ -1,0 +1,197 @@
+"""The roofline picture: how much each operation computes a byte, how fast it does, and what the machine could do."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmeta.core import files
+from fastmeta.engine.floor import Peaks
+from fastmeta.profiling.advice import percent
+from fastmeta.profiling.report import KindReport, Line, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
+
+ENDINGS = (".png", ".svg")
+TOP = 12  # operations that are drawn
+# Middle tones on a transparent ground: they stand out from white paper and from a dark page alike.
+INK, ROOF, POINTS = "#7b818a", "#9a7b3c", ("#2f86c5", "#cf6a2c", "#3d9b62", "#a066c0")
+CACHED = 256 << 10  # bytes a thread, of a copy in cache
+AROUND = ((7, 6), (7, -13), (-13, 6), (-13, -13), (0, 11), (0, -19), (16, 0), (-22, 0), (16, 16), (-22, 16), (16, -24))
+
+
+def check_ending(path: Path) -> None:
+    """Raise ``ValueError`` where the name of a picture has another ending than ``.png`` or ``.svg``."""
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"profile: a picture must end in .png or .svg, got {path}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """An operation in the picture: operations a byte and a second."""
+
+    line: Line
+    intensity: float
+    rate: float
+
+
+def points_of(kind: KindReport) -> list[Point]:
+    """The operations with products that take longest."""
+    drawn = [line for line in kind.lines if line.flops and line.bytes and line.seconds][:TOP]
+    return [Point(line, line.flops / line.bytes, line.flops_rate) for line in drawn]
+
+
+def roofline(report: Report, path: Path) -> None:
+    """Draw the kind of meta-step that takes longest and has operations with products.
+
+    Args:
+        report: of a profile.
+        path: the ``.png`` or ``.svg`` file to write.
+
+    Raises:
+        ValueError: another ending, or there is no such kind.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    check_ending(path)
+    kind = next((kind for kind in report.kinds if points_of(kind)), None)
+    if kind is None:
+        raise ValueError("profile: a roofline needs operations with products, got none that was timed")
+    roof = next(r for r in report.roofs if (r.device, r.dtype, r.threads) == (kind.device, kind.dtype, kind.threads))
+    points = points_of(kind)
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    figure.patch.set_alpha(0)
+    ax, beside = figure.subplots(1, 2, width_ratios=(2.1, 1))
+    _frame(ax, kind, points, roof)
+    _roofs(ax, points, roof)
+    _points(ax, points)
+    _names(beside, points)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _frame(ax: Axes, kind: KindReport, points: Sequence[Point], roof: Peaks) -> None:
+    intensities = [point.intensity for point in points]
+    low, high = min(*intensities, 0.5), max(*intensities, 2 * roof.flops / roof.bytes)
+    bottom = min(*(point.rate for point in points), roof.flops / 1e3)
+    ax.set(xscale="log", yscale="log", xlim=(low / 2, high * 3), ylim=(bottom / 3e9, roof.flops * 3e-9))
+    ax.set_xlabel("operations a byte (FLOP/B)", color=INK)
+    ax.set_ylabel("GFLOP/s", color=INK)
+    what = "meta-steps" if kind.gradient else "evaluations"
+    ax.set_title(f"{kind.count} {what}, {kind.executor} executor, {kind.device}, {kind.dtype}", color=INK, fontsize=10)
+    ax.patch.set_alpha(0)
+    ax.grid(which="major", alpha=0.35, color=INK, lw=0.6)
+    ax.tick_params(which="both", colors=INK)
+    for side, spine in ax.spines.items():
+        spine.set(color=INK, visible=side in ("left", "bottom"))
+
+
+def _roofs(ax: Axes, points: Sequence[Point], roof: Peaks) -> None:
+    """The peak, and the slopes of memory and, on a processor, of its cache."""
+    left, right = ax.get_xlim()
+    rates = {"memory": roof.bytes}
+    if roof.device == "cpu" and (cached := roof.rate(CACHED)) > 1.3 * roof.bytes:
+        rates["cache"] = cached
+    top = roof.flops / 1e9
+    ax.plot([roof.flops / max(rates.values()), right], [top, top], color=ROOF, lw=1.6)
+    ax.annotate(
+        f"{top:.3g} GFLOP/s", (right, top), (-4, 4), textcoords="offset points", ha="right", color=ROOF, fontsize=9
+    )
+    for name, rate in rates.items():
+        ridge = roof.flops / rate
+        start = max(left, 1e9 * ax.get_ylim()[0] / rate)
+        ax.plot([start, ridge], [start * rate / 1e9, top], color=ROOF, lw=1.6, ls="-" if name == "memory" else "--")
+        at = (start * ridge) ** 0.5
+        ax.annotate(
+            f"{name} {rate / 1e9:.3g} GB/s",
+            (at, at * rate / 1e9),
+            (0, 5),
+            textcoords="offset points",
+            rotation=_slope(ax),
+            rotation_mode="anchor",
+            ha="center",
+            color=ROOF,
+            fontsize=9,
+        )
+
+
+def _slope(ax: Axes) -> float:
+    """Degrees at which a line of slope 1 in logarithms stands in the picture."""
+    import math
+
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # it is the whole figure
+    (x0, y0), (x1, y1) = ax.transData.transform([(1, 1), (10, 10)])
+    return math.degrees(math.atan2(y1 - y0, x1 - x0))
+
+
+def _points(ax: Axes, points: Sequence[Point]) -> None:
+    """A disc for each, as large as its share, and its number beside it where there is room."""
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    taken: list[Bbox] = []
+    for number, point in enumerate(points):
+        y = point.rate / 1e9
+        size = 30 + 400 * point.line.share
+        color = POINTS[number % len(POINTS)]
+        ax.scatter([point.intensity], [y], s=size, color=color, alpha=0.85, edgecolors=INK, lw=0.5, zorder=3)
+        x_at, y_at = ax.transData.transform((point.intensity, y))
+        radius = size**0.5 / 2 * ax.figure.dpi / 72
+        taken.append(_box(x_at - radius, y_at - radius, x_at + radius, y_at + radius))
+    for number, point in enumerate(points):
+        _label(ax, number, point, taken)
+
+
+def _label(ax: Axes, number: int, point: Point, taken: list[Bbox]) -> None:
+    """The number at the first place around its disc that nothing else has."""
+    disc = taken[number]
+    radius = (disc.x1 - disc.x0) / 2 * 72 / ax.figure.dpi
+    best = None
+    for dx, dy in AROUND:
+        shift = (dx + radius * (dx > 0) - radius * (dx < 0), dy + radius * (dy > 0) - radius * (dy < 0))
+        text = ax.annotate(
+            str(number + 1),
+            (point.intensity, point.rate / 1e9),
+            shift,
+            textcoords="offset points",
+            color=POINTS[number % len(POINTS)],
+            fontsize=9,
+            fontweight="bold",
+            zorder=4,
+        )
+        box = text.get_window_extent().padded(1)
+        if not any(box.overlaps(other) for other in taken):
+            if best is not None:
+                best.remove()
+            taken.append(box)
+            return
+        if best is None:
+            best = text
+        else:
+            text.remove()
+
+
+def _names(ax: Axes, points: Sequence[Point]) -> None:
+    ax.set_axis_off()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    for number, point in enumerate(points):
+        line, y = point.line, 0.97 - 0.078 * number
+        color = POINTS[number % len(POINTS)]
+        ax.text(0.0, y, f"{number + 1}", color=color, fontsize=9, fontweight="bold", va="top")
+        said = f"{_short(line.name)}\n{percent(line.share)} of the time, {percent(line.floor_share)} of its floor"
+        ax.text(0.09, y, said, color=INK, fontsize=8, va="top", linespacing=1.15)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 38 else f"...{name[-35:]}"
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> Bbox:
+    from matplotlib.transforms import Bbox
+
+    return Bbox([[x0, y0], [x1, y1]])
