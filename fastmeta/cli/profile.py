@@ -35,7 +35,7 @@ def profile(
     """Run a command and show where its meta-steps' time goes, and what to do about it.
 
     As in: fastmeta profile -- python train.py. Every process of it that imports fastmeta is profiled. The tables go to
-    stderr after the command has ended, and its exit status is passed on. docs/profiling.md says what is counted as what.
+    stderr after the command has ended, and its exit status is passed on. docs/profiling.md says what is counted how.
     """
     from rich.console import Console
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastmeta.engine.compiler import Programs
 
 MOST = 100_000  # meta-steps that are kept one by one
+MEMORY_S = 0.01
 STATM = Path("/proc/self/statm")
 
 
@@ -33,7 +34,8 @@ class Run:
         begin: seconds since the profile began.
         seconds: by the processor's clock, from the call of the engine until it returned.
         busy: as :attr:`Kind.busy` has it; on a GPU 0, for nothing waits for the device in between.
-        resident: bytes of the process in memory afterwards; 0 where the system does not tell.
+        resident: bytes of the process in memory afterwards, asked at most every ``MEMORY_S``; 0 where the system does
+            not tell.
         allocated: bytes of tensors on the GPU afterwards.
         peak: the most of them so far.
     """
@@ -146,6 +148,7 @@ class Runs:
         self.current: Kind | None = None
         self.count = 0
         self._native_seconds = native_seconds
+        self._asked, self._resident = -MEMORY_S, 0
         self._watch = watch
         self._by_key: dict[tuple[object, ...], Kind] = {}
 
@@ -192,7 +195,10 @@ class Runs:
             kind.threads = torch.get_num_threads()
             self.count += 1
             if len(self.every) < MOST:
-                self.every.append(Run(kind.number, at, seconds, busy, resident_bytes(), *_on_gpu(cuda)))
+                now = at + seconds
+                if now - self._asked >= MEMORY_S:
+                    self._asked, self._resident = now, resident_bytes()
+                self.every.append(Run(kind.number, at, seconds, busy, self._resident, *_on_gpu(cuda)))
             if self._watch is not None:
                 self._watch(self.count)
 

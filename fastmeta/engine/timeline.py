@@ -122,6 +122,8 @@ class Timeline:
         self._mark = now
 
     def _gap(self, after: str) -> str:
+        if after == PROFILE:
+            return PROFILE
         if self._prepared:  # on the way from there to the meta-step
             return PREPARATION
         if self._before == START:

@@ -125,8 +125,7 @@ def _of_a_line(line: Line, kind: KindReport, report: Report) -> str:
 
 
 def _by_memory(line: Line, report: Report, kind: KindReport) -> bool:
-    roof = next(r for r in report.roofs if (r.device, r.dtype, r.threads) == (kind.device, kind.dtype, kind.threads))
-    return line.floor_seconds > 1.5 * line.flops / roof.flops
+    return line.floor_seconds > 1.5 * line.flops / report.roof(kind).flops
 
 
 def counted(number: int, one: str, many: str) -> str:

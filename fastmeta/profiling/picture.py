@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from fastmeta.profiling.report import KindReport, Line, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
 ENDINGS = (".png", ".svg")
@@ -22,7 +25,7 @@ TOP = 12  # operations that are drawn
 # Middle tones on a transparent ground: they stand out from white paper and from a dark page alike.
 INK, ROOF, POINTS = "#7b818a", "#9a7b3c", ("#2f86c5", "#cf6a2c", "#3d9b62", "#a066c0")
 CACHED = 256 << 10  # bytes a thread, of a copy in cache
-AROUND = ((7, 6), (7, -13), (-13, 6), (-13, -13), (0, 11), (0, -19), (16, 0), (-22, 0), (16, 16), (-22, 16), (16, -24))
+RING, RINGS, DIRECTIONS = 9, 12, 16  # points between the places where a number may stand, rings of them, places on one
 
 
 def check_ending(path: Path) -> None:
@@ -57,24 +60,29 @@ def roofline(report: Report, path: Path) -> None:
         ValueError: another ending, or there is no such kind.
         OSError: the file cannot be written.
     """
+    check_ending(path)
+    buffer = io.BytesIO()
+    drawn(report).savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def drawn(report: Report) -> Figure:
+    """The picture; see :func:`roofline`."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    check_ending(path)
     kind = next((kind for kind in report.kinds if points_of(kind)), None)
     if kind is None:
         raise ValueError("profile: a roofline needs operations with products, got none that was timed")
-    roof = next(r for r in report.roofs if (r.device, r.dtype, r.threads) == (kind.device, kind.dtype, kind.threads))
+    roof = report.roof(kind)
     points = points_of(kind)
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     figure.patch.set_alpha(0)
     ax, beside = figure.subplots(1, 2, width_ratios=(2.1, 1))
-    _frame(ax, kind, points, roof)
-    _roofs(ax, points, roof)
-    _points(ax, points)
     _names(beside, points)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
-    files.write_bytes(path, buffer.getvalue())
+    _frame(ax, kind, points, roof)
+    _roofs(ax, roof)
+    _points(ax, points)
+    return figure
 
 
 def _frame(ax: Axes, kind: KindReport, points: Sequence[Point], roof: Peaks) -> None:
@@ -93,7 +101,7 @@ def _frame(ax: Axes, kind: KindReport, points: Sequence[Point], roof: Peaks) -> 
         spine.set(color=INK, visible=side in ("left", "bottom"))
 
 
-def _roofs(ax: Axes, points: Sequence[Point], roof: Peaks) -> None:
+def _roofs(ax: Axes, roof: Peaks) -> None:
     """The peak, and the slopes of memory and, on a processor, of its cache."""
     left, right = ax.get_xlim()
     rates = {"memory": roof.bytes}
@@ -124,8 +132,6 @@ def _roofs(ax: Axes, points: Sequence[Point], roof: Peaks) -> None:
 
 def _slope(ax: Axes) -> float:
     """Degrees at which a line of slope 1 in logarithms stands in the picture."""
-    import math
-
     ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # it is the whole figure
     (x0, y0), (x1, y1) = ax.transData.transform([(1, 1), (10, 10)])
     return math.degrees(math.atan2(y1 - y0, x1 - x0))
@@ -148,32 +154,33 @@ def _points(ax: Axes, points: Sequence[Point]) -> None:
 
 
 def _label(ax: Axes, number: int, point: Point, taken: list[Bbox]) -> None:
-    """The number at the first place around its disc that nothing else has."""
+    """The number at the nearest place around its disc that nothing else has, and a line to it where that is far."""
     disc = taken[number]
     radius = (disc.x1 - disc.x0) / 2 * 72 / ax.figure.dpi
-    best = None
-    for dx, dy in AROUND:
-        shift = (dx + radius * (dx > 0) - radius * (dx < 0), dy + radius * (dy > 0) - radius * (dy < 0))
-        text = ax.annotate(
-            str(number + 1),
-            (point.intensity, point.rate / 1e9),
-            shift,
-            textcoords="offset points",
-            color=POINTS[number % len(POINTS)],
-            fontsize=9,
-            fontweight="bold",
-            zorder=4,
-        )
+    text = ax.annotate(
+        str(number + 1),
+        (point.intensity, point.rate / 1e9),
+        (0, 0),
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        color=POINTS[number % len(POINTS)],
+        fontsize=9,
+        fontweight="bold",
+        zorder=4,
+    )
+    for step, turn in product(range(RINGS), range(DIRECTIONS)):
+        far, angle = radius + RING * (step + 1), 2 * math.pi * (turn / DIRECTIONS + 0.125)
+        shift = far * math.cos(angle), far * math.sin(angle)
+        text.set_position(shift)
         box = text.get_window_extent().padded(1)
         if not any(box.overlaps(other) for other in taken):
-            if best is not None:
-                best.remove()
-            taken.append(box)
-            return
-        if best is None:
-            best = text
-        else:
-            text.remove()
+            break
+    taken.append(text.get_window_extent().padded(1))
+    if step > 1:
+        at = (point.intensity, point.rate / 1e9)
+        line = {"arrowstyle": "-", "color": INK, "lw": 0.6, "shrinkA": 5, "shrinkB": 0}
+        ax.annotate("", at, shift, textcoords="offset points", arrowprops=line, zorder=2)
 
 
 def _names(ax: Axes, points: Sequence[Point]) -> None:

@@ -133,6 +133,11 @@ class Report:
     kinds: tuple[KindReport, ...]
     roofs: tuple[Peaks, ...]
 
+    def roof(self, kind: KindReport) -> Peaks:
+        """What the machine does at its best where a kind of meta-step ran."""
+        key = kind.device, kind.dtype, kind.threads
+        return next(roof for roof in self.roofs if (roof.device, roof.dtype, roof.threads) == key)
+
     @property
     def seconds(self) -> float:
         """From the beginning to the end of the profile."""
@@ -174,19 +179,19 @@ class Report:
         return {**self.data, **whole, "kinds": kinds, "roofs": [asdict(roof) for roof in self.roofs]}
 
 
-def report_of(data: dict[str, Any], measure: Callable[[str, torch.dtype, int], Peaks] = peaks) -> Report:
+def report_of(data: dict[str, Any], measure: Callable[[str, torch.dtype, int], Peaks] | None = None) -> Report:
     """The report of what :func:`fastmeta.profiling.gather.gather` gave.
 
     Args:
         data: of this machine.
-        measure: what it does at its best, by device, dtype and threads.
+        measure: gives what it does at its best, by device, dtype and threads; :func:`peaks` if left out.
     """
     roofs: dict[tuple[str, str, int], Peaks] = {}
     kinds = []
     for kind in data["kinds"]:
         key = kind["device"], kind["dtype"], kind["threads"]
         if kind["operations"] and key not in roofs:
-            roofs[key] = measure(kind["device"], getattr(torch, kind["dtype"]), kind["threads"])
+            roofs[key] = (measure or peaks)(kind["device"], getattr(torch, kind["dtype"]), kind["threads"])
         kinds.append(_kind(kind, roofs.get(key)))
     kinds.sort(key=lambda kind: -kind.whole)
     return Report(data, tuple(kinds), tuple(roofs.values()))
