@@ -88,7 +88,7 @@ def drawn(report: Report) -> Figure:
 def _frame(ax: Axes, kind: KindReport, points: Sequence[Point], roof: Peaks) -> None:
     intensities = [point.intensity for point in points]
     low, high = min(*intensities, 0.5), max(*intensities, 2 * roof.flops / roof.bytes)
-    bottom = min(*(point.rate for point in points), roof.flops / 1e3)
+    bottom = min(*(point.rate for point in points), roof.flops / 100)
     ax.set(xscale="log", yscale="log", xlim=(low / 2, high * 3), ylim=(bottom / 3e9, roof.flops * 3e-9))
     ax.set_xlabel("operations a byte (FLOP/B)", color=INK)
     ax.set_ylabel("GFLOP/s", color=INK)
@@ -195,7 +195,8 @@ def _names(ax: Axes, points: Sequence[Point]) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 38 else f"...{name[-35:]}"
+    """The beginning and the end, which tell layers apart."""
+    return name if len(name) <= 40 else f"{name[:17]}...{name[-20:]}"
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> Bbox:
