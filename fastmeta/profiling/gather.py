@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastmeta.core import environment
+from fastmeta.engine.callback import JOINS
 from fastmeta.engine.explain import Row, rows_of
 from fastmeta.engine.profile import Profile, Record
 from fastmeta.engine.runs import Kind
@@ -70,10 +72,21 @@ def _rows(kind: Kind) -> dict[int, Row]:
     programs = kind.programs
     if programs is None:
         return {}
-    rows = rows_of(kind.work, programs, kind.executor)
+    rows = composed(rows_of(kind.work, programs, kind.executor))
     found = dict(zip(map(id, programs.support.instructions), rows, strict=True))
     if programs.query is not None and len(programs.query.instructions) == len(rows):
         found.update(zip(map(id, programs.query.instructions), rows, strict=True))
+    return found
+
+
+def composed(rows: Sequence[Row]) -> list[Row]:
+    """Calls that are called back for as one are known by the last: let it name them all, and the first's reason."""
+    found: list[Row] = []
+    for row in rows:
+        before = found[-1] if found else None
+        if before is not None and row.backend == "callback" == before.backend and row.reason.endswith(JOINS):
+            row = replace(row, call=f"{before.call}, {row.call}", reason=before.reason)
+        found.append(row)
     return found
 
 
@@ -91,8 +104,8 @@ def _operations(records: Sequence[Record], rows: dict[int, Row], kind: Kind) -> 
             "backend": kind.executor if row is None else row.backend,
             "reason": "" if row is None else row.reason,
         }
-        if not record.module and row is not None and generic:
-            said["operation"] = f"generic {row.call}"
+        if row is not None and (generic or row.backend == "callback"):
+            said["operation"] = f"{record.operation} {row.call}"
         seconds = record.seconds / (kind.threads if kind.executor == "native" else 1)  # from threads' to the clock's
         entry = found.setdefault(tuple(said.values()), {**said, "maps": []})
         entry["maps"].append(

@@ -85,7 +85,7 @@ def test_a_command_of_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert [kind["count"] for kind in training] == [2]
     assert [span["name"] for span in found["spans"]].count("outer step") == 2
     assert {"0", "2", "4"} <= {line["module"] for line in training[0]["lines"]}
-    assert (tmp_path / "p.png").is_file()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert found["where"]["data"] > 0
     assert any("fastmeta: " in str(e.get("name")) for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"])
 
