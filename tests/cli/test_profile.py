@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from fastmeta.cli.main import main
-from fastmeta.engine.floor import Peaks
 from fastmeta.profiling import report
 from fastmeta.profiling.launch import resolved
 from fastmeta.profiling.launched import VARIABLE
+from tests.profiling.hand import machine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -33,23 +33,14 @@ if child == 0:
     sys.exit(0)  # a copy of this process, whose meta-steps are not its own
 os.waitpid(child, 0)
 print("said", *sys.argv[1:])
-sys.exit(7) if len(sys.argv) > 1 else 1 / 0
+raise KeyError("stopped here")
 """
-
-
-class Hand(Peaks):
-    """A machine that need not be measured."""
-
-    def rate(self, size: int) -> float:
-        return self.bytes
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # children import the package under test
-    monkeypatch.setattr(
-        report, "peaks", lambda device, _, threads: Hand(device, "float32", threads, 1e11, "hand", 1e10)
-    )
+    monkeypatch.setattr(report, "peaks", machine)
 
 
 def run(*words: object) -> int:
@@ -62,10 +53,11 @@ def run(*words: object) -> int:
 def test_a_script_that_fails_leaves_its_profile(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "train.py"
     script.write_text(FAILING)
-    assert run("--json", tmp_path / "p.json", "--", "python", script, "--lr", 3) == 7
+    assert run("--json", tmp_path / "p.json", "--", "python", script, "--lr", 3) == 1
     told = capfd.readouterr()
     assert told.out == "said --lr 3\n"
     assert "4 meta-steps on the autodiff executor" in told.err
+    assert "KeyError: 'stopped here'" in told.err
     assert "What to do" in told.err
     assert "written: " in told.err
     assert "process " not in told.err  # there is one alone
@@ -93,6 +85,7 @@ def test_a_command_of_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [
+        ("import sys; sys.exit(3)", 3, "no process of the command imported fastmeta"),
         ("print('nothing')", 0, "no process of the command imported fastmeta"),
         ("import os; os.kill(os.getpid(), 9)", 128 + signal.SIGKILL, "signal 9 ended the command"),
     ],
