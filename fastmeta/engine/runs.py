@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,10 +109,18 @@ class Running:
         kind, clock = self.kind, self._runs.clock
         if kind is None or not self.operations:
             return program
-        clock.tasks = tasks
-        if part not in kind.timed:
-            kind.timed[part] = TimedProgram(program, part, clock, cuda=self._work.alpha.is_cuda)
+        clock.own.tasks = tasks
+        with self._runs.lock:
+            if part not in kind.timed:
+                kind.timed[part] = TimedProgram(program, part, clock, cuda=self._work.alpha.is_cuda)
         return kind.timed[part].program
+
+
+class _Own(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.current: Kind | None = None
 
 
 class Runs:
@@ -128,7 +137,6 @@ class Runs:
         timeline: of the thread that made this.
         kinds: of meta-steps, by number.
         every: the first ``MOST`` meta-steps.
-        current: the kind of the meta-step under way.
         count: how many there were.
     """
 
@@ -145,12 +153,18 @@ class Runs:
         self.timeline = Timeline()
         self.kinds: list[Kind] = []
         self.every: list[Run] = []
-        self.current: Kind | None = None
+        self.lock = threading.Lock()  # while what all threads share is made
+        self._own = _Own()
         self.count = 0
         self._native_seconds = native_seconds
         self._asked, self._resident = -MEMORY_S, 0
         self._watch = watch
         self._by_key: dict[tuple[object, ...], Kind] = {}
+
+    @property
+    def current(self) -> Kind | None:
+        """The kind of the meta-step under way on this thread."""
+        return self._own.current
 
     @property
     def ended(self) -> bool:
@@ -167,9 +181,9 @@ class Runs:
     def meta_step(self, work: Work, programs: Programs | None, *, gradient: bool) -> Iterator[Running]:
         """Measure a meta-step; one that fails is on the timeline alone."""
         running, cuda = Running(self, work, programs, gradient), work.alpha.is_cuda
-        mapped, native = self.clock.busy.seconds, self._native_seconds()
+        mapped, native = self.clock.own.busy.seconds, self._native_seconds()
         own = self.timeline.totals[PROFILE]
-        outer, self.current = self.current, None
+        outer, self._own.current = self._own.current, None
         whole, at = Tally(), self.timeline.now()
         try:
             with self.span(META_STEP if gradient else EVALUATION):
@@ -182,12 +196,12 @@ class Runs:
                     kind.device.calls += 1
                     self.clock.end(device, kind.device, whole)
         finally:
-            self.current = outer
+            self._own.current = outer
         if kind is None:
             return
         with self.timeline.span(PROFILE):
-            inside = self.clock.busy.seconds - mapped + self._native_seconds() - native
-            busy = 0.0 if cuda else inside if kind.timed or kind.executor == "native" else seconds
+            inside = self.clock.own.busy.seconds - mapped + self._native_seconds() - native
+            busy = 0.0 if cuda else min(inside, seconds) if kind.timed or kind.executor == "native" else seconds
             kind.runs += 1
             kind.tasks += work.tasks
             kind.seconds += seconds
@@ -204,9 +218,9 @@ class Runs:
 
     def kind(self, work: Work, programs: Programs | None, executor: str, why: str, gradient: bool) -> Kind:
         """The kind of a meta-step, which is the current one from now on."""
-        with self.timeline.span(PROFILE):
-            self.current = self._kind(work, programs, executor, why, gradient)
-        return self.current
+        with self.timeline.span(PROFILE), self.lock:
+            kind = self._own.current = self._kind(work, programs, executor, why, gradient)
+        return kind
 
     def _kind(self, work: Work, programs: Programs | None, executor: str, why: str, gradient: bool) -> Kind:
         compiled = (id(work.objective),) if programs is None else (id(programs.support), id(programs.query))

@@ -7,6 +7,7 @@ for, and nothing is called that would not be called otherwise.
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -35,22 +36,28 @@ class Tally:
     seconds: float = 0.0
 
 
+class _Own(threading.local):
+    """What each thread has for itself: its meta-step may run beside those of others."""
+
+    def __init__(self) -> None:
+        self.busy = Tally()
+        self.tasks = 1
+        self.within = False
+
+
 class Clock:
     """Seconds of pieces of work, by the processor's clock, or on a GPU by events on the current stream.
 
     Events are read once the device has passed them; :meth:`settle` waits for those that are left.
 
     Attributes:
-        busy: seconds of all maps so far.
-        tasks: how many tasks the calls are for.
-        within: whether a map runs: what it calls in turn is part of it.
+        own: of this thread: seconds of all its maps so far (``busy``), how many tasks the calls are for (``tasks``),
+            and whether a map runs, for what it calls in turn is part of it (``within``).
         ranges: names work for tracers, if any listens.
     """
 
     def __init__(self, ranges: Ranges | None = None) -> None:
-        self.busy = Tally()
-        self.tasks = 1
-        self.within = False
+        self.own = _Own()
         self.ranges: Ranges = ranges if ranges is not None else lambda name: nullcontext()
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event, tuple[Tally, ...]]] = []
 
@@ -138,18 +145,19 @@ def _watched(
     run: Callable[..., Any], tally: Tally, clock: Clock, cuda: bool, label: str, single: bool
 ) -> Callable[..., Any]:
     def watched(*args: Any) -> Any:
-        if clock.within:
+        own = clock.own
+        if own.within:
             return run(*args)
-        clock.within = True
+        own.within = True
         try:
             with clock.ranges(label):
                 begin = clock.begin(cuda)
                 result = run(*args)
-                clock.end(begin, tally, clock.busy)
+                clock.end(begin, tally, own.busy)
         finally:
-            clock.within = False
+            own.within = False
         tally.calls += 1
-        tally.tasks += 1 if single else clock.tasks
+        tally.tasks += 1 if single else own.tasks
         return result
 
     return watched

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Barrier
 from types import FrameType
 from typing import Any
 
@@ -19,8 +21,8 @@ import fastmeta as fm
 from fastmeta.core import native
 from fastmeta.engine import runs, timed
 from fastmeta.engine.cost import MAPS
-from fastmeta.engine.profile import collecting
-from fastmeta.engine.runs import Kind
+from fastmeta.engine.profile import Profile, collect, collecting
+from fastmeta.engine.runs import Kind, Runs
 from fastmeta.engine.timed import Clock, Tally
 from fastmeta.ops.activation.op import Activation
 from fastmeta.ops.linear.op import Linear
@@ -200,7 +202,7 @@ def test_a_failing_meta_step_leaves_the_profile_whole() -> None:
         maml.value_and_grad(batch())
     assert sum(kind.runs for kind in kinds(prof)) == 2
     assert prof._runs().timeline.totals["meta-step"] > 0
-    assert prof._runs().clock.within is False
+    assert prof._runs().clock.own.within is False
 
 
 def test_the_optimizer_hooks_go_with_the_block_and_a_failing_step_is_closed() -> None:
@@ -263,6 +265,31 @@ def test_a_profile_leaves_the_operations_as_they_were() -> None:
     assert programs is not None
     for instruction in (*programs.support.instructions, *programs.both[1].instructions):
         assert not set(MAPS) & set(vars(instruction.op))
+
+
+def test_threads_that_run_at_once_are_each_counted() -> None:
+    maml, tasks = learner(), batch()
+    maml.value_and_grad(tasks)
+    profile = Profile()
+    profile.watch(Runs(lambda: profile.seconds))
+    both = Barrier(2)
+
+    def run(_: int) -> None:
+        with collect(profile):
+            both.wait()
+            for _ in range(3):
+                maml.value_and_grad(tasks)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert profile.runs is not None
+    profile.runs.end()
+    (kind,) = profile.runs.kinds
+    assert kind.runs == 6
+    calls = {(r.part, r.map): r.calls for r in profile.records_of(kind) if r.operation == "linear" and r.module == "0"}
+    assert calls["inner loop", "forward"] == calls["adjoint", "tangent"] == 6 * STEPS
+    assert calls["query", "forward"] == 6
+    assert profile.runs.timeline.spans == []  # of the thread that made the profile
 
 
 def test_whole_meta_steps_alone() -> None:
