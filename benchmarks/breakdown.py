@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.ours import learner
 from benchmarks.workloads import Problem
-from fastmeta.bench.peaks import peaks, rate_of_copies
+from fastmeta.engine.floor import peaks
 from fastmeta.engine.profile import Profile, Record, collect
 
 # The quickest block is shown: the others are those that the machine disturbed more.
@@ -110,7 +110,5 @@ def _breakdown(seconds: float, profile: Profile) -> Breakdown:
 
 def _floor_s(records: Sequence[Record], threads: int) -> float:
     """The least seconds of ``records`` with all threads busy."""
-    return sum(
-        max(r.flops / peaks().flops, r.bytes / rate_of_copies(r.bytes // r.calls // r.threads, threads))
-        for r in records
-    )
+    at_best = peaks("cpu", torch.float32, threads)
+    return sum(at_best.seconds(r.calls, r.flops, r.bytes, r.threads) for r in records)

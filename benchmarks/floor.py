@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.ours import learner
 from benchmarks.workloads import Problem
-from fastmeta.bench.peaks import peaks
+from fastmeta.engine.floor import peaks
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,6 @@ def floor_of(problem: Problem) -> Floor:
     flops = maml.explain(batch).flops
     tensors = [*problem.support, *problem.query, *problem.model.parameters(), *problem.model.parameters()]
     size = sum(t.numel() * t.element_size() for t in tensors)
-    peak = peaks()
+    peak = peaks("cpu", torch.float32, torch.get_num_threads())
     ms = 1e3 * max(flops / peak.flops, size / peak.bytes)
     return Floor(flops, size, peak.flops / 1e9, peak.source, peak.bytes / 1e9, ms)

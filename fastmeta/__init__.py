@@ -7,6 +7,7 @@ command that needs only a part of the package loads only that part.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fastmeta.learner.loggers import MLflow as MLflow
     from fastmeta.learner.loggers import TensorBoard as TensorBoard
     from fastmeta.ops.inner_update.op import inner_update as inner_update
+    from fastmeta.profiling.session import profile as profile
     from fastmeta.tasks.batch import TaskBatch as TaskBatch
 
 _ATTRIBUTES = {
@@ -61,6 +63,7 @@ _ATTRIBUTES = {
     "TaskBatch": "fastmeta.tasks.batch",
     "TensorBoard": "fastmeta.learner.loggers",
     "inner_update": "fastmeta.ops.inner_update",
+    "profile": "fastmeta.profiling.session",
 }
 _MODULES = {
     "algorithms": "fastmeta.algorithms",
@@ -100,6 +103,7 @@ __all__ = [
     "learner",
     "models",
     "ops",
+    "profile",
     "tasks",
 ]
 
@@ -117,3 +121,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "FASTMETA_PROFILE" in os.environ:  # by `fastmeta profile`, for the processes of its command
+    from fastmeta.profiling import launched
+
+    launched.begin(launched.Order.found())

@@ -31,7 +31,9 @@ from fastmeta.engine.explain import Explanation, explain_autodiff, explain_progr
 from fastmeta.engine.function import Custom, Step
 from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.objective import Objective
+from fastmeta.engine.profile import by_autodiff, span, watching
 from fastmeta.engine.program import Program
+from fastmeta.engine.timeline import BACKWARD, PREPARATION
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.work import Work
 from fastmeta.inner.configuration import Configuration
@@ -216,7 +218,8 @@ class MAML(nn.Module):
             out = self._autodiff(work)
             inputs = {n: p for n, p in self._learned(work).items() if p.requires_grad}
             inputs.update(self._rule().learned())
-            d = torch.autograd.grad(out.loss, list(inputs.values()), allow_unused=True)
+            with span(BACKWARD):
+                d = torch.autograd.grad(out.loss, list(inputs.values()), allow_unused=True)
             return out.loss.detach(), {
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
@@ -334,6 +337,15 @@ class MAML(nn.Module):
         need_query: bool = True,
         check_unused: bool = True,
     ) -> tuple[Work, Programs | None]:
+        runs = watching()
+        if runs is None:
+            return self._prepared(tasks, steps, differentiate, need_query, check_unused)
+        with runs.span(PREPARATION):
+            return self._prepared(tasks, steps, differentiate, need_query, check_unused)
+
+    def _prepared(
+        self, tasks: TaskBatch, steps: int | None, differentiate: bool, need_query: bool, check_unused: bool
+    ) -> tuple[Work, Programs | None]:
         if not isinstance(tasks, TaskBatch):
             raise TypeError(f"MAML: tasks must be a TaskBatch, got {type(tasks).__name__}")
         if need_query and tasks.query is None:
@@ -436,7 +448,8 @@ class MAML(nn.Module):
         raise RuntimeError("MAML: autodiff ran although the program could be compiled")
 
     def _autodiff(self, work: Work) -> MetaOutput:
-        result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
+        with by_autodiff(work, self._why_autodiff(work)):
+            result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
         if self.update_running_stats:
             _write_buffers(self._read_buffers(), result.buffers)
         if self.engine == "auto":

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from fastmeta.bench import gpu_peaks
-from fastmeta.bench.peaks import peaks, rate_of_copies
 from fastmeta.core import triton_support
+from fastmeta.engine.floor import peaks
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def ceilings(device: str) -> Ceilings:
             found.of(precision), lambda size: found.bytes, f"{about}{found.bytes / 1e12:.2f} TB/s of a copy"
         )
     threads = torch.get_num_threads()
-    at_best = peaks()
+    at_best = peaks("cpu", torch.float32, threads)
     about = f"{at_best.flops / 1e9:.0f} GFLOP/s ({at_best.source}), {at_best.bytes / 1e9:.0f} GB/s of a large copy; "
     about += "bytes count at the rate of a copy of their size, which caches have room for"
-    return Ceilings(at_best.flops, lambda size: rate_of_copies(size // threads, threads), about)
+    return Ceilings(at_best.flops, lambda size: at_best.rate(size // threads), about)

@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": Command("fastmeta.cli.evaluate", "evaluate", "Evaluate a trained learner on new tasks."),
     "demo": Command("fastmeta.cli.demo", "demo", "See it work: exact gradients, fast steps, a trained learner."),
     "bench": Command("fastmeta.cli.bench", "app", "Time operations, or whole meta-steps beside peers."),
+    "profile": Command("fastmeta.cli.profile", "profile", "Run a command and show where its meta-steps' time goes."),
     "doctor": Command("fastmeta.cli.doctor", "doctor", "Show versions, backends, instruction sets, threads and GPU."),
 }
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastmeta.engine import autodiff
 from fastmeta.engine.compiler import Programs
+from fastmeta.engine.profile import watching
+from fastmeta.engine.runs import Running
+from fastmeta.engine.timed import INNER_LOOP, QUERY
 from fastmeta.engine.unroll import unroll
 from fastmeta.engine.work import Work
 
@@ -40,6 +43,18 @@ def adaptation(work: Work, programs: Programs | None, *, allow_unused: bool) -> 
         programs: its programs; ``None`` for autodiff.
         allow_unused: for autodiff, as :func:`autodiff.run` has it.
     """
+    runs = watching()
+    if runs is None:
+        return _adaptation(work, programs, allow_unused)
+    with runs.meta_step(work, programs, gradient=False) as running:
+        return _adaptation(work, programs, allow_unused, running)
+
+
+def _adaptation(
+    work: Work, programs: Programs | None, allow_unused: bool, running: Running | None = None
+) -> Adaptation:
+    if running is not None:
+        running.by("autodiff" if programs is None else "reference", "" if programs is None else "it adapts alone")
     if programs is None:
         result = autodiff.run(work, keep_buffers=False, allow_unused=allow_unused)
         packed, losses = result.phi, result.support_losses
@@ -47,9 +62,16 @@ def adaptation(work: Work, programs: Programs | None, *, allow_unused: bool) -> 
     else:
         trajectories = [
             unroll(
-                work.part(chunk), programs.support, programs.query, keep_tapes=False, keep_records=False, again_from=()
+                part,
+                programs.support if running is None else running.timed(programs.support, INNER_LOOP, part.tasks),
+                programs.query
+                if running is None or programs.query is None
+                else running.timed(programs.query, QUERY, part.tasks),
+                keep_tapes=False,
+                keep_records=False,
+                again_from=(),
             )
-            for chunk in programs.chunks(work.tasks)
+            for part in map(work.part, programs.chunks(work.tasks))
         ]
         packed = torch.cat([trajectory.phi.packed for trajectory in trajectories])
         losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmeta.engine.composite import Composite
 from fastmeta.engine.program import Instruction, Program
 
+JOINS = "it goes with what comes before"  # why a small instruction is called back for
 FORWARD, _, TANGENT, _ = range(4)  # backward and its tangent have a cotangent, and two
 Views = tuple[memoryview | None, ...]
 

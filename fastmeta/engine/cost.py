@@ -60,7 +60,8 @@ def bytes_by_map(operands: Operands) -> ByMap:
 def operands_of(program: Program, run: Sequence[Instruction]) -> Operands:
     """Operands of consecutive calls of a program as those of one operation, for whatever implementation of it.
 
-    What they read of others goes in, what others read of theirs comes out; what lies between is nobody's operand.
+    What they read of others goes in, what others read of theirs comes out; what lies between is nobody's operand. A
+    weight that no task forms counts as the shared one, which has no derivative in memory.
     """
     varying = {program.graph.parameters[name] for name in program.adapted}
     for instruction in program.instructions:
@@ -74,6 +75,7 @@ def operands_of(program: Program, run: Sequence[Instruction]) -> Operands:
     read = {slot for slot, _ in pairs} - program.constants.keys()
     active = {slot for slot, need in pairs if need}
     weights = read & set(program.graph.parameters.values())
+    formed = weights - {program.graph.parameters[name] for name in program.factored}
 
     def size(slots: Iterable[int]) -> int:
         values = [program.graph.values[slot] for slot in slots]
@@ -87,9 +89,9 @@ def operands_of(program: Program, run: Sequence[Instruction]) -> Operands:
         w=size(weights),
         y=size(own & wanted),
         x_varies=size(data & varying),
-        w_varies=size(weights & varying),
+        w_varies=size(formed & varying),
         x_active=size(data & active),
-        w_active=size(weights & active),
+        w_active=size(formed & active),
     )
 
 
@@ -97,6 +99,11 @@ def operands_of(program: Program, run: Sequence[Instruction]) -> Operands:
 # theta and g and writes phi; its adjoint reads lambda and g and writes u. Adam's step reads phi, g and two moments and
 # writes all but g; its adjoint reads g, the moments and the cotangents of what the step wrote, and writes three.
 UPDATES = {"inner_update": {"step": 3, "adjoint": 3}, "adaptive_update": {"step": 7, "adjoint": 9}}
+
+
+def operands_by_call(program: Program) -> list[Operands]:
+    """One task's operands of each instruction, for :func:`bytes_by_map`."""
+    return [operands_of(program, [instruction]) for instruction in program.instructions]
 
 
 def flops(work: Work, support: Instruction, query: Instruction | None) -> int:

@@ -15,6 +15,7 @@ from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.factor import compared, formed_after
 from fastmeta.engine.meta_step import fitted, predicted
+from fastmeta.engine.native import NativeStep
 from fastmeta.engine.program import Instruction
 from fastmeta.engine.resident import ResidentStep
 from fastmeta.engine.tables import Held
@@ -175,6 +176,49 @@ def explain_autodiff(work: Work, reason: str) -> Explanation:
     return Explanation("autodiff", reason, work.tasks, work.steps, work.packing.size)
 
 
+def rows_of(work: Work, programs: Programs, executor: str) -> list[Row]:
+    """One row a call of the support program, as an executor runs it, without what its tape holds: nothing runs.
+
+    Args:
+        work: the meta-step, of whose tasks the shapes alone are looked at.
+        programs: its programs, with a query or without.
+        executor: ``native``, ``resident``, or anything else for the task-batched one.
+    """
+    calls, plans = cost.paired(programs.support, programs.query), _plans(work, programs)
+    native = programs.native
+    if executor == "native" and isinstance(native, NativeStep):
+        return _natively(work, programs, native, plans)
+    if executor == "resident":
+        return [_row(call, "cuda", cost.flops(work, call, query), 0, 0, plans) for call, query in calls]
+    switches = formed_after(programs.support, work.steps)
+    return [
+        _row(call, call.op.backend, cost.flops(work, call, query), 0, 0, plans, formed_after=switches.get(id(call), 0))
+        for call, query in calls
+    ]
+
+
+def _plans(work: Work, programs: Programs) -> Plans:
+    if programs.query is None:
+        return {}
+    taken = () if programs.rows is None else programs.rows.tables
+    of_tables = tables.compared(*programs.both, work, taken)
+    return {**compared(*programs.both, work, rates.known()), **of_tables}
+
+
+def _natively(work: Work, programs: Programs, native: NativeStep, plans: Plans) -> list[Row]:
+    collected = {id(call) for call in native.collected(work, learned=work.learned)}
+    apart = {id(call): ("callback", f"called back: {reason}") for call, reason in native.cuts[0]}
+    reads = "reads the tasks' data alone, for all tasks at once:"
+    apart |= {id(call): ("reference", f"{reads} {reason}") for call, reason in native.preludes[0]}
+    rows = []
+    for call, query in cost.paired(programs.support, programs.query):
+        backend, reason = apart.get(id(call), ("native", ""))
+        rows.append(
+            _row(call, backend, cost.flops(work, call, query), 0, 0, plans, reason, collected=id(call) in collected)
+        )
+    return rows
+
+
 def explain_programs(work: Work, programs: Programs) -> Explanation:
     """The explanation of a program. For the reference executor one inner step runs, to count what its tape holds."""
     native = programs.native
@@ -184,31 +228,17 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     fit = fitted(work, programs, MEAN, native=not refusal, learned=learned, outputs=False)
     if fit is not None and not refusal:
         refusal = "one task alone would take more than the memory budget on the native one"
-    taken = () if programs.rows is None else programs.rows.tables
-    of_tables = tables.compared(*programs.both, work, taken)
-    plans: Plans = {**compared(*programs.both, work, rates.known()), **of_tables}
     if isinstance(native, str) or refusal:
-        rows, kept, once = _by_reference(work, programs, plans)
+        rows, kept, once = _by_reference(work, programs, _plans(work, programs))
         fit = fit or predicted(work, programs, MEAN, learned=learned, outputs=False)
         peak, at_once, recomputes = fit.peak, fit.tasks, fit.recompute
         executor = f"reference{_captured(work, programs)}, because {refusal}"
     elif isinstance(native, ResidentStep):
-        calls = cost.paired(programs.support, programs.query)
-        rows = [_row(call, "cuda", cost.flops(work, call, query), 0, 0, plans) for call, query in calls]
+        rows = rows_of(work, programs, "resident")
         kept, once = {}, 0
         executor = f"resident, {native.describe(work)}"
     else:
-        calls = cost.paired(programs.support, programs.query)
-        collected = {id(call) for call in native.collected(work, learned=learned)}
-        apart = {id(call): ("callback", f"called back: {reason}") for call, reason in native.cuts[0]}
-        reads = "reads the tasks' data alone, for all tasks at once:"
-        apart |= {id(call): ("reference", f"{reads} {reason}") for call, reason in native.preludes[0]}
-        rows = []
-        for call, query in calls:
-            backend, reason = apart.get(id(call), ("native", ""))
-            rows.append(
-                _row(call, backend, cost.flops(work, call, query), 0, 0, plans, reason, collected=id(call) in collected)
-            )
+        rows = rows_of(work, programs, "native")
         kept = native.kept(work, learned=learned)
         once = native.kept_once(work, learned=learned)
         room = native.workspace_bytes(work, learned=learned)

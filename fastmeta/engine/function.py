@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN, Cotangents, MetaGradient
 from fastmeta.engine.meta_step import evaluate
+from fastmeta.engine.profile import Profile, collect, collecting
+from fastmeta.engine.timeline import BACKWARD
 from fastmeta.engine.work import Work, leaves
 
 _NONE = torch.empty(0)
@@ -37,6 +39,7 @@ class Step:
     learned: bool  # whether the rates are, or other hyper-parameters of the inner rule
     support_losses: Tensor = _NONE
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
+    profile: Profile | None = field(default_factory=collecting, init=False)
     differentiated: bool = field(default_factory=torch.is_grad_enabled, init=False)  # a Function's forward cannot ask
 
     def run(self) -> Sequence[Tensor]:
@@ -83,6 +86,14 @@ class MetaStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale the meta-gradient, or compute it; see eq. (5)-(8')."""
+        profile = ctx.step.profile
+        if profile is None or profile.runs is None or profile.runs.ended:
+            return MetaStep._backward(ctx, *cotangents)
+        with profile.runs.span(BACKWARD), collect(profile):  # on a GPU autograd has a thread of its own for it
+            return MetaStep._backward(ctx, *cotangents)
+
+    @staticmethod
+    def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return MetaStep._gradients(ctx, *cotangents)
         with torch.no_grad():

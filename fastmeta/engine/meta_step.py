@@ -14,6 +14,9 @@ from fastmeta.engine.compiler import Fit, Programs
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.implicit import implicit_gradient
 from fastmeta.engine.native import NativeStep
+from fastmeta.engine.profile import watching
+from fastmeta.engine.runs import Running
+from fastmeta.engine.timed import ADJOINT, INNER_LOOP, QUERY
 from fastmeta.engine.unroll import adjoint, unroll
 from fastmeta.engine.work import Work
 
@@ -33,20 +36,42 @@ def evaluate(
     Raises:
         RuntimeError: the native executor was asked for and cannot run this.
     """
+    runs = watching()
+    if runs is None:
+        return _evaluate(work, programs, cotangents, learned, outputs)
+    with runs.meta_step(work, programs, gradient=cotangents is not None) as running:
+        return _evaluate(work, programs, cotangents, learned, outputs, running)
+
+
+def _evaluate(
+    work: Work,
+    programs: Programs,
+    cotangents: Cotangents | None,
+    learned: bool,
+    outputs: bool,
+    running: Running | None = None,
+) -> Evaluation:
     step = programs.native
     call = step if isinstance(step, str) else step.call(work, cotangents, learned=learned, outputs=outputs)
     if isinstance(call, str) and work.executor == "native":
         raise RuntimeError(f"MAML: executor 'native' is not available here: {call}")
     fit = fitted(work, programs, cotangents, native=not isinstance(call, str), learned=learned, outputs=outputs)
     if not isinstance(call, str) and fit is None:
+        if running is not None:
+            running.by("resident" if work.alpha.is_cuda else "native")
         return call.run(work, cotangents)
+    captured = work.alpha.is_cuda and not objection(work) and not (running is not None and running.operations)
+    if running is not None:
+        why = call if isinstance(call, str) else "one task alone would take more than the memory budget natively"
+        running.by("captured" if captured else "reference", why)
+    timed = None if captured else running
 
     def execute(work: Work, cotangents: Cotangents | None) -> Evaluation:
-        return _by_reference(work, programs, cotangents, fit, learned=learned, outputs=outputs)
+        return _by_reference(work, programs, cotangents, fit, learned=learned, outputs=outputs, running=timed)
 
     while True:
         try:
-            if work.alpha.is_cuda and not objection(work):
+            if captured:
                 kind = programs.kind(learned=learned, outputs=outputs), fit
                 return programs.captures.run(kind, work, cotangents, execute)
             return execute(work, cotangents)
@@ -117,8 +142,10 @@ def _by_reference(
     *,
     learned: bool,
     outputs: bool,
+    running: Running | None = None,
 ) -> Evaluation:
     support, query = programs.both
+    again = support  # for the adjoint
     recompute = fit is not None and fit.recompute
     back = adjoint if work.implicit is None else implicit_gradient
     if work.implicit is not None and cotangents is not None:
@@ -130,6 +157,9 @@ def _by_reference(
         if programs.rows is not None:
             taken = programs.rows.take(part)
             part = taken.work
+        if running is not None:
+            support, again = (running.timed(programs.support, p, part.tasks) for p in (INNER_LOOP, ADJOINT))
+            query = running.timed(programs.both[1], QUERY, part.tasks)
         second_order = cotangents is not None and not work.first_order and work.implicit is None
         trajectory = unroll(
             part,
@@ -150,10 +180,10 @@ def _by_reference(
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             earlier: Sequence[Tensor | None] = () if total is None else total.adapted
             if taken is not None:
-                gradient = back(part, support, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
+                gradient = back(part, again, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
                 total = taken.added(total, gradient)
             else:
-                gradient = back(part, support, query, trajectory, d_losses, d_outputs, earlier)
+                gradient = back(part, again, query, trajectory, d_losses, d_outputs, earlier)
                 if total is None:
                     total = gradient
                 else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmeta.engine.callback import Callback, Failures, Operand, Place
+from fastmeta.engine.callback import JOINS, Callback, Failures, Operand, Place
 from fastmeta.engine.composite import Composite
 from fastmeta.engine.lower.attention import lower_attention
 from fastmeta.engine.lower.lowering import ABSENT, Data, Lowering, NotLowered, Value, is_rename
@@ -45,7 +45,7 @@ class Cutter:
         small = instruction.op.name in SMALL or is_rename(instruction)
         if instruction.op.random or not small or len(instruction.outputs) > 1:
             return False
-        self._wait(lowering, instruction, "it goes with what comes before")
+        self._wait(lowering, instruction, JOINS)
         return True
 
     def take(self, lowering: Lowering, instruction: Instruction, reason: str) -> None:
