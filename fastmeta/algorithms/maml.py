@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from fastmeta.algorithms.inputs import (
     checked_steps,
     select_parameters,
 )
+from fastmeta.algorithms.output import MetaOutput as MetaOutput
+from fastmeta.algorithms.output import outputs_of
 from fastmeta.algorithms.recall import Recall, pairs
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
@@ -31,7 +33,6 @@ from fastmeta.engine.explain import Explanation, explain_autodiff, explain_progr
 from fastmeta.engine.function import Custom, Step
 from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.objective import Objective
-from fastmeta.engine.program import Program
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.work import Work
 from fastmeta.inner.configuration import Configuration
@@ -41,24 +42,6 @@ from fastmeta.tasks.batch import TaskBatch
 Engine = Literal["auto", "program", "autodiff"]
 Executor = Literal["auto", "native", "reference"]
 Form = Literal["auto", "dense", "factored"]
-
-
-class MetaOutput(NamedTuple):
-    """Result of a meta-step.
-
-    Attributes:
-        loss: mean query loss, ``[]``, eq. (4).
-        task_losses: query loss of each task, ``[T]``.
-        logits: the adapted model's outputs on the query set, ``[T, Nq, ...]``, or the pytree the model returns.
-        support_losses: support loss before each inner step, ``[K, T]``; never differentiable.
-
-    ``loss``, ``task_losses`` and ``logits`` may all be differentiated.
-    """
-
-    loss: Tensor
-    task_losses: Tensor
-    logits: Any
-    support_losses: Tensor
 
 
 class MAML(nn.Module):
@@ -74,10 +57,11 @@ class MAML(nn.Module):
         loss: ``loss(outputs, targets)`` for batches ``(inputs, targets)``, or ``loss(model, batch)`` for any other
             batch, returning the loss or ``(loss, outputs)``; see :class:`fastmeta.TaskBatch`. A scalar for one task.
             A loss that is a module may have parameters of its own; their names start with ``loss.``.
-        lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step; or a mapping from
-            the name of every adapting parameter to a number or a tensor that broadcasts to its shape, such as
-            ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that require grad get their
-            meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01 without ``inner``.
+        lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step, of which steps
+            beyond K take the last; or a mapping from the name of every adapting parameter to a number or a tensor that
+            broadcasts to its shape, such as ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that
+            require grad get their meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01
+            without ``inner``.
         steps: K, the number of inner steps.
         inner: a rule for the inner steps, with its own rates, instead of ``lr``: :class:`fastmeta.inner.SGD` with
             momentum or weight decay, ``RMSprop``, ``Adagrad``, ``Adam`` or ``AdamW`` of the same module.
@@ -335,7 +319,7 @@ class MAML(nn.Module):
             again = earlier.on(tasks.support, tasks.query)
             if rule.fixed:
                 return again, known
-            again.__dict__.update(rule.parts(again.packing, again.theta[0], again.steps)._asdict())
+            again.__dict__.update(rule.parts(again.packing, again.theta[0], again.steps, self.steps)._asdict())
             same = again.rate_shapes == earlier.rate_shapes and (again.segments is None) == (earlier.segments is None)
             if same and again.alpha.shape == earlier.alpha.shape:
                 return again, known
@@ -345,7 +329,7 @@ class MAML(nn.Module):
         theta = [parameters[name] for name in packing.names]
         if len({(p.dtype, p.device) for p in theta}) > 1:
             raise ValueError("MAML: adapting parameters must share one dtype and device; choose them by parameters=")
-        parts = rule.parts(packing, theta[0], count)
+        parts = rule.parts(packing, theta[0], count, self.steps)
         work = Work(
             self._objective,
             parameters,
@@ -454,16 +438,6 @@ class MAML(nn.Module):
 
     def _rule(self) -> InnerRule:
         return InnerRule(self.lr, self.inner)
-
-
-def outputs_of(query: Program, leaves: list[Tensor]) -> Any:
-    """The model's outputs on the query set, from their tensors."""
-    graph = query.graph
-    if graph.outputs_spec is None and leaves:
-        return leaves[0]
-    given = iter(leaves)
-    every = [next(given) if kept else None for kept in graph.outputs_kept]
-    return every[0] if graph.outputs_spec is None else pytree.tree_unflatten(every, graph.outputs_spec)
 
 
 def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

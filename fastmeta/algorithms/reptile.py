@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.maml import MAML, MetaOutput, outputs_of
+from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.output import MetaOutput, outputs_of
 from fastmeta.engine.adaptation import Adaptation, adaptation
 from fastmeta.engine.explain import Explanation
 from fastmeta.engine.work import Work
