@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,20 @@ from torch.utils import _pytree as pytree
 from fastmeta.algorithms.adapted import AdaptedModel
 from fastmeta.algorithms.inner_rule import DEFAULT, InnerRule, to_learned
 from fastmeta.algorithms.inputs import (
+    BatchNorm,
+    Engine,
+    Executor,
+    Form,
+    check_formed,
     check_masks,
+    check_micro_batches,
     check_tensors,
+    checked_batch_norm,
     checked_count,
     checked_norm,
     checked_plan,
     checked_steps,
+    checked_stop,
     select_parameters,
 )
 from fastmeta.algorithms.output import MetaOutput as MetaOutput
@@ -32,16 +40,13 @@ from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
 from fastmeta.engine.function import Custom, Step
 from fastmeta.engine.meta_step import evaluate
-from fastmeta.engine.objective import Objective
+from fastmeta.engine.objective import Objective, uses_set
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.work import Work
 from fastmeta.inner.configuration import Configuration
+from fastmeta.inner.early_stop import EarlyStop
 from fastmeta.inner.rates import Rate, registered
 from fastmeta.tasks.batch import TaskBatch
-
-Engine = Literal["auto", "program", "autodiff"]
-Executor = Literal["auto", "native", "reference"]
-Form = Literal["auto", "dense", "factored"]
 
 
 class MAML(nn.Module):
@@ -72,9 +77,19 @@ class MAML(nn.Module):
         allow_unused: let adapting parameters that the support loss does not use keep their value.
         clip_norm: largest 2-norm of each task's inner gradient over all adapting parameters, which is scaled down to it
             as ``torch.nn.utils.clip_grad_norm_`` does, differentiably; ``None`` for any. Weights are then formed.
+        stop: when a task takes no further inner steps, a :class:`fastmeta.inner.EarlyStop`; ``None`` for never. Weights
+            are then formed.
+        micro_batches: how many equal parts every support set is cut into, along its samples. One inner step takes the
+            mean of their losses, whose gradients are added up, part by part, so that one part's activations are held at
+            a time; they are computed again for the Hessian-vector products. The result is that of the whole set where
+            the loss is a mean over samples and no layer mixes them: batch norm normalises each part by its own. Weights
+            are then formed. Autodiff holds all the same.
+        batch_norm: what batch norm normalises by and leaves behind: ``"transductive"``, ``"followed"``, ``"running"``
+            or ``"per_task"`` (docs/algorithms.md, Batch norm). ``None`` for as each one's training flag says:
+            transductive in training mode, running in evaluation mode.
         update_running_stats: after a meta-step in training mode, leave in batch norm's running statistics what a loop
-            over the tasks would have left. By default a meta-step never writes a buffer. Either way batch norm in
-            training mode normalises by the statistics of the set it is given (transductive on the query set).
+            over the tasks would have left; as ``batch_norm="followed"`` does. By default a meta-step never writes a
+            buffer.
         check_finite: raise as soon as a tensor of the tasks or a loss is not finite, naming task and step. Costs a
             synchronisation a step on a GPU.
         chunk_size: run at most so many tasks at a time. By default as many as keep an operation's operands in cache on
@@ -103,6 +118,8 @@ class MAML(nn.Module):
         ValueError: negative steps, no adapting parameter, a rate that does not fit, or ``lr`` beside ``inner``.
     """
 
+    _batch_norms: ClassVar[tuple[str, ...]] = ("transductive", "followed", "running", "per_task")
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,6 +132,9 @@ class MAML(nn.Module):
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,
         clip_norm: float | None = None,
+        stop: EarlyStop | None = None,
+        micro_batches: int = 1,
+        batch_norm: BatchNorm | None = None,
         update_running_stats: bool = False,
         check_finite: bool = False,
         chunk_size: int | None = None,
@@ -145,8 +165,15 @@ class MAML(nn.Module):
         self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
-        self.clip_norm = checked_norm(clip_norm, plan)
-        self.update_running_stats = update_running_stats
+        self.clip_norm = checked_norm(clip_norm)
+        self.stop = checked_stop(stop)
+        self.micro_batches = checked_count("micro_batches", micro_batches) or 1
+        check_formed(
+            plan, {"clip_norm": clip_norm is not None, "stop": stop is not None, "micro_batches": micro_batches > 1}
+        )
+        root = self._objective.root
+        self.batch_norm = checked_batch_norm(batch_norm, self._batch_norms, root, follows=update_running_stats)
+        self.update_running_stats = update_running_stats or batch_norm == "followed"
         self.check_finite = check_finite
         self.chunk_size = checked_count("chunk_size", chunk_size)
         self.memory_budget = checked_count("memory_budget", memory_budget)
@@ -180,8 +207,8 @@ class MAML(nn.Module):
             return self._autodiff(work)
         step = Step(work, programs, self._custom, work.learned)
         loss, task_losses, *leaves = step.run()
-        self._follow(programs, work, step.mutations)
-        return MetaOutput(loss, task_losses, outputs_of(programs.both[1], leaves), step.support_losses)
+        self._follow(programs, work, step.mutations, step.taken)
+        return MetaOutput(loss, task_losses, outputs_of(programs.both[1], leaves), step.support_losses, step.taken)
 
     def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean query loss and its meta-gradient, without autograd in between.
@@ -208,7 +235,7 @@ class MAML(nn.Module):
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
         result = evaluate(work, programs, MEAN, learned=work.learned)
-        self._follow(programs, work, result.mutations)
+        self._follow(programs, work, result.mutations, result.taken)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
         adapted: dict[str, Tensor] = dict(zip(work.packing.names, gradient.adapted, strict=True))
@@ -295,7 +322,22 @@ class MAML(nn.Module):
     def _adapted(self, work: Work, found: Adaptation, single: bool) -> AdaptedModel:
         """What :meth:`adapt` gives."""
         adapted = dict(zip(work.packing.names, found.phi, strict=True))
-        return AdaptedModel(self.model, adapted, found.support_losses, single=single)
+        return self._made_of(adapted, found, single)
+
+    def _made_of(
+        self, adapted: dict[str, Tensor], found: Adaptation, single: bool, buffers: dict[str, Tensor] | None = None
+    ) -> AdaptedModel:
+        """The model with these weights, ``[T, *shape]``, and what else was found of the tasks."""
+        return AdaptedModel(
+            self.model,
+            adapted,
+            found.support_losses,
+            single=single,
+            steps_taken=found.taken,
+            buffers=buffers,
+            statistics=found.statistics,
+            by_set=uses_set(self.batch_norm, query=True),
+        )
 
     def _prepare(
         self,
@@ -345,7 +387,7 @@ class MAML(nn.Module):
             differentiate,
             self.chunk_size,
             self.executor,
-            self.plan if self.clip_norm is None else "dense",
+            "dense" if self.clip_norm is not None or self.stop is not None or self.micro_batches > 1 else self.plan,
             self.update_running_stats,
             self.cuda_graph,
             self.memory_budget,
@@ -353,8 +395,14 @@ class MAML(nn.Module):
             parts.rule,
             parts.hyper,
             clip_norm=self.clip_norm,
+            batch_norm=self.batch_norm,
+            own_statistics=self._objective.statistics() if self.batch_norm == "per_task" else frozenset(),
+            stop=self.stop,
+            micro_batches=self.micro_batches,
             **self._asked(count),
         )
+        if self.micro_batches > 1:
+            check_micro_batches(work)
         check_tensors(work, self.engine)
         programs = self._programs(work)
         if programs is not None:
@@ -377,6 +425,9 @@ class MAML(nn.Module):
             self.first_order,
             self.allow_unused,
             self.clip_norm,
+            self.stop,
+            self.micro_batches,
+            self.batch_norm,
             self.chunk_size,
             self.engine,
             self.executor,
@@ -410,19 +461,20 @@ class MAML(nn.Module):
     def _autodiff(self, work: Work) -> MetaOutput:
         result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
         if self.update_running_stats:
-            _write_buffers(self._read_buffers(), result.buffers)
+            running_stats.write(self._read_buffers(), result.buffers)
         if self.engine == "auto":
             reason = self._why_autodiff(work)
             if reason not in self._warned:
                 self._warned.add(reason)
                 warnings.warn(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
-        return MetaOutput(result.evaluated.mean(), result.evaluated, result.outputs, result.support_losses)
+        evaluated = result.evaluated
+        return MetaOutput(evaluated.mean(), evaluated, result.outputs, result.support_losses, result.taken)
 
-    def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]]) -> None:
+    def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]], taken: Tensor | None) -> None:
         if self.update_running_stats and mutations:
             with torch.no_grad():
-                after = running_stats.updated(programs.both[1], work.buffers, mutations, work.stepwise)
-                _write_buffers(self._read_buffers(), after)
+                after = running_stats.updated(programs.both[1], work, mutations, taken)
+                running_stats.write(self._read_buffers(), after)
         mutations.clear()
 
     def _buffers_to_read(self) -> dict[str, Tensor]:
@@ -438,11 +490,6 @@ class MAML(nn.Module):
 
     def _rule(self) -> InnerRule:
         return InnerRule(self.lr, self.inner)
-
-
-def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        buffers[name].copy_(value)
 
 
 def _unsqueeze(leaf: Any) -> Any:

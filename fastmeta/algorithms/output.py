@@ -17,7 +17,9 @@ class MetaOutput(NamedTuple):
         loss: mean query loss, ``[]``, eq. (4).
         task_losses: query loss of each task, ``[T]``.
         logits: the adapted model's outputs on the query set, ``[T, Nq, ...]``, or the pytree the model returns.
-        support_losses: support loss before each inner step, ``[K, T]``; never differentiable.
+        support_losses: support loss before each inner step, ``[K, T]``; never differentiable. Of a task that
+            has stopped early, the one at which it did.
+        steps_taken: how many inner steps each task took, ``[T]``; ``None`` where ``stop`` is, and all took K.
 
     ``loss``, ``task_losses`` and ``logits`` may all be differentiated.
     """
@@ -26,6 +28,7 @@ class MetaOutput(NamedTuple):
     task_losses: Tensor
     logits: Any
     support_losses: Tensor
+    steps_taken: Tensor | None = None
 
 
 def outputs_of(query: Program, leaves: list[Tensor]) -> Any:
