@@ -91,18 +91,17 @@ class MAMLPlusPlus(MAML):
         rate = (DEFAULT if lr is None else lr) if inner is None else inner.lr
         if isinstance(rate, bool) or not isinstance(rate, (int, float)):
             checks.fail(TypeError, "MAMLPlusPlus", "lr", "a number", type(rate).__name__)
-        step_norms = batch_norm == "per_step"
-        norms = StepNorms(model, steps + 1 if step_norms else 0)
-        rows = norms.names if step_norms else {}
+        norms = StepNorms(model, steps + 1) if batch_norm == "per_step" else None
+        rows = {} if norms is None else norms.names
         own = dict(model.named_parameters())
         if isinstance(loss, nn.Module):
             own |= {f"loss.{name}": p for name, p in loss.named_parameters()}
         adapting = [name for name in select_parameters(own, parameters) if name not in rows]
-        if step_norms and norms.tensors(statistics=True):
+        if norms is not None and norms.tensors(statistics=True):
             options.setdefault("update_running_stats", True)
         if not adapting:
             raise ValueError("MAMLPlusPlus: at least one parameter beside batch norm's must adapt, got none")
-        table = nn.Parameter(torch.full((steps, len(adapting)), float(rate)).to(own[adapting[0]]))
+        table = nn.Parameter(own[adapting[0]].detach().new_full((steps, len(adapting)), float(rate)))
         own_rule = None
         if inner is not None:
             own_rule = copy.copy(inner)
@@ -111,7 +110,7 @@ class MAMLPlusPlus(MAML):
         of_rates = table if own_rule is None else None
         options |= {"inner": own_rule, "parameters": adapting, "batch_norm": batch_norm}
         super().__init__(model, loss, of_rates, steps, **options)
-        self.norms = norms if step_norms else None
+        self.norms = norms
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
         self.epoch = 0
 

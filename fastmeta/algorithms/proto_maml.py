@@ -15,7 +15,7 @@ from fastmeta.algorithms.head import head_module
 from fastmeta.algorithms.inputs import select_parameters
 from fastmeta.algorithms.maml import MAML
 from fastmeta.engine.adaptation import Adaptation
-from fastmeta.engine.objective import call_model
+from fastmeta.engine.objective import by_set, call_model, uses_set
 from fastmeta.engine.work import Work, task_of
 from fastmeta.tasks.batch import TaskBatch
 
@@ -151,7 +151,7 @@ class ProtoMAML(MAML):
         wrapped = self._wrapped[0]
         own: dict[str, Tensor] = dict(self.model.named_parameters())
         phi = dict(zip(work.packing.names, found.phi, strict=True))
-        with torch.no_grad():
+        with torch.no_grad(), by_set(self.model, uses_set(self.batch_norm, query=False)):
             heads = [wrapped.prototypes(own, *task_of(work.support[0][1:], t)) for t in range(work.tasks)]
         for part, start in zip(("weight", "bias"), zip(*heads, strict=True), strict=True):
             phi[f"model.{wrapped.prefix}{part}"] = torch.stack(start) + phi.pop(f"offset_{part}")

@@ -131,7 +131,7 @@ class Trainer:
                     figures = self._step()
                     now = time.monotonic()
                     pace = (now - started) / (state.step - first)  # with validations, as the time to go will have them
-                    figures["tasks_per_s"] = config.meta_batch / (now - before)
+                    figures["tasks_per_s"] = config.meta_batch * config.accumulate / (now - before)
                     figures["eta"] = pace * (config.iterations - state.step)
                     for name, value in figures.items():
                         smooth[name] = value if name not in smooth else 0.9 * smooth[name] + 0.1 * value
@@ -150,18 +150,14 @@ class Trainer:
         config, state = self.config, self.state
         for group in self.optimizer.param_groups:
             group["lr"] = self.meta_lr(state.step)
-        tasks = self.sampler.sample()
         at_step(self.maml, state.step, config.iterations)
-        out = self.maml(tasks)
         self.optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
+        every = [self._backward() for _ in range(config.accumulate)]
         if config.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.maml.parameters(), config.clip_norm)
         self.optimizer.step()
         state.step += 1
-        figures = {"loss": float(out.loss.detach())}
-        if self.problem.metric == "accuracy":
-            figures["accuracy"] = float(scores("accuracy", out.logits.detach(), tasks.query[1]).mean())
+        figures = {name: sum(each[name] for each in every) / len(every) for name in every[0]}
         if not math.isfinite(figures["loss"]):
             raise ValueError(
                 f"train: loss must be finite, got {figures['loss']} at step {state.step}; "
@@ -172,6 +168,16 @@ class Trainer:
         for name, value in figures.items():
             window[name] = window.get(name, 0.0) + value
         state.window = window
+        return figures
+
+    def _backward(self) -> dict[str, float]:
+        """Add one meta-batch's share to the meta-gradient."""
+        tasks = self.sampler.sample()
+        out = self.maml(tasks)
+        (out.loss / self.config.accumulate).backward()
+        figures = {"loss": float(out.loss.detach())}
+        if self.problem.metric == "accuracy":
+            figures["accuracy"] = float(scores("accuracy", out.logits.detach(), tasks.query[1]).mean())
         return figures
 
     def _record(self, log: MetricsLog, smooth: dict[str, float], seconds: float) -> None:
