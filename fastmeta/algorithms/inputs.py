@@ -66,8 +66,8 @@ def check_formed(plan: Any, asked: Mapping[str, bool]) -> None:
             raise ValueError(f"MAML: plan must not be 'factored' with {name}, which needs each task's gradient formed")
 
 
-def checked_batch_norm(name: str | None, known: Iterable[str], root: nn.Module, *, follows: bool) -> str | None:
-    """A mode of batch norm, if it is one that goes with the model and with ``update_running_stats``.
+def check_batch_norm(name: str | None, known: Iterable[str], root: nn.Module, *, follows: bool) -> None:
+    """Raise ``ValueError`` unless a mode of batch norm goes with the model and with ``update_running_stats``.
 
     Args:
         name: the mode.
@@ -76,7 +76,7 @@ def checked_batch_norm(name: str | None, known: Iterable[str], root: nn.Module, 
         follows: whether running statistics are to be updated.
     """
     if name is None:
-        return None
+        return
     if name not in BATCH_NORM:
         raise ValueError(f"MAML: batch_norm must be None or one of {BATCH_NORM}, got {name!r}")
     if name not in known:
@@ -92,7 +92,6 @@ def checked_batch_norm(name: str | None, known: Iterable[str], root: nn.Module, 
         raise ValueError(
             f"MAML: batch_norm {name!r} needs running statistics, got track_running_stats=False for {untracked}"
         )
-    return name
 
 
 def check_micro_batches(work: Work) -> None:

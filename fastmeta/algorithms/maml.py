@@ -17,11 +17,11 @@ from fastmeta.algorithms.inputs import (
     Engine,
     Executor,
     Form,
+    check_batch_norm,
     check_formed,
     check_masks,
     check_micro_batches,
     check_tensors,
-    checked_batch_norm,
     checked_count,
     checked_norm,
     checked_plan,
@@ -171,9 +171,8 @@ class MAML(nn.Module):
         check_formed(
             plan, {"clip_norm": clip_norm is not None, "stop": stop is not None, "micro_batches": micro_batches > 1}
         )
-        root = self._objective.root
-        self.batch_norm = checked_batch_norm(batch_norm, self._batch_norms, root, follows=update_running_stats)
-        self.update_running_stats = update_running_stats or batch_norm == "followed"
+        self.batch_norm, self.update_running_stats = batch_norm, update_running_stats
+        check_batch_norm(batch_norm, self._batch_norms, self._objective.root, follows=update_running_stats)
         self.check_finite = check_finite
         self.chunk_size = checked_count("chunk_size", chunk_size)
         self.memory_budget = checked_count("memory_budget", memory_budget)
@@ -388,7 +387,7 @@ class MAML(nn.Module):
             self.chunk_size,
             self.executor,
             "dense" if self.clip_norm is not None or self.stop is not None or self.micro_batches > 1 else self.plan,
-            self.update_running_stats,
+            self._follows,
             self.cuda_graph,
             self.memory_budget,
             parts.rate_shapes,
@@ -415,7 +414,7 @@ class MAML(nn.Module):
 
     def _settings(self, rule: InnerRule, steps: int | None, *flags: bool) -> Any:
         """What a prepared meta-step depends on besides modules and tasks; ``None`` where values must be looked at."""
-        if self.check_finite or self.update_running_stats or callable(self._selection):
+        if self.check_finite or self._follows or callable(self._selection):
             return None
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
@@ -459,8 +458,8 @@ class MAML(nn.Module):
         raise RuntimeError("MAML: autodiff ran although the program could be compiled")
 
     def _autodiff(self, work: Work) -> MetaOutput:
-        result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
-        if self.update_running_stats:
+        result = autodiff.run(work, keep_buffers=work.keep_mutations, allow_unused=self.allow_unused)
+        if work.keep_mutations:
             running_stats.write(self._read_buffers(), result.buffers)
         if self.engine == "auto":
             reason = self._why_autodiff(work)
@@ -471,16 +470,20 @@ class MAML(nn.Module):
         return MetaOutput(evaluated.mean(), evaluated, result.outputs, result.support_losses, result.taken)
 
     def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]], taken: Tensor | None) -> None:
-        if self.update_running_stats and mutations:
+        if work.keep_mutations and mutations:
             with torch.no_grad():
                 after = running_stats.updated(programs.both[1], work, mutations, taken)
                 running_stats.write(self._read_buffers(), after)
         mutations.clear()
 
+    @property
+    def _follows(self) -> bool:
+        return self.update_running_stats or self.batch_norm == "followed"
+
     def _buffers_to_read(self) -> dict[str, Tensor]:
         """The buffers, or copies if this meta-step will write them while its tape still reads them."""
         buffers = self._read_buffers()
-        return {name: b.clone() for name, b in buffers.items()} if self.update_running_stats else buffers
+        return {name: b.clone() for name, b in buffers.items()} if self._follows else buffers
 
     def _packing(self, parameters: Mapping[str, Tensor]) -> Packing:
         names = select_parameters(parameters, self._selection)

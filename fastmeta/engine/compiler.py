@@ -154,7 +154,8 @@ class Compiler:
         if query is not None:
             excess = _excess(native, work)
             rows = self._tables(work, support, query, tight=bool(excess))
-            by_name = () if isinstance(work.plan, str) else tables.possible(support, query, work)
+            replanned = isinstance(work.plan, str) or work.stepwise or work.own_statistics
+            by_name = () if replanned else tables.possible(support, query, work)
             names = choose(support, query, work, by_name, tight=bool(excess))
             native = _settled(native, work, support, query, names, rows, excess)
             if isinstance(native, str):

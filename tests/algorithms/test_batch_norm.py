@@ -101,8 +101,9 @@ def test_the_meta_gradient_is_exact(mode: Any) -> None:
             alone = learner.adapt(tasks.task(1)[0])
             assert relative_error(alone.statistics["1.running_mean"], adapted.statistics["1.running_mean"][1]) <= EXACT
             assert torch.equal(copied[1].running_mean, adapted.statistics["1.running_mean"][1])
-    executor = fm.MAML(network(), F.cross_entropy, LR, STEPS, batch_norm=mode).explain(tasks).executor
-    assert ("because tasks have running statistics of their own" in executor) == (mode == "per_task")
+            if learner.engine == "auto":
+                executor = learner.explain(tasks).executor
+                assert "because tasks have running statistics of their own" in executor
 
 
 def test_followed_is_running_in_evaluation_mode() -> None:
@@ -165,9 +166,9 @@ def test_other_algorithms() -> None:
     reptile = fm.Reptile(model, F.cross_entropy, LR, STEPS, batch_norm="per_task")
     assert relative_error(reptile(tasks).logits, logits) <= EXACT
     proto = fm.ProtoMAML(model, F.cross_entropy, LR, STEPS, batch_norm="running")
-    plain = fm.ProtoMAML(copy.deepcopy(model).eval(), F.cross_entropy, LR, STEPS)
+    plain = fm.ProtoMAML(copy.deepcopy(model).eval(), F.cross_entropy, LR, STEPS, engine="autodiff")
     assert relative_error(proto(tasks).logits, plain(tasks).logits) <= EXACT
-    assert relative_error(proto.adapt(tasks)(tasks.query[0]), plain.adapt(tasks)(tasks.query[0])) <= EXACT
+    assert relative_error(proto.adapt(tasks)(tasks.query[0]), plain(tasks).logits) <= EXACT
 
 
 def test_what_does_not_fit_is_refused() -> None:
