@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.fomaml import FOMAML as FOMAML
     from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
-    from fastmeta.algorithms.maml import MetaOutput as MetaOutput
     from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
     from fastmeta.algorithms.meta_curvature import MetaCurvature as MetaCurvature
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
+    from fastmeta.algorithms.output import MetaOutput as MetaOutput
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
     from fastmeta.learner.callbacks import Callback as Callback
@@ -56,7 +56,7 @@ _ATTRIBUTES = {
     "MLflow": "fastmeta.learner.loggers",
     "MetaCurvature": "fastmeta.algorithms.meta_curvature",
     "MetaLearner": "fastmeta.learner.estimator",
-    "MetaOutput": "fastmeta.algorithms.maml",
+    "MetaOutput": "fastmeta.algorithms.output",
     "MetaSGD": "fastmeta.algorithms.meta_sgd",
     "ProtoMAML": "fastmeta.algorithms.proto_maml",
     "Reptile": "fastmeta.algorithms.reptile",

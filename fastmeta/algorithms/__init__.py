@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from fastmeta.algorithms.fomaml import FOMAML as FOMAML
     from fastmeta.algorithms.imaml import IMAML as IMAML
     from fastmeta.algorithms.maml import MAML as MAML
-    from fastmeta.algorithms.maml import MetaOutput as MetaOutput
     from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
     from fastmeta.algorithms.meta_curvature import MetaCurvature as MetaCurvature
     from fastmeta.algorithms.meta_sgd import MetaSGD as MetaSGD
+    from fastmeta.algorithms.output import MetaOutput as MetaOutput
     from fastmeta.algorithms.proto_maml import ProtoMAML as ProtoMAML
     from fastmeta.algorithms.reptile import Reptile as Reptile
 
@@ -28,7 +28,7 @@ _PLACES = {
     "MAML": "maml",
     "MAMLPlusPlus": "maml_plus_plus",
     "MetaCurvature": "meta_curvature",
-    "MetaOutput": "maml",
+    "MetaOutput": "output",
     "MetaSGD": "meta_sgd",
     "ProtoMAML": "proto_maml",
     "Reptile": "reptile",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ class IMAML(MAML):
 
     Source: A. Rajeswaran, C. Finn, S. Kakade, S. Levine, NeurIPS 2019.
     """
+
+    _batch_norms: ClassVar[tuple[str, ...]] = ("transductive", "running", "per_task")
 
     def __init__(
         self,

@@ -72,15 +72,15 @@ class InnerRule:
         """The rates, checked."""
         return Rates(given(self._lr), packing)
 
-    def parts(self, packing: Packing, like: Tensor, steps: int) -> Parts:
+    def parts(self, packing: Packing, like: Tensor, steps: int, trained: int) -> Parts:
         """As it is for the parameters packed so, in ``like``'s dtype and device.
 
         Raises:
-            ValueError: one rate a step was given, and for fewer steps than ``steps``.
+            ValueError: as :meth:`Rates.alpha`.
         """
         rates = self.rates(packing)
         rule, hyper = (PLAIN, None) if self._inner is None else (self._inner.kind(), self._inner.values(like))
-        return Parts(rates.alpha(like, steps), rates.segments(like.device), rates.shapes, rule, hyper)
+        return Parts(rates.alpha(like, steps, trained), rates.segments(like.device), rates.shapes, rule, hyper)
 
     def learned(self) -> dict[str, Tensor]:
         """The tensors that require grad, by the names that ``value_and_grad`` has for them."""

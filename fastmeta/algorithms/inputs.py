@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta.engine.compiler import Programs
+from fastmeta.engine.objective import BATCH_NORM, norms_of
 from fastmeta.engine.work import Plan, Work, require_finite
+from fastmeta.inner.early_stop import EarlyStop
+
+Engine = Literal["auto", "program", "autodiff"]
+Executor = Literal["auto", "native", "reference"]
+Form = Literal["auto", "dense", "factored"]
+BatchNorm = Literal["transductive", "followed", "running", "per_task", "per_step"]
 
 
 def checked_steps(steps: int) -> int:
@@ -34,17 +41,72 @@ def checked_count(name: str, count: int | None) -> int | None:
     return count
 
 
-def checked_norm(norm: float | None, plan: Any) -> float | None:
-    """A largest norm, if it is one, and weights may be formed for it."""
+def checked_norm(norm: float | None) -> float | None:
+    """A largest norm, if it is one."""
     if norm is None:
         return None
     if isinstance(norm, bool) or not isinstance(norm, (int, float)):
         raise TypeError(f"MAML: clip_norm must be a number or None, got {type(norm).__name__}")
     if not 0 < norm < float("inf"):
         raise ValueError(f"MAML: clip_norm must be positive and finite, got {norm}")
-    if "factored" in (plan.values() if isinstance(plan, Mapping) else (plan,)):
-        raise ValueError("MAML: plan must not be 'factored' with clip_norm, which needs each task's gradient formed")
     return norm
+
+
+def checked_stop(stop: Any) -> EarlyStop | None:
+    """When tasks stop, if it is that."""
+    if stop is not None and not isinstance(stop, EarlyStop):
+        raise TypeError(f"MAML: stop must be a fastmeta.inner.EarlyStop or None, got {type(stop).__name__}")
+    return stop
+
+
+def check_formed(plan: Any, asked: Mapping[str, bool]) -> None:
+    """Raise ``ValueError`` where factors are asked for beside what needs each task's gradient formed."""
+    if "factored" in (plan.values() if isinstance(plan, Mapping) else (plan,)):
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            raise ValueError(f"MAML: plan must not be 'factored' with {name}, which needs each task's gradient formed")
+
+
+def check_batch_norm(name: str | None, known: Iterable[str], root: nn.Module, *, follows: bool) -> None:
+    """Raise ``ValueError`` unless a mode of batch norm goes with the model and with ``update_running_stats``.
+
+    Args:
+        name: the mode.
+        known: those that the algorithm has.
+        root: the model and its loss.
+        follows: whether running statistics are to be updated.
+    """
+    if name is None:
+        return
+    if name not in BATCH_NORM:
+        raise ValueError(f"MAML: batch_norm must be None or one of {BATCH_NORM}, got {name!r}")
+    if name not in known:
+        mend = "; MAMLPlusPlus has rows a step" if name == "per_step" else ""
+        raise ValueError(f"MAML: batch_norm must be one of {tuple(known)} with this algorithm, got {name!r}{mend}")
+    if follows and name not in ("followed", "per_step"):
+        raise ValueError(
+            f"MAML: update_running_stats must be False with batch_norm {name!r}, which leaves the running statistics "
+            "as they are; batch_norm='followed' updates them"
+        )
+    untracked = [n.removeprefix("model.") for n, m in norms_of(root) if m.running_mean is None]
+    if untracked and name in ("followed", "running", "per_task"):
+        raise ValueError(
+            f"MAML: batch_norm {name!r} needs running statistics, got track_running_stats=False for {untracked}"
+        )
+
+
+def check_micro_batches(work: Work) -> None:
+    """Raise ``ValueError`` unless the support set can be cut into equal parts along its samples."""
+    count, sizes = work.micro_batches, set()
+    if isinstance(work.support, tuple) and len(work.support) == 3:
+        raise ValueError("MAML: micro_batches must be 1 for support sets with weights, whose mean is not the parts'")
+    for leaf in pytree.tree_leaves(work.support):
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
+            raise ValueError("MAML: micro_batches needs support tensors of [T, N, ...], got one without samples")
+        sizes.add(leaf.shape[1])
+    if len(sizes) > 1:
+        raise ValueError(f"MAML: micro_batches needs support tensors [T, N, ...] of one N, got {sorted(sizes)}")
+    if min(sizes) % count or min(sizes) < count:
+        raise ValueError(f"MAML: micro_batches must divide the support samples, got {count} for {min(sizes)}")
 
 
 def checked_plan(plan: Any, names: Iterable[str]) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,24 @@ from torch.utils import _pytree as pytree
 from fastmeta.algorithms.adapted import AdaptedModel
 from fastmeta.algorithms.inner_rule import DEFAULT, InnerRule, to_learned
 from fastmeta.algorithms.inputs import (
+    BatchNorm,
+    Engine,
+    Executor,
+    Form,
+    check_batch_norm,
+    check_formed,
     check_masks,
+    check_micro_batches,
     check_tensors,
     checked_count,
     checked_norm,
     checked_plan,
     checked_steps,
+    checked_stop,
     select_parameters,
 )
+from fastmeta.algorithms.output import MetaOutput as MetaOutput
+from fastmeta.algorithms.output import outputs_of
 from fastmeta.algorithms.recall import Recall, pairs
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
@@ -30,37 +40,15 @@ from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
 from fastmeta.engine.function import Custom, Step
 from fastmeta.engine.meta_step import evaluate
-from fastmeta.engine.objective import Objective
+from fastmeta.engine.objective import Objective, uses_set
 from fastmeta.engine.profile import by_autodiff, span, watching
-from fastmeta.engine.program import Program
 from fastmeta.engine.timeline import BACKWARD, PREPARATION
 from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.work import Work
 from fastmeta.inner.configuration import Configuration
+from fastmeta.inner.early_stop import EarlyStop
 from fastmeta.inner.rates import Rate, registered
 from fastmeta.tasks.batch import TaskBatch
-
-Engine = Literal["auto", "program", "autodiff"]
-Executor = Literal["auto", "native", "reference"]
-Form = Literal["auto", "dense", "factored"]
-
-
-class MetaOutput(NamedTuple):
-    """Result of a meta-step.
-
-    Attributes:
-        loss: mean query loss, ``[]``, eq. (4).
-        task_losses: query loss of each task, ``[T]``.
-        logits: the adapted model's outputs on the query set, ``[T, Nq, ...]``, or the pytree the model returns.
-        support_losses: support loss before each inner step, ``[K, T]``; never differentiable.
-
-    ``loss``, ``task_losses`` and ``logits`` may all be differentiated.
-    """
-
-    loss: Tensor
-    task_losses: Tensor
-    logits: Any
-    support_losses: Tensor
 
 
 class MAML(nn.Module):
@@ -76,10 +64,11 @@ class MAML(nn.Module):
         loss: ``loss(outputs, targets)`` for batches ``(inputs, targets)``, or ``loss(model, batch)`` for any other
             batch, returning the loss or ``(loss, outputs)``; see :class:`fastmeta.TaskBatch`. A scalar for one task.
             A loss that is a module may have parameters of its own; their names start with ``loss.``.
-        lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step; or a mapping from
-            the name of every adapting parameter to a number or a tensor that broadcasts to its shape, such as
-            ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that require grad get their
-            meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01 without ``inner``.
+        lr: inner learning rate alpha: a number; a tensor ``[]``, or ``[K]`` with one rate a step, of which steps
+            beyond K take the last; or a mapping from the name of every adapting parameter to a number or a tensor that
+            broadcasts to its shape, such as ``[out, 1]`` for one rate a row of a linear layer's weight. Tensors that
+            require grad get their meta-gradient; those that are ``nn.Parameter`` become parameters of this module. 0.01
+            without ``inner``.
         steps: K, the number of inner steps.
         inner: a rule for the inner steps, with its own rates, instead of ``lr``: :class:`fastmeta.inner.SGD` with
             momentum or weight decay, ``RMSprop``, ``Adagrad``, ``Adam`` or ``AdamW`` of the same module.
@@ -90,9 +79,19 @@ class MAML(nn.Module):
         allow_unused: let adapting parameters that the support loss does not use keep their value.
         clip_norm: largest 2-norm of each task's inner gradient over all adapting parameters, which is scaled down to it
             as ``torch.nn.utils.clip_grad_norm_`` does, differentiably; ``None`` for any. Weights are then formed.
+        stop: when a task takes no further inner steps, a :class:`fastmeta.inner.EarlyStop`; ``None`` for never. Weights
+            are then formed.
+        micro_batches: how many equal parts every support set is cut into, along its samples. One inner step takes the
+            mean of their losses, whose gradients are added up, part by part, so that one part's activations are held at
+            a time; they are computed again for the Hessian-vector products. The result is that of the whole set where
+            the loss is a mean over samples and no layer mixes them: batch norm normalises each part by its own. Weights
+            are then formed. Autodiff holds all the same.
+        batch_norm: what batch norm normalises by and leaves behind: ``"transductive"``, ``"followed"``, ``"running"``
+            or ``"per_task"`` (docs/algorithms.md, Batch norm). ``None`` for as each one's training flag says:
+            transductive in training mode, running in evaluation mode.
         update_running_stats: after a meta-step in training mode, leave in batch norm's running statistics what a loop
-            over the tasks would have left. By default a meta-step never writes a buffer. Either way batch norm in
-            training mode normalises by the statistics of the set it is given (transductive on the query set).
+            over the tasks would have left; as ``batch_norm="followed"`` does. By default a meta-step never writes a
+            buffer.
         check_finite: raise as soon as a tensor of the tasks or a loss is not finite, naming task and step. Costs a
             synchronisation a step on a GPU.
         chunk_size: run at most so many tasks at a time. By default as many as keep an operation's operands in cache on
@@ -121,6 +120,8 @@ class MAML(nn.Module):
         ValueError: negative steps, no adapting parameter, a rate that does not fit, or ``lr`` beside ``inner``.
     """
 
+    _batch_norms: ClassVar[tuple[str, ...]] = ("transductive", "followed", "running", "per_task")
+
     def __init__(
         self,
         model: nn.Module,
@@ -133,6 +134,9 @@ class MAML(nn.Module):
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,
         clip_norm: float | None = None,
+        stop: EarlyStop | None = None,
+        micro_batches: int = 1,
+        batch_norm: BatchNorm | None = None,
         update_running_stats: bool = False,
         check_finite: bool = False,
         chunk_size: int | None = None,
@@ -160,8 +164,14 @@ class MAML(nn.Module):
         self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
-        self.clip_norm = checked_norm(clip_norm, plan)
-        self.update_running_stats = update_running_stats
+        self.clip_norm = checked_norm(clip_norm)
+        self.stop = checked_stop(stop)
+        self.micro_batches = checked_count("micro_batches", micro_batches) or 1
+        check_formed(
+            plan, {"clip_norm": clip_norm is not None, "stop": stop is not None, "micro_batches": micro_batches > 1}
+        )
+        self.batch_norm, self.update_running_stats = batch_norm, update_running_stats
+        check_batch_norm(batch_norm, self._batch_norms, self._objective.root, follows=update_running_stats)
         self.check_finite = check_finite
         self.chunk_size = checked_count("chunk_size", chunk_size)
         self.memory_budget = checked_count("memory_budget", memory_budget)
@@ -195,8 +205,8 @@ class MAML(nn.Module):
             return self._autodiff(work)
         step = Step(work, programs, self._custom, work.learned)
         loss, task_losses, *leaves = step.run()
-        self._follow(programs, work, step.mutations)
-        return MetaOutput(loss, task_losses, outputs_of(programs.both[1], leaves), step.support_losses)
+        self._follow(programs, work, step.mutations, step.taken)
+        return MetaOutput(loss, task_losses, outputs_of(programs.both[1], leaves), step.support_losses, step.taken)
 
     def value_and_grad(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean query loss and its meta-gradient, without autograd in between.
@@ -224,7 +234,7 @@ class MAML(nn.Module):
                 n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(inputs.items(), d, strict=True)
             }
         result = evaluate(work, programs, MEAN, learned=work.learned)
-        self._follow(programs, work, result.mutations)
+        self._follow(programs, work, result.mutations, result.taken)
         gradient = result.meta_gradient
         gradients: dict[str, Tensor] = {}
         adapted: dict[str, Tensor] = dict(zip(work.packing.names, gradient.adapted, strict=True))
@@ -326,7 +336,22 @@ class MAML(nn.Module):
     def _adapted(self, work: Work, found: Adaptation, single: bool) -> AdaptedModel:
         """What :meth:`adapt` gives."""
         adapted = dict(zip(work.packing.names, found.phi, strict=True))
-        return AdaptedModel(self.model, adapted, found.support_losses, single=single)
+        return self._made_of(adapted, found, single)
+
+    def _made_of(
+        self, adapted: dict[str, Tensor], found: Adaptation, single: bool, buffers: dict[str, Tensor] | None = None
+    ) -> AdaptedModel:
+        """The model with these weights, ``[T, *shape]``, and what else was found of the tasks."""
+        return AdaptedModel(
+            self.model,
+            adapted,
+            found.support_losses,
+            single=single,
+            steps_taken=found.taken,
+            buffers=buffers,
+            statistics=found.statistics,
+            by_set=uses_set(self.batch_norm, query=True),
+        )
 
     def _prepare(
         self,
@@ -359,7 +384,7 @@ class MAML(nn.Module):
             again = earlier.on(tasks.support, tasks.query)
             if rule.fixed:
                 return again, known
-            again.__dict__.update(rule.parts(again.packing, again.theta[0], again.steps)._asdict())
+            again.__dict__.update(rule.parts(again.packing, again.theta[0], again.steps, self.steps)._asdict())
             same = again.rate_shapes == earlier.rate_shapes and (again.segments is None) == (earlier.segments is None)
             if same and again.alpha.shape == earlier.alpha.shape:
                 return again, known
@@ -369,7 +394,7 @@ class MAML(nn.Module):
         theta = [parameters[name] for name in packing.names]
         if len({(p.dtype, p.device) for p in theta}) > 1:
             raise ValueError("MAML: adapting parameters must share one dtype and device; choose them by parameters=")
-        parts = rule.parts(packing, theta[0], count)
+        parts = rule.parts(packing, theta[0], count, self.steps)
         work = Work(
             self._objective,
             parameters,
@@ -385,16 +410,22 @@ class MAML(nn.Module):
             differentiate,
             self.chunk_size,
             self.executor,
-            self.plan if self.clip_norm is None else "dense",
-            self.update_running_stats,
+            "dense" if self.clip_norm is not None or self.stop is not None or self.micro_batches > 1 else self.plan,
+            self._follows,
             self.cuda_graph,
             self.memory_budget,
             parts.rate_shapes,
             parts.rule,
             parts.hyper,
             clip_norm=self.clip_norm,
+            batch_norm=self.batch_norm,
+            own_statistics=self._objective.statistics() if self.batch_norm == "per_task" else frozenset(),
+            stop=self.stop,
+            micro_batches=self.micro_batches,
             **self._asked(count),
         )
+        if self.micro_batches > 1:
+            check_micro_batches(work)
         check_tensors(work, self.engine)
         programs = self._programs(work)
         if programs is not None:
@@ -407,7 +438,7 @@ class MAML(nn.Module):
 
     def _settings(self, rule: InnerRule, steps: int | None, *flags: bool) -> Any:
         """What a prepared meta-step depends on besides modules and tasks; ``None`` where values must be looked at."""
-        if self.check_finite or self.update_running_stats or callable(self._selection):
+        if self.check_finite or self._follows or callable(self._selection):
             return None
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
@@ -417,6 +448,9 @@ class MAML(nn.Module):
             self.first_order,
             self.allow_unused,
             self.clip_norm,
+            self.stop,
+            self.micro_batches,
+            self.batch_norm,
             self.chunk_size,
             self.engine,
             self.executor,
@@ -449,27 +483,32 @@ class MAML(nn.Module):
 
     def _autodiff(self, work: Work) -> MetaOutput:
         with by_autodiff(work, self._why_autodiff(work)):
-            result = autodiff.run(work, keep_buffers=self.update_running_stats, allow_unused=self.allow_unused)
-        if self.update_running_stats:
-            _write_buffers(self._read_buffers(), result.buffers)
+            result = autodiff.run(work, keep_buffers=work.keep_mutations, allow_unused=self.allow_unused)
+        if work.keep_mutations:
+            running_stats.write(self._read_buffers(), result.buffers)
         if self.engine == "auto":
             reason = self._why_autodiff(work)
             if reason not in self._warned:
                 self._warned.add(reason)
                 warnings.warn(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
-        return MetaOutput(result.evaluated.mean(), result.evaluated, result.outputs, result.support_losses)
+        evaluated = result.evaluated
+        return MetaOutput(evaluated.mean(), evaluated, result.outputs, result.support_losses, result.taken)
 
-    def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]]) -> None:
-        if self.update_running_stats and mutations:
+    def _follow(self, programs: Programs, work: Work, mutations: list[dict[str, Tensor]], taken: Tensor | None) -> None:
+        if work.keep_mutations and mutations:
             with torch.no_grad():
-                after = running_stats.updated(programs.both[1], work.buffers, mutations, work.stepwise)
-                _write_buffers(self._read_buffers(), after)
+                after = running_stats.updated(programs.both[1], work, mutations, taken)
+                running_stats.write(self._read_buffers(), after)
         mutations.clear()
+
+    @property
+    def _follows(self) -> bool:
+        return self.update_running_stats or self.batch_norm == "followed"
 
     def _buffers_to_read(self) -> dict[str, Tensor]:
         """The buffers, or copies if this meta-step will write them while its tape still reads them."""
         buffers = self._read_buffers()
-        return {name: b.clone() for name, b in buffers.items()} if self.update_running_stats else buffers
+        return {name: b.clone() for name, b in buffers.items()} if self._follows else buffers
 
     def _packing(self, parameters: Mapping[str, Tensor]) -> Packing:
         names = select_parameters(parameters, self._selection)
@@ -479,21 +518,6 @@ class MAML(nn.Module):
 
     def _rule(self) -> InnerRule:
         return InnerRule(self.lr, self.inner)
-
-
-def outputs_of(query: Program, leaves: list[Tensor]) -> Any:
-    """The model's outputs on the query set, from their tensors."""
-    graph = query.graph
-    if graph.outputs_spec is None and leaves:
-        return leaves[0]
-    given = iter(leaves)
-    every = [next(given) if kept else None for kept in graph.outputs_kept]
-    return every[0] if graph.outputs_spec is None else pytree.tree_unflatten(every, graph.outputs_spec)
-
-
-def _write_buffers(buffers: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        buffers[name].copy_(value)
 
 
 def _unsqueeze(leaf: Any) -> Any:

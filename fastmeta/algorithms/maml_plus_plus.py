@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.adapted import AdaptedModel
 from fastmeta.algorithms.inner_rule import DEFAULT
-from fastmeta.algorithms.inputs import select_parameters
+from fastmeta.algorithms.inputs import BatchNorm, select_parameters
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.step_norms import StepNorms
 from fastmeta.algorithms.step_rates import StepRates
@@ -50,7 +50,8 @@ class MAMLPlusPlus(MAML):
         parameters: which parameters adapt, as :class:`fastmeta.MAML` has it, batch norm's apart.
         multi_step_epochs: how long the multi-step loss lasts; 0 for never.
         first_order_epochs: how long first order lasts.
-        step_norms: whether batch norm has rows.
+        batch_norm: ``"per_step"``, so that batch norm has rows, or as :class:`fastmeta.MAML` has it. Where tasks may
+            stop early, all of them still read the rows of the steps that the loop is at.
         options: the other arguments of :class:`fastmeta.MAML` but ``first_order``; ``update_running_stats`` is true
             where batch norm keeps running statistics, unless it is given.
 
@@ -64,6 +65,8 @@ class MAMLPlusPlus(MAML):
     Source: A. Antoniou, H. Edwards, A. Storkey, ICLR 2019.
     """
 
+    _batch_norms: ClassVar[tuple[str, ...]] = ("transductive", "followed", "running", "per_task", "per_step")
+
     def __init__(
         self,
         model: nn.Module,
@@ -75,7 +78,7 @@ class MAMLPlusPlus(MAML):
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         multi_step_epochs: int = 15,
         first_order_epochs: int = 0,
-        step_norms: bool = True,
+        batch_norm: BatchNorm | None = "per_step",
         **options: Any,
     ) -> None:
         if "first_order" in options:
@@ -88,25 +91,26 @@ class MAMLPlusPlus(MAML):
         rate = (DEFAULT if lr is None else lr) if inner is None else inner.lr
         if isinstance(rate, bool) or not isinstance(rate, (int, float)):
             checks.fail(TypeError, "MAMLPlusPlus", "lr", "a number", type(rate).__name__)
-        norms = StepNorms(model, steps + 1 if step_norms else 0)
-        rows = norms.names if step_norms else {}
+        norms = StepNorms(model, steps + 1) if batch_norm == "per_step" else None
+        rows = {} if norms is None else norms.names
         own = dict(model.named_parameters())
         if isinstance(loss, nn.Module):
             own |= {f"loss.{name}": p for name, p in loss.named_parameters()}
         adapting = [name for name in select_parameters(own, parameters) if name not in rows]
-        if norms.tensors(statistics=True):
+        if norms is not None and norms.tensors(statistics=True):
             options.setdefault("update_running_stats", True)
         if not adapting:
             raise ValueError("MAMLPlusPlus: at least one parameter beside batch norm's must adapt, got none")
-        table = nn.Parameter(torch.full((steps, len(adapting)), float(rate)).to(own[adapting[0]]))
+        table = nn.Parameter(own[adapting[0]].detach().new_full((steps, len(adapting)), float(rate)))
         own_rule = None
         if inner is not None:
             own_rule = copy.copy(inner)
             own_rule._parameters = dict(inner._parameters)  # what is learned of it is the same, beside the rates
             own_rule.lr = table
         of_rates = table if own_rule is None else None
-        super().__init__(model, loss, of_rates, steps, inner=own_rule, parameters=adapting, **options)
-        self.norms = norms if step_norms else None
+        options |= {"inner": own_rule, "parameters": adapting, "batch_norm": batch_norm}
+        super().__init__(model, loss, of_rates, steps, **options)
+        self.norms = norms
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
         self.epoch = 0
 
@@ -164,4 +168,4 @@ class MAMLPlusPlus(MAML):
         rows = {name: after[name].detach() for name in work.stepwise}
         buffers = {name: rows.pop(name) for name in work.stepwise & work.buffers.keys()}
         adapted |= {name: row.expand(work.tasks, *row.shape) for name, row in rows.items()}
-        return AdaptedModel(self.model, adapted, found.support_losses, single=single, buffers=buffers)
+        return self._made_of(adapted, found, single, buffers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fastmeta.algorithms.head import head_module
 from fastmeta.algorithms.inputs import select_parameters
 from fastmeta.algorithms.maml import MAML
 from fastmeta.engine.adaptation import Adaptation
-from fastmeta.engine.objective import call_model
+from fastmeta.engine.objective import by_set, call_model, uses_set
 from fastmeta.engine.work import Work, task_of
 from fastmeta.tasks.batch import TaskBatch
 
@@ -45,7 +45,8 @@ class ProtoMAML(MAML):
         head: name of the head, an ``nn.Linear`` with bias; ``None`` for the last submodule with parameters of its own.
         parameters: which of the other parameters adapt beside the head, as :class:`fastmeta.MAML` has it; an empty list
             for the head alone.
-        options: the other arguments of :class:`fastmeta.MAML` but ``update_running_stats``.
+        options: the other arguments of :class:`fastmeta.MAML` but ``update_running_stats`` and ``micro_batches``;
+            ``batch_norm`` is transductive or running.
 
     Raises:
         TypeError: an argument that must be left out, or rates by name.
@@ -54,6 +55,8 @@ class ProtoMAML(MAML):
 
     Source: E. Triantafillou et al., Meta-Dataset, ICLR 2020.
     """
+
+    _batch_norms: ClassVar[tuple[str, ...]] = ("transductive", "running")
 
     def __init__(
         self,
@@ -66,8 +69,9 @@ class ProtoMAML(MAML):
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         **options: Any,
     ) -> None:
-        if "update_running_stats" in options:
-            raise TypeError("ProtoMAML: update_running_stats must be left out, because prototypes take a pass more")
+        for name in ("update_running_stats", "micro_batches"):
+            if name in options:
+                raise TypeError(f"ProtoMAML: {name} must be left out, because prototypes take a pass more")
         if isinstance(lr, dict):
             raise TypeError("ProtoMAML: lr must be a number or a tensor, got rates by name")
         name = head_module(model, "ProtoMAML") if head is None else head
@@ -147,12 +151,12 @@ class ProtoMAML(MAML):
         wrapped = self._wrapped[0]
         own: dict[str, Tensor] = dict(self.model.named_parameters())
         phi = dict(zip(work.packing.names, found.phi, strict=True))
-        with torch.no_grad():
+        with torch.no_grad(), by_set(self.model, uses_set(self.batch_norm, query=False)):
             heads = [wrapped.prototypes(own, *task_of(work.support[0][1:], t)) for t in range(work.tasks)]
         for part, start in zip(("weight", "bias"), zip(*heads, strict=True), strict=True):
             phi[f"model.{wrapped.prefix}{part}"] = torch.stack(start) + phi.pop(f"offset_{part}")
         adapted = {name.removeprefix("model."): value for name, value in phi.items()}
-        return AdaptedModel(self.model, adapted, found.support_losses, single=single)
+        return self._made_of(adapted, found, single)
 
 
 class _Prototypical(nn.Module):

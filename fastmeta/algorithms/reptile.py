@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms.maml import MAML, MetaOutput, outputs_of
+from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.output import MetaOutput, outputs_of
 from fastmeta.engine.adaptation import Adaptation, adaptation
 from fastmeta.engine.explain import Explanation
 from fastmeta.engine.work import Work
@@ -41,6 +42,8 @@ class Reptile(MAML):
 
     Source: A. Nichol, J. Achiam, J. Schulman, 2018 (arXiv:1803.02999).
     """
+
+    _batch_norms: ClassVar[tuple[str, ...]] = ("transductive", "running", "per_task")
 
     def __init__(
         self, model: nn.Module, loss: Callable[..., Any], lr: Rate | None = None, steps: int = 5, **options: Any
@@ -109,7 +112,7 @@ class Reptile(MAML):
             logits = None
             if evaluated:
                 logits = found.outputs if programs is None else outputs_of(programs.both[1], found.outputs or [])
-            return work, found, MetaOutput(losses.mean(), losses, logits, found.support_losses)
+            return work, found, MetaOutput(losses.mean(), losses, logits, found.support_losses, found.taken)
 
     @torch.no_grad()
     def _distances(self, work: Work, found: Adaptation) -> list[Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastmeta.algorithms.inner_rule import InnerRule, Parts
 from fastmeta.core.packing import Packing
 from fastmeta.inner.configuration import Configuration
-from fastmeta.inner.rates import RateTable, as_tensor
+from fastmeta.inner.rates import RateTable, as_tensor, prolonged
 from fastmeta.inner.sgd_rule import PLAIN
 
 
@@ -37,11 +36,9 @@ class StepRates(InnerRule):
                 f"got {tuple(self._table.shape)}"
             )
 
-    def parts(self, packing: Packing, like: Tensor, steps: int) -> Parts:
+    def parts(self, packing: Packing, like: Tensor, steps: int, trained: int) -> Parts:
         """As it is for the parameters packed so, in ``like``'s dtype and device."""
         self.check(packing)
-        table = as_tensor(self._table, like)
-        if steps > len(table):
-            table = torch.cat([table, table[-1:].expand(steps - len(table), -1)])
+        table = prolonged(as_tensor(self._table, like), steps)
         kind, hyper = (PLAIN, None) if self._inner is None else (self._inner.kind(), self._inner.values(like))
         return Parts(table, packing.segments(like.device), None, kind, hyper)

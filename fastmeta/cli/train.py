@@ -60,6 +60,9 @@ def train(
     meta_lr_end: Annotated[float | None, _option("--meta-lr-end", help="The same at the end of its cosine.")] = None,
     filters: Annotated[int | None, _option("--filters", help="Channels of a convolution.")] = None,
     meta_batch: Annotated[int | None, _option("--meta-batch", help="Tasks of a meta-step.")] = None,
+    accumulate: Annotated[
+        int | None, _option("--accumulate", help="Meta-batches whose gradients are added up before a meta-step.")
+    ] = None,
     iterations: Annotated[int | None, _option("--iterations", help="Meta-steps in all.")] = None,
     first_order: Annotated[
         bool | None, _option("--first-order/--second-order", help="Leave out the second-order term, or keep it.")
@@ -98,6 +101,7 @@ def train(
         inner_steps=inner_steps, eval_steps=eval_steps, inner_lr=inner_lr, meta_lr=meta_lr, meta_lr_end=meta_lr_end,
         filters=filters, meta_batch=meta_batch, iterations=iterations, first_order=first_order, clip_norm=clip_norm,
         seed=seed, threads=threads, val_every=val_every, val_tasks=val_tasks, log_every=log_every,
+        accumulate=accumulate,
     )  # fmt: skip
     console = Console()
     status = run_training(config, folder, console, resume=resume, minutes=minutes, test_tasks=test_tasks)

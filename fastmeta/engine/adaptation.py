@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,12 +26,16 @@ class Adaptation:
         task_losses: query loss of each task, ``[T]``; ``None`` without a query set.
         outputs: the model's output tensors on the query set, ``[T, ...]``, or by autodiff the pytree of them; ``None``
             without a query set.
+        taken: how many inner steps each task took, ``[T]``, where they may stop early.
+        statistics: running statistics of each task's own, ``[T, ...]``, where it has such.
     """
 
     phi: list[Tensor]
     support_losses: Tensor
     task_losses: Tensor | None
     outputs: list[Tensor] | None
+    taken: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -59,6 +63,7 @@ def _adaptation(
         result = autodiff.run(work, keep_buffers=False, allow_unused=allow_unused)
         packed, losses = result.phi, result.support_losses
         evaluated, outputs = result.task_losses, result.outputs
+        taken, statistics = result.taken, result.statistics
     else:
         trajectories = [
             unroll(
@@ -76,8 +81,10 @@ def _adaptation(
         packed = torch.cat([trajectory.phi.packed for trajectory in trajectories])
         losses = torch.cat([trajectory.support_losses for trajectory in trajectories], 1)
         evaluated, outputs = None, None
+        taken = None if work.stop is None else torch.cat([t.taken for t in trajectories if t.taken is not None])
+        statistics = {name: torch.cat([t.statistics[name] for t in trajectories]) for name in work.own_statistics}
         if programs.query is not None:
             evaluated = torch.cat([trajectory.losses for trajectory in trajectories])
             pieces = zip(*[trajectory.evaluated.outputs for trajectory in trajectories], strict=True)
             outputs = [torch.cat(each) for each in pieces]
-    return Adaptation(work.packing.unpack(packed.contiguous()), losses, evaluated, outputs)
+    return Adaptation(work.packing.unpack(packed.contiguous()), losses, evaluated, outputs, taken, statistics)

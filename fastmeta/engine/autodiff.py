@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fastmeta.core.task_op import plus
 from fastmeta.engine.clipping import EPS
 from fastmeta.engine.work import Work, task_of
 from fastmeta.inner.rates import rates_of
@@ -25,6 +26,8 @@ class AutodiffResult:
         support_losses: ``[K, T]``, detached.
         phi: adapted parameters, packed ``[T, P]``.
         buffers: the buffers as the last forward left them.
+        taken: how many inner steps each task took, ``[T]``, where they may stop early.
+        statistics: running statistics of each task's own, ``[T, ...]``, where it has such.
     """
 
     task_losses: Tensor | None
@@ -32,6 +35,8 @@ class AutodiffResult:
     support_losses: Tensor
     phi: Tensor
     buffers: dict[str, Tensor]
+    taken: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> Tensor:
@@ -63,40 +68,65 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
     buffers = {name: b.clone() for name, b in work.buffers.items()}
     losses, outputs, supports, phis = [], [], [], []
 
-    def passed(phi: list[Tensor], k: int, batch: Any, keep: bool) -> tuple[Tensor, Any]:
+    each_own: list[dict[str, Tensor]] = []
+    counts = []
+
+    def passed(phi: list[Tensor], k: int, batch: Any, keep: bool, *, query: bool) -> tuple[Tensor, Any]:
         state = replace(work, buffers=_seen(buffers, keep)).fixed(k)
         seen = {name: state.pop(name) for name in buffers}
-        return work.objective({**state, **dict(zip(work.packing.names, phi, strict=True))}, seen, batch)
+        if each_own:
+            seen |= _seen(each_own[-1], keep=not query)
+        parameters = {**state, **dict(zip(work.packing.names, phi, strict=True))}
+        return work.seen_by(query=query)(parameters, seen, batch)
+
+    def inner(phi: list[Tensor], k: int, t: int) -> tuple[Tensor, list[Tensor | None]]:
+        """Support loss and gradients, of all micro-batches together."""
+        sets = work.micro_sets()
+        loss, g = phi[0].new_zeros(()), list[Tensor | None]([None] * len(phi))
+        for batch in sets:
+            part, _ = passed(phi, k, task_of(batch, t), keep_buffers, query=False)
+            if not part.requires_grad:
+                raise ValueError("MAML: the support loss depends on no adapting parameter; see parameters=")
+            if create_graph and t == k == 0:
+                _require_derivatives(part)
+            part = part / len(sets) if len(sets) > 1 else part
+            own = torch.autograd.grad(part, phi, create_graph=create_graph and not work.first_order, allow_unused=True)
+            loss = loss + part.detach()
+            g = [plus(total, d) for total, d in zip(g, own, strict=True)]
+        if work.check_finite:
+            _require_finite(loss, t, f"support loss at inner step {k}")
+        return loss, g
 
     for t in range(work.tasks):
+        if work.own_statistics:
+            each_own.append({name: work.buffers[name].clone() for name in work.own_statistics})
         looked = []
-        support = task_of(work.support, t)
-        phi, task_supports = list(work.theta), []
+        phi, task_supports = list(work.theta), list[Tensor]()
         states: list[Any] = [None] * len(phi)
+        taken = 0
         for k, weight in enumerate(work.weights[: work.steps]):
             if work.query is not None and weight:
-                looked.append(weight * passed(phi, k, task_of(work.query, t), False)[0])
+                looked.append(weight * passed(phi, k, task_of(work.query, t), False, query=True)[0])
+            if taken < k:  # it has stopped
+                task_supports.append(task_supports[-1])
+                continue
             with torch.enable_grad():
                 if not all(p.requires_grad for p in phi):
                     phi = [p if p.requires_grad else p.detach().requires_grad_() for p in phi]
-                loss, _ = passed(phi, k, support, keep_buffers)
-                if not loss.requires_grad:
-                    raise ValueError("MAML: the support loss depends on no adapting parameter; see parameters=")
-                if create_graph and t == k == 0:
-                    _require_derivatives(loss)
-                if work.check_finite:
-                    _require_finite(loss, t, f"support loss at inner step {k}")
-                g = torch.autograd.grad(
-                    loss, phi, create_graph=create_graph and not work.first_order, allow_unused=True
-                )
-            task_supports.append(loss.detach())
+                loss, g = inner(phi, k, t)
+            task_supports.append(loss)
+            along = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, g, strict=True)]
+            if work.stop is not None and bool(work.stop.reached(loss[None], [d[None] for d in along])):
+                continue
+            taken = k + 1
             phi, states = _step(work, phi, states, g, k, allow_unused)
             if not create_graph:
                 phi = [p.detach() for p in phi]
+        counts.append(taken)
         supports.append(torch.stack(task_supports) if task_supports else phi[0].new_empty(0))
         phis.append(work.packing.pack_shared(phi))
         if work.query is not None:
-            loss, output = passed(phi, work.steps, task_of(work.query, t), keep_buffers)
+            loss, output = passed(phi, work.steps, task_of(work.query, t), keep_buffers, query=True)
             if t == 0:
                 _require_derivatives(loss)
             if work.check_finite:
@@ -109,11 +139,13 @@ def _run(work: Work, keep_buffers: bool, allow_unused: bool) -> AutodiffResult:
         torch.stack(supports, dim=1),
         torch.stack(phis),
         buffers,
+        None if work.stop is None else torch.tensor(counts, device=work.alpha.device),
+        {name: torch.stack([own[name] for own in each_own]) for name in work.own_statistics},
     )
 
 
 def _step(
-    work: Work, phi: list[Tensor], states: list[Any], g: tuple[Tensor | None, ...], k: int, allow_unused: bool
+    work: Work, phi: list[Tensor], states: list[Any], g: list[Tensor | None], k: int, allow_unused: bool
 ) -> tuple[list[Tensor], list[Any]]:
     """The inner rule, parameter by parameter; independent of the packed kernels, which are tested against it."""
     rates = rates_of(work.alpha[k if work.alpha.shape[0] > 1 else 0], work.rate_shapes, len(phi))

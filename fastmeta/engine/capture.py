@@ -196,6 +196,7 @@ def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
         work.rate_shapes,
         work.rule,
         work.clip_norm,
+        work.stop,
         work.alpha.device,
         work.steps,
         work.first_order,

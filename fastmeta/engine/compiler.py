@@ -19,6 +19,7 @@ from fastmeta.engine.factor import choose, factored, plan_of, quicker
 from fastmeta.engine.joined import joined
 from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
+from fastmeta.engine.objective import Objective
 from fastmeta.engine.plan import chunk_size, plan
 from fastmeta.engine.program import Program
 from fastmeta.engine.resident import ResidentStep
@@ -143,14 +144,18 @@ class Compiler:
         if torch.is_autocast_enabled(work.theta[0].device.type):
             raise NotTraceable("autocast is on: the program runs in the dtype of the parameters")
         # a step of first order sends nothing but g_k on, so that other parameters' cotangents are not asked of it
-        support = self._program(work, work.support, () if work.first_order else work.outer_names)
-        query = None if work.query is None else self._program(work, work.query, work.outer_names)
+        inner_outer = () if work.first_order else work.outer_names
+        support = self._program(work, work.micro_sets()[0], inner_outer, work.seen_by(query=False))
+        query = None
+        if work.query is not None:
+            query = self._program(work, work.query, work.outer_names, work.seen_by(query=True), work.own_statistics)
         native = self._native(work, support, query)
         rows = None
         if query is not None:
             excess = _excess(native, work)
             rows = self._tables(work, support, query, tight=bool(excess))
-            by_name = () if isinstance(work.plan, str) else tables.possible(support, query, work)
+            replanned = isinstance(work.plan, str) or work.stepwise or work.own_statistics
+            by_name = () if replanned else tables.possible(support, query, work)
             names = choose(support, query, work, by_name, tight=bool(excess))
             native = _settled(native, work, support, query, names, rows, excess)
             if isinstance(native, str):
@@ -172,7 +177,7 @@ class Compiler:
 
     def _tables(self, work: Work, support: Program, query: Program, *, tight: bool) -> Rows | None:
         """The programs on rows of the tables that are to be held so; ``None`` where there are none."""
-        if work.stepwise:  # they are planned anew, without what changes from step to step
+        if work.stepwise or work.own_statistics:  # they are planned anew, without what changes from step to step
             return None
         device = work.alpha.device
         at_once = work.chunk_size or chunk_size(query, work.packing.size, device)
@@ -213,6 +218,12 @@ class Compiler:
             return "query losses count before the last step"
         if work.stepwise:
             return "parameters or buffers come stepwise"
+        if work.own_statistics:
+            return "tasks have running statistics of their own"
+        if work.stop is not None:
+            return "tasks may end before the last inner step"
+        if work.micro_batches > 1:
+            return "support sets are cut into micro-batches"
         if work.rate_shapes is not None:
             return "inner rates differ within a parameter"
         key = id(support), id(query)
@@ -223,17 +234,24 @@ class Compiler:
                 self._steps[key] = str(reason)
         return self._steps[key]
 
-    def _program(self, work: Work, batch: Any, outer: tuple[str, ...]) -> Program:
-        key = self._signature(work, batch)
-        plan_key = (key, work.packing.names, outer, work.stepwise)
+    def _program(
+        self,
+        work: Work,
+        batch: Any,
+        outer: tuple[str, ...],
+        objective: Objective,
+        statistics: frozenset[str] = frozenset(),
+    ) -> Program:
+        key = self._signature(work, batch, objective)
+        plan_key = (key, work.packing.names, outer, work.stepwise, statistics)
         program = self._programs.get(plan_key)
         if program is None:
-            graph, device = self._graph(work, batch, key), work.theta[0].device
-            program = plan(graph, work.packing.names, outer, device, stepwise=work.stepwise)
+            graph, device = self._graph(work, batch, key, objective), work.theta[0].device
+            program = plan(graph, work.packing.names, outer, device, statistics, stepwise=work.stepwise)
             self._programs[plan_key] = program
         return program
 
-    def _graph(self, work: Work, batch: Any, key: Any) -> Graph:
+    def _graph(self, work: Work, batch: Any, key: Any, objective: Objective) -> Graph:
         graph = self._graphs.get(key)
         if graph is None:
             try:
@@ -241,7 +259,7 @@ class Compiler:
                     {name: value[0] if name in work.stepwise else value for name, value in named.items()}
                     for named in (work.parameters, work.buffers)
                 )
-                graph = trace(work.objective, parameters, buffers, task_of(batch, 0))
+                graph = trace(objective, parameters, buffers, task_of(batch, 0))
             except NotTraceable as reason:
                 graph = reason
             self._graphs[key] = graph
@@ -249,14 +267,14 @@ class Compiler:
             raise graph
         return graph
 
-    def _signature(self, work: Work, batch: Any) -> Any:
+    def _signature(self, work: Work, batch: Any, objective: Objective) -> Any:
         leaves, spec = pytree.tree_flatten(batch)
         return (
             str(spec),
             tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves),
             tuple(_kind(p) for p in work.parameters.values()),
             tuple(_kind(b) for b in work.buffers.values()),
-            work.objective.modes(),
+            objective.modes(),
             work.stepwise,
         )
 

@@ -114,7 +114,8 @@ def flops(work: Work, support: Instruction, query: Instruction | None) -> int:
     if support.invariant:  # the same at every step: forward once, and back once for what all steps send there
         passes = (forward + (0 if work.first_order else backward)) * min(work.steps, 1)
     else:
-        passes = work.steps * (first + (0 if work.first_order else later))
+        again = first if work.micro_batches > 1 else 0  # whose tapes are not kept
+        passes = work.steps * work.micro_batches * (first + (0 if work.first_order else later + again))
     total = support.op.flops() * passes
     if query is not None:
         total += query.op.flops() * first

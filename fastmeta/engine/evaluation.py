@@ -93,6 +93,7 @@ class Evaluation:
         outputs: the adapted model's output tensors on the query set, ``[T, ...]``; empty unless asked for.
         gradient: the meta-gradient, if cotangents were given.
         mutations: new buffer values, ``[T, ...]``, of each pass in order.
+        taken: how many inner steps each task took, ``[T]``, where they may stop early.
     """
 
     loss: Tensor
@@ -101,6 +102,7 @@ class Evaluation:
     outputs: list[Tensor]
     gradient: MetaGradient | None
     mutations: list[dict[str, Tensor]]
+    taken: Tensor | None = None
 
     def apart(self) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Evaluation]]:
         """All tensors, and what makes the same of others in their order."""
@@ -109,6 +111,7 @@ class Evaluation:
         others = [] if gradient is None else [*gradient.outer, gradient.alpha, gradient.hyper]
         given = [other is not None for other in others]
         names = [tuple(values) for values in self.mutations]
+        stops = self.taken is not None
 
         def together(tensors: Iterable[Tensor]) -> Evaluation:
             rest = iter(tensors)
@@ -118,12 +121,14 @@ class Evaluation:
                 adapted = list(islice(rest, counts[1]))
                 *outer, alpha, hyper = (next(rest) if there else None for there in given)
                 again = MetaGradient(adapted, outer, alpha, hyper)
-            return Evaluation(*own, again, [{name: next(rest) for name in of_pass} for of_pass in names])
+            moved = [{name: next(rest) for name in of_pass} for of_pass in names]
+            return Evaluation(*own, again, moved, next(rest) if stops else None)
 
         tensors = [self.loss, self.losses, self.support_losses, *self.outputs]
         tensors += [] if gradient is None else gradient.adapted
         tensors += [other for other in others if other is not None]
-        return [*tensors, *(value for values in self.mutations for value in values.values())], together
+        tensors += [value for values in self.mutations for value in values.values()]
+        return [*tensors, *([] if self.taken is None else [self.taken])], together
 
     @property
     def meta_gradient(self) -> MetaGradient:

@@ -231,7 +231,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     if isinstance(native, str) or refusal:
         rows, kept, once = _by_reference(work, programs, _plans(work, programs))
         fit = fit or predicted(work, programs, MEAN, learned=learned, outputs=False)
-        peak, at_once, recomputes = fit.peak, fit.tasks, fit.recompute
+        peak, at_once, recomputes = fit.peak, fit.tasks, fit.recompute or work.micro_batches > 1
         executor = f"reference{_captured(work, programs)}, because {refusal}"
     elif isinstance(native, ResidentStep):
         rows = rows_of(work, programs, "resident")
@@ -278,15 +278,16 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
     with torch.no_grad():
         if programs.rows is not None:
             work = programs.rows.take(work).work
-        state = {n: p for n, p in work.parameters.items() if n not in set(work.packing.names)} | work.buffers
-        tape = executor.forward(program, work.theta, state, leaves(work.support), first=True)
+        data = leaves(work.micro_sets()[0])
+        tape = executor.forward(program, work.theta, work.fixed(0), data, first=True)
         executor.backward(program, tape, torch.ones_like(tape.loss), outer=False)
     second_order = not work.first_order and work.steps > 0
+    kept_tapes = second_order and work.micro_batches == 1
     seen = {t.untyped_storage().data_ptr() for t in (*work.parameters.values(), *leaves(work.support))}
     rows, switches = [], formed_after(program, work.steps)
     for i, (call, query) in enumerate(cost.paired(program, programs.query)):
-        saved = _new_bytes(tape.saved[i], seen) if second_order else 0
-        cotangents = _new_bytes(tape.d_y[i] or (), seen) if second_order else 0
+        saved = _new_bytes(tape.saved[i], seen) if kept_tapes else 0
+        cotangents = _new_bytes(tape.d_y[i] or (), seen) if kept_tapes else 0
         flops, after = cost.flops(work, call, query), switches.get(id(call), 0)
         rows.append(_row(call, call.op.backend, flops, saved, cotangents, plans, formed_after=after))
     kept = {}

@@ -68,7 +68,8 @@ def peaks(device: str = "cpu", dtype: torch.dtype = torch.float32, threads: int 
 
     A product can be quicker where the extension lacks the processor's widest vectors. Of the libraries' products no one
     is the quickest everywhere: a matrix product may not use vectors that a convolution of one pixel, the same product,
-    does use. On a GPU the product is one of matrices, in the precision that PyTorch is set to, and times are the device's.
+    does use. On a GPU the product is one of matrices, in the precision that PyTorch is set to, and times are the
+    device's.
     """
     n = PRODUCT[device]
     before = torch.get_num_threads()

@@ -39,6 +39,7 @@ class Step:
     learned: bool  # whether the rates are, or other hyper-parameters of the inner rule
     support_losses: Tensor = _NONE
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
+    taken: Tensor | None = None
     profile: Profile | None = field(default_factory=collecting, init=False)
     differentiated: bool = field(default_factory=torch.is_grad_enabled, init=False)  # a Function's forward cannot ask
 
@@ -71,7 +72,7 @@ class MetaStep(torch.autograd.Function):
         cotangents = MEAN if wanted and not step.custom.seen else None
         dice = _Dice(work) if wanted and programs.random else None
         result = evaluate(work, programs, cotangents, learned=wanted and step.learned, outputs=True)
-        step.support_losses, step.mutations = result.support_losses, result.mutations
+        step.support_losses, step.mutations, step.taken = result.support_losses, result.mutations, result.taken
         if wanted:
             kept = *work.parameters.values(), *leaves(work.support), *leaves(work.query)
             buffers = _read_buffers(work, programs) if work.buffers else ()

@@ -12,7 +12,7 @@ from fastmeta.engine import executor
 from fastmeta.engine.evaluation import MetaGradient, added
 from fastmeta.engine.fast_weights import FastWeights, Vector
 from fastmeta.engine.program import Program
-from fastmeta.engine.unroll import Trajectory, inner_pass, proximal
+from fastmeta.engine.unroll import Trajectory, proximal
 from fastmeta.engine.work import Implicit, Work
 
 
@@ -61,23 +61,25 @@ def implicit_gradient(
     gradients = executor.backward(query, trajectory.evaluated, d_loss, d_outputs, last=True)
     trajectory.query = None
     b, outer = rule.vector(gradients.adapted).packed, gradients.outer
-    tape, g = inner_pass(work, support, rule, trajectory.phi, work.steps, trajectory.invariants)
-    slope = rule.vector(proximal(work, rule.values(trajectory.phi), g)).packed
+    passes, phi = trajectory.inner, trajectory.phi
+    passed = passes.run(phi, work.steps, keep=True)
+    slope = rule.vector(proximal(work, rule.values(phi), passed.g)).packed
     scale = settings.strength + settings.damping
 
     def curved(p: Tensor) -> Tensor:
-        product = executor.hessian_vector_product(support, tape, rule.values(Vector(p, {})), outer=False)
+        product = passes.product(passed.tape, phi, work.steps, rule.values(Vector(p, {})), outer=False)
         return torch.add(rule.vector(product.adapted).packed, p, alpha=scale)
 
     v, iterations, positive = conjugate_gradients(curved, b, settings)
-    product = executor.hessian_vector_product(support, tape, rule.values(Vector(v, {})))
+    product = passes.product(passed.tape, phi, work.steps, rule.values(Vector(v, {})))
     rest = b - torch.add(rule.vector(product.adapted).packed, v, alpha=scale)
     sizes = b.norm(dim=1)
     residual = torch.where(sizes > 0, rest.norm(dim=1) / sizes, sizes)
     settings.report.append(Solution(residual, iterations, positive, slope.norm(dim=1)))
     outer = added(outer, product.outer, -1)
-    if tape.invariants is not None and product.invariants:
-        outer = added(outer, executor.invariant_backward(support, tape.invariants, product.invariants), -1)
+    once = passes.invariant_outer()
+    if once is not None:
+        outer = added(outer, once, -1)
     return MetaGradient(rule.over_tasks(Vector(v * scale, {}), onto), outer, None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastmeta.engine.runs import Running
 from fastmeta.engine.timed import ADJOINT, INNER_LOOP, QUERY
 from fastmeta.engine.unroll import adjoint, unroll
 from fastmeta.engine.work import Work
+from fastmeta.inner.early_stop import NEVER
 
 
 def evaluate(
@@ -96,7 +98,7 @@ def fitted(
     found = None
     if not native or (least > budget and work.executor == "auto"):
         settings = budget, work.tasks, work.steps, work.first_order, work.rule, work.clip_norm, programs.chunk_size
-        kind = *settings, cotangents is None, learned, outputs
+        kind = *settings, work.stop, work.micro_batches, cotangents is None, learned, outputs
         found = programs.room.fits.get(kind)
         if found is None:
             found = predicted(work, programs, cotangents, learned=learned, outputs=outputs)
@@ -117,6 +119,8 @@ def predicted(work: Work, programs: Programs, cotangents: Cotangents | None, *, 
         tried = Fit(at_once, recompute, 0)
         return _by_reference(part, programs, cotangents, tried, learned=learned, outputs=outputs)
 
+    if work.stop is not None:
+        work = replace(work, stop=NEVER)  # tasks that end early would take less than others will
     gradient = cotangents is not None
     return fit_to_budget(work, programs, run, gradient=gradient, outputs=outputs, budget=work.memory_budget)
 
@@ -145,12 +149,13 @@ def _by_reference(
     running: Running | None = None,
 ) -> Evaluation:
     support, query = programs.both
-    again = support  # for the adjoint
+    backward_support = support  # what the adjoint runs
     recompute = fit is not None and fit.recompute
+    again = recompute or work.micro_batches > 1
     back = adjoint if work.implicit is None else implicit_gradient
     if work.implicit is not None and cotangents is not None:
         work.implicit.report.clear()
-    losses, support_losses, kept, mutations = [], [], [], []
+    losses, support_losses, kept, mutations, ended = [], [], [], [], []
     total: MetaGradient | None = None
     for chunk in programs.chunks(work.tasks, None if fit is None else fit.tasks):
         part, taken = work.part(chunk), None
@@ -158,32 +163,34 @@ def _by_reference(
             taken = programs.rows.take(part)
             part = taken.work
         if running is not None:
-            support, again = (running.timed(programs.support, p, part.tasks) for p in (INNER_LOOP, ADJOINT))
+            timed = [running.timed(programs.support, p, part.tasks) for p in (INNER_LOOP, ADJOINT)]
+            support, backward_support = timed
             query = running.timed(programs.both[1], QUERY, part.tasks)
         second_order = cotangents is not None and not work.first_order and work.implicit is None
         trajectory = unroll(
             part,
             support,
             query,
-            keep_tapes=second_order and not recompute,
+            keep_tapes=second_order and not again,
             keep_records=cotangents is not None and (learned or work.rule.entrywise),
-            keep_points=second_order and recompute,
+            keep_points=second_order and again,
             again_from=() if cotangents is None else query.segments if recompute else None,
             d_loss=None if cotangents is None else cotangents.of_losses(work, chunk),
         )
         losses.append(trajectory.losses)
         support_losses.append(trajectory.support_losses)
         mutations.append(trajectory.mutations)
+        ended += [] if trajectory.taken is None else [trajectory.taken]
         if outputs:
             kept.append(trajectory.evaluated.outputs)
         if cotangents is not None:
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             earlier: Sequence[Tensor | None] = () if total is None else total.adapted
             if taken is not None:
-                gradient = back(part, again, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
+                gradient = back(part, backward_support, query, trajectory, d_losses, d_outputs, taken.as_it_is(earlier))
                 total = taken.added(total, gradient)
             else:
-                gradient = back(part, again, query, trajectory, d_losses, d_outputs, earlier)
+                gradient = back(part, backward_support, query, trajectory, d_losses, d_outputs, earlier)
                 if total is None:
                     total = gradient
                 else:
@@ -198,6 +205,7 @@ def _by_reference(
         [torch.cat(pieces) for pieces in zip(*kept, strict=True)],
         total,
         _joined(mutations),
+        torch.cat(ended) if ended else None,
     )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Loss = Callable[..., Any]
+
+# What batch norm normalises by; docs/algorithms.md has the table. Followed and per step are nn.BatchNorm's own manner.
+BATCH_NORM = ("transductive", "followed", "running", "per_step", "per_task")
 
 
 class Objective:
@@ -28,6 +34,15 @@ class Objective:
         self.model = model
         self.loss = loss
         self.root = _Bound(model, loss)  # holds both
+        self._uses_set: bool | None = None
+
+    def normalising(self, uses_set: bool | None) -> Objective:
+        """The same with batch norm by the set's statistics, or by running ones; ``None`` for as its flags say."""
+        if uses_set == self._uses_set:
+            return self
+        other = copy.copy(self)
+        other._uses_set = uses_set
+        return other
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every distinct parameter by name; a tied parameter appears once."""
@@ -39,7 +54,14 @@ class Objective:
 
     def modes(self) -> tuple[bool, ...]:
         """Training flag of every submodule: a trace holds for one combination."""
-        return tuple(m.training for m in self.root.modules())
+        if self._uses_set is None:
+            return tuple(m.training for m in self.root.modules())
+        return tuple(self._uses_set if isinstance(m, _BatchNorm) else m.training for m in self.root.modules())
+
+    def statistics(self) -> frozenset[str]:
+        """Names of the buffers that batch norms follow their sets by."""
+        own = {id(b) for _, m in norms_of(self.root) for b in m.buffers(recurse=False)}
+        return frozenset(name for name, b in self.buffers().items() if id(b) in own)
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Submodules of model and loss by name."""
@@ -56,7 +78,8 @@ class Objective:
         """
         state = {place: parameters[name] for place, name in self._places(nn.Module.named_parameters)}
         state.update((place, buffers[name]) for place, name in self._places(nn.Module.named_buffers))
-        loss, outputs = functional_call(self.root, state, (batch,), tie_weights=False)
+        with by_set(self.root, self._uses_set):
+            loss, outputs = functional_call(self.root, state, (batch,), tie_weights=False)
         if not isinstance(loss, Tensor):
             raise TypeError(f"MAML: loss must return a tensor, got {type(loss).__name__}")
         if loss.dim() != 0:
@@ -77,6 +100,34 @@ class Objective:
             for prefix, module in self.root.named_modules()
             for name, t in named(module, recurse=False, remove_duplicate=False)
         ]
+
+
+def uses_set(batch_norm: str | None, *, query: bool) -> bool | None:
+    """Whether batch norm normalises by the statistics of the set it sees; ``None`` where its training flag says it.
+
+    Args:
+        batch_norm: one of :data:`BATCH_NORM`, or ``None``.
+        query: of a pass over the query set.
+    """
+    return {"transductive": True, "running": False, "per_task": not query}.get(batch_norm or "")
+
+
+def norms_of(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Every batch norm of a module, by name."""
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, _BatchNorm)]
+
+
+@contextlib.contextmanager
+def by_set(module: nn.Module, uses_set: bool | None) -> Iterator[None]:
+    """While a module runs, batch norm by the set's statistics, or by running ones; ``None`` leaves all as it is."""
+    flags = [] if uses_set is None else [(norm, norm.training) for _, norm in norms_of(module)]
+    try:
+        for norm, _ in flags:
+            norm.training = bool(uses_set)
+        yield
+    finally:
+        for norm, flag in flags:
+            norm.training = flag
 
 
 class _Bound(nn.Module):

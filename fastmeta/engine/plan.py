@@ -40,7 +40,7 @@ def plan(
         adapted: names of the parameters that the inner loop updates.
         outer: names of the other parameters whose meta-gradient is wanted.
         device: where the program will run, which decides what is fused.
-        own: names of the parameters that differ between tasks from the first step on.
+        own: names of the parameters and buffers that differ between tasks from the first step on.
         stepwise: names of other parameters and of buffers that differ from one inner step to the next.
 
     Returns:
@@ -53,12 +53,13 @@ def plan(
     outer_slots = {graph.parameters[name] for name in outer}
     constants, nodes = _fold_constants(graph)
     nodes, refusals = fuse(graph, nodes, device)
-    given = {*graph.data, *(graph.parameters[name] for name in own)}
+    places = graph.parameters | graph.buffers
+    given = {*graph.data, *(places[name] for name in own)}
     first = _Dependence(graph, adapted_slots, outer_slots, tasked=set(given))
     later = _Dependence(graph, adapted_slots, outer_slots, tasked=given | adapted_slots)
     instructions = []
-    places = graph.parameters | graph.buffers
-    changing = adapted_slots | {places[name] for name in stepwise if name in places}  # from one inner step to the next
+    moving = [graph.buffers[name] for name in own if name in graph.buffers]  # a task's statistics follow its steps
+    changing = adapted_slots | {places[name] for name in stepwise if name in places} | {*moving}
     for node in nodes:
         op, reason = _choose(node, first.active)
         reason = reason or refusals.get(node.outputs[0], "")

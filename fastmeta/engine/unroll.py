@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.core.task_op import plus
-from fastmeta.engine import executor
+from fastmeta.engine import executor, running_stats
 from fastmeta.engine.clipping import clipped, clipped_adjoint
 from fastmeta.engine.evaluation import MetaGradient, added
 from fastmeta.engine.executor import Gradients, Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
+from fastmeta.engine.inner_passes import InnerPasses
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
 
@@ -29,11 +30,14 @@ class Trajectory:
         support_losses: ``[K, T]``, each before its step.
         tapes: one a step, if kept: operands and cotangents of every operation.
         points: ``phi_k``, one a step, if kept: what tapes can be computed from again.
-        invariants: what is the same at every step.
+        passes: over the support sets.
         records: what the inner rule wants of each step, if kept: for rates or hyper-parameters that are learned, or for
             every adjoint of a rule that is entrywise.
         query: the query pass after all steps.
         unclipped: gradients as they were before they were clipped, one a step, if kept.
+        going: which tasks took each step, ``[T, 1]``, where they may stop.
+        taken: how many steps each task took, ``[T]``; ``None`` where that is all.
+        statistics: running statistics of each task's own, ``[T, ...]``, where it has such.
         looks: by the number of steps before the last, the gradients of query losses that count then.
         looked: their weighted losses, ``[T]`` each.
         weight: of the last query loss; ``None`` for 1.
@@ -44,14 +48,24 @@ class Trajectory:
     support_losses: Tensor
     tapes: list[Tape] = field(default_factory=list)
     points: list[Vector] = field(default_factory=list)
-    invariants: Invariants | None = None
+    passes: InnerPasses | None = None
     records: list[Any] = field(default_factory=list)
     query: Tape | None = None
     unclipped: list[Vector] = field(default_factory=list)
+    going: list[Tensor] = field(default_factory=list)
+    taken: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
     looks: dict[int, Gradients] = field(default_factory=dict)
     looked: list[Tensor] = field(default_factory=list)
     weight: float | None = None
     mutations: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def inner(self) -> InnerPasses:
+        """The passes over the support sets."""
+        if self.passes is None:
+            raise RuntimeError("trajectory: there must be passes over support sets, got none")
+        return self.passes
 
     @property
     def evaluated(self) -> Tape:
@@ -94,42 +108,63 @@ def unroll(
     """
     rule = FastWeights(work, support)
     phi, state = rule.start(), None
-    losses, trajectory = [], Trajectory(phi, phi.packed)
+    losses, trajectory = list[Tensor](), Trajectory(phi, phi.packed)
+    passes = trajectory.passes = InnerPasses(work, support, rule)
     trajectory.weight = None if work.query_weights is None else work.weights[-1]
+    trajectory.statistics = running_stats.start(work)
     seen: Invariants | None = None  # of the query's passes
+    going: Tensor | None = None  # which tasks go on
     for k, weight in enumerate(work.weights[: work.steps]):
         if query is not None and weight:
-            look = _look(work, query, rule.values(phi) if k else work.theta, k, seen, again_from)
+            adapted = rule.values(phi) if k else work.theta
+            look = _look(work, query, adapted, k, trajectory.statistics, seen, again_from)
             seen = look.invariants
             trajectory.looked.append(look.loss * weight)
             if d_loss is not None:
                 trajectory.looks[k] = executor.backward(query, look, d_loss * weight, last=True)
             del look
-        tape, g = inner_pass(work, support, rule, phi, k, trajectory.invariants)
-        trajectory.invariants = tape.invariants
+        passed = passes.run(phi, k, keep=keep_tapes)
+        g, before = passed.g, going
         if work.implicit is not None:
             g = proximal(work, rule.values(phi), g)
+        losses.append(passed.loss if before is None else torch.where(before[:, 0], passed.loss, losses[-1]))
+        trajectory.mutations += passed.mutations
+        if work.batch_norm == "per_task":
+            trajectory.statistics = running_stats.followed(
+                support, work.buffers, trajectory.statistics, passed.mutations, before
+            )
+        if work.stop is not None:
+            going = work.stop.reached(passed.loss, g).logical_not().unsqueeze(1)  # type: ignore[arg-type]  # all formed
+            going = going if before is None else going & before
+            if _all_done(work, going):
+                rest = work.steps - k - 1
+                losses += losses[-1:] * rest
+                trajectory.mutations += passed.mutations * rest  # of passes that no task has
+                break
+            trajectory.going.append(going)
         if work.clip_norm is not None:
-            if keep_tapes:
+            if keep_tapes or keep_points:
                 trajectory.unclipped.append(rule.vector(g))
             g = clipped(g, work.clip_norm)
         if keep_points:
             trajectory.points.append(phi)
         forth = rule.step(phi, state, g, k, keep=keep_records)
-        phi, state = forth.phi, forth.state
-        losses.append(tape.loss)
-        trajectory.mutations.append(tape.mutations)
-        if keep_tapes:
-            trajectory.tapes.append(tape)
+        state = forth.state
+        phi = forth.phi if going is None else Vector(torch.where(going, forth.phi.packed, phi.packed), {})
+        if passed.tape is not None:
+            trajectory.tapes.append(passed.tape)
         if keep_records:
             trajectory.records.append(forth.record)
-        del tape, g, forth  # what is not kept must be gone before the next step
+        del passed, g, forth  # what is not kept must be gone before the next step
     del state
     trajectory.phi = phi
     trajectory.support_losses = torch.stack(losses) if losses else work.alpha.new_empty((0, work.tasks))
+    if work.stop is not None:
+        none = torch.zeros(work.tasks, dtype=torch.int64, device=phi.packed.device)
+        trajectory.taken = sum((each[:, 0].long() for each in trajectory.going), none)
     if query is not None:
         adapted = rule.values(phi) if work.steps else work.theta
-        trajectory.query = _look(work, query, adapted, work.steps, seen, again_from)
+        trajectory.query = _look(work, query, adapted, work.steps, trajectory.statistics, seen, again_from)
         trajectory.mutations.append(trajectory.query.mutations)
         if work.check_finite:
             require_finite(trajectory.query.loss, "query loss")
@@ -166,48 +201,40 @@ def adjoint(
     lam, outer = rule.vector(gradients.adapted), _in_rows(work, query.outer, gradients.outer, work.steps)
     del gradients  # packed, it is there twice
     state, d_alpha, d_hyper = None, list[Tensor](), None
-    invariants, flowing = None, dict[int, Tensor]()  # cotangents of what is the same at every step
     for k in range(work.steps - 1, -1, -1):
+        look = trajectory.looks.pop(k, None)
+        if work.stop is not None and k >= len(trajectory.going):  # no task took this step
+            continue
+        stays = None
+        if trajectory.going:
+            going = trajectory.going.pop()
+            stays = Vector(lam.packed.masked_fill(going, 0), {})
+            lam = Vector(lam.packed.masked_fill(going.logical_not(), 0), {})
         back = rule.adjoint(lam, state, trajectory.records.pop() if trajectory.records else None, k)
         lam, state, d_hyper = back.lam, back.state, plus(d_hyper, back.d_hyper)
         if back.d_alpha is not None:
             d_alpha.append(back.d_alpha)
         if not work.first_order:
             u = back.u
-            if trajectory.tapes:
-                tape, g = trajectory.tapes.pop(), trajectory.unclipped.pop() if trajectory.unclipped else None
-            else:
-                tape, each = inner_pass(work, support, rule, trajectory.points.pop(), k, trajectory.invariants)
-                g = rule.vector(each) if work.clip_norm is not None else None
-                del each
-            if work.clip_norm is not None and g is not None:
+            if trajectory.unclipped and work.clip_norm is not None:
+                g = trajectory.unclipped.pop()
                 u = Vector(clipped_adjoint(u.packed, g.packed, work.clip_norm), {})
-            product = executor.hessian_vector_product(support, tape, rule.values(u, beside=trajectory.phi))
+                del g
+            tape = trajectory.tapes.pop() if trajectory.tapes else None
+            point = trajectory.points.pop() if trajectory.points else None
+            product = trajectory.inner.product(tape, point, k, rule.values(u, beside=trajectory.phi))
             lam = rule.less(lam, product.adapted, alone=state is None)
             outer = added(outer, _in_rows(work, support.outer, product.outer, k), -1)
-            invariants = tape.invariants
-            for slot, d in product.invariants.items():
-                flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
-            del tape, product, back, u, g  # before the next step's are there
-        look = trajectory.looks.pop(k, None)
+            del tape, point, product, back, u  # before the next step's are there
+        if stays is not None:
+            lam = rule.plus(lam, stays)
         if look is not None:
             lam = rule.plus(lam, rule.vector(look.adapted))
             outer = added(outer, _in_rows(work, query.outer, look.outer, k))
-    if invariants is not None and flowing:
-        outer = added(outer, executor.invariant_backward(support, invariants, flowing), -1)
+    once = trajectory.inner.invariant_outer()
+    if once is not None:
+        outer = added(outer, once, -1)
     return MetaGradient(rule.over_tasks(lam, onto), outer, _stack_rates(work.alpha, d_alpha[::-1]), d_hyper)
-
-
-def inner_pass(
-    work: Work, support: Program, rule: FastWeights, phi: Vector, k: int, invariants: Invariants | None
-) -> tuple[Tape, list[Weight]]:
-    """Forward and backward pass of step k: the tape and ``g_k``, eq. (2)."""
-    adapted: Sequence[Weight] = rule.values(phi) if k else work.theta
-    data = pytree.tree_leaves(work.support)
-    tape = executor.forward(support, adapted, work.fixed(k), data, first=k == 0, invariants=invariants)
-    if work.check_finite:
-        require_finite(tape.loss, f"support loss at inner step {k}")
-    return tape, executor.backward(support, tape, torch.ones_like(tape.loss), outer=False).adapted
 
 
 def proximal(work: Work, phi: Sequence[Weight], g: Sequence[Weight]) -> list[Weight]:
@@ -218,19 +245,30 @@ def proximal(work: Work, phi: Sequence[Weight], g: Sequence[Weight]) -> list[Wei
 
 
 def _look(
-    work: Work, query: Program, adapted: Sequence[Weight], k: int, invariants: Invariants | None, again: Any
+    work: Work,
+    query: Program,
+    adapted: Sequence[Weight],
+    k: int,
+    statistics: dict[str, Tensor],
+    invariants: Invariants | None,
+    again: Any,
 ) -> Tape:
     """The query pass after k steps."""
     data = pytree.tree_leaves(work.query)
     return executor.forward(
         query,
         adapted,
-        work.fixed(k),
+        work.fixed(k) | statistics,
         data,
         first=k == 0,
         invariants=None if again is not None else invariants,
         again_from=again,
     )
+
+
+def _all_done(work: Work, going: Tensor) -> bool:
+    """Whether no task goes on, and nothing else of the loop is wanted; where asking makes no one wait for a device."""
+    return going.is_cpu and work.query_weights is None and not bool(going.any())
 
 
 def _in_rows(work: Work, names: Sequence[str], outer: Sequence[Tensor | None], k: int) -> list[Tensor | None]:

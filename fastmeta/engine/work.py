@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmeta.core.packing import Packing
-from fastmeta.engine.objective import Objective
+from fastmeta.engine.objective import Objective, uses_set
+from fastmeta.inner.early_stop import EarlyStop
 from fastmeta.inner.rates import Shapes
 from fastmeta.inner.rule import RuleKind
 from fastmeta.inner.sgd_rule import PLAIN
@@ -69,6 +70,10 @@ class Work:
             where that is the last one.
         stepwise: names of other parameters and of buffers that come as rows, of which passes after k steps read the
             k-th, or the last where there are not so many.
+        batch_norm: what batch norm normalises by, one of ``engine/objective.py``'s names; ``None`` for as modules say.
+        own_statistics: names of the running statistics that each task has of its own.
+        stop: when a task takes no further steps; ``None`` for never.
+        micro_batches: how many the support set is cut into, whose gradients one step adds up.
         own: names of the adapting parameters that come for each task, ``[T, *shape]``: rows of tables.
         memory: what an executor keeps for meta-steps that differ from this one in tasks and rates alone.
     """
@@ -98,6 +103,10 @@ class Work:
     clip_norm: float | None = None
     query_weights: tuple[float, ...] | None = None
     stepwise: frozenset[str] = frozenset()
+    batch_norm: str | None = None
+    own_statistics: frozenset[str] = frozenset()
+    stop: EarlyStop | None = None
+    micro_batches: int = 1
     own: frozenset[str] = frozenset()
     memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -150,6 +159,18 @@ class Work:
         """Which row of what comes stepwise passes after k steps read."""
         rows = self.parameters[name] if name in self.parameters else self.buffers[name]
         return min(k, len(rows) - 1)
+
+    def seen_by(self, *, query: bool) -> Objective:
+        """The objective as support passes, or query passes, have it."""
+        return self.objective.normalising(uses_set(self.batch_norm, query=query))
+
+    def micro_sets(self) -> list[Any]:
+        """The support sets, ``[T, ...]``, or the micro-batches they are cut into, ``[T, n, ...]``."""
+        if self.micro_batches == 1:
+            return [self.support]
+        size = leaves(self.support)[0].shape[1] // self.micro_batches
+        starts = [i * size for i in range(self.micro_batches)]
+        return [pytree.tree_map(lambda leaf: leaf[:, a : a + size], self.support) for a in starts]  # noqa: B023
 
     def part(self, tasks: slice) -> Work:
         """The same meta-step for some of the tasks."""

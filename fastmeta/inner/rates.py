@@ -68,23 +68,37 @@ class Rates:
         values = self.lr.values() if isinstance(self.lr, Mapping) else [self.lr]
         return [v for v in values if isinstance(v, Tensor) and v.requires_grad]
 
-    def alpha(self, like: Tensor, steps: int) -> Tensor:
+    def alpha(self, like: Tensor, steps: int, trained: int) -> Tensor:
         """The rates as one tensor ``[1 or K, R]`` in ``like``'s dtype and device, differentiable.
 
         R is 1, or S, or the number of all parameters' own rates one after the other.
 
+        Args:
+            like: a tensor.
+            steps: how many there are; those beyond the rates take the last one.
+            trained: how many must have a rate, where each has one.
+
         Raises:
-            ValueError: one rate a step was given, and for fewer steps than ``steps``.
+            ValueError: one rate a step was given, and fewer than steps and ``trained`` ask for.
         """
         if isinstance(self.lr, Mapping):
             return torch.cat([as_tensor(self.lr[name], like).reshape(-1) for name in self.packing.names])[None]
         value = as_tensor(self.lr, like)
-        if value.dim() == 1 and value.shape[0] < steps:
+        if value.dim() == 0:
+            return value.reshape(1, 1)
+        needed = min(steps, max(trained, 1))
+        if value.shape[0] < needed:
             raise ValueError(
-                f"MAML: lr with one rate a step must have at least {steps} rates for {steps} steps, "
+                f"MAML: lr with one rate a step must have at least {needed} rates for {needed} steps, "
                 f"got {value.shape[0]}"
             )
-        return value.reshape(-1, 1)
+        return prolonged(value.unsqueeze(1), steps)
+
+
+def prolonged(rates: Tensor, steps: int) -> Tensor:
+    """Rates of each step, ``[K, ...]``, for so many steps at least: those beyond K have the last ones."""
+    more = steps - rates.shape[0]
+    return torch.cat([rates, rates[-1:].expand(more, *rates.shape[1:])]) if more > 0 else rates
 
 
 def check_rate(op: str, name: str, value: object) -> None:

@@ -33,6 +33,7 @@ class TrainConfig:
         filters: channels of a convolution (not used by sinusoid).
         meta_batch: tasks of a meta-step.
         iterations: meta-steps in all.
+        accumulate: meta-batches whose gradients are added up before Adam's step.
         first_order: leave out the second-order term.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
         seed: of the weights, of the class split and of the task streams.
@@ -63,6 +64,7 @@ class TrainConfig:
     val_tasks: int = 100
     log_every: int = 20
     algorithm: str = "maml"
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -81,7 +83,17 @@ class TrainConfig:
                 checks.fail(TypeError, "train", field.name, f"of type {field.type}", repr(value))
         checks.one_of("train", "problem", self.problem, PROBLEMS)
         checks.one_of("train", "algorithm", self.algorithm, ALGORITHMS)
-        for name in ("ways", "shots", "queries", "filters", "meta_batch", "iterations", "val_every", "log_every"):
+        for name in (
+            "ways",
+            "shots",
+            "queries",
+            "filters",
+            "meta_batch",
+            "iterations",
+            "val_every",
+            "log_every",
+            "accumulate",
+        ):
             checks.at_least("train", name, getattr(self, name), 1)
         for name in ("inner_steps", "eval_steps", "seed", "threads", "clip_norm", "meta_lr_end"):
             checks.at_least("train", name, getattr(self, name), 0)
@@ -107,7 +119,7 @@ class TrainConfig:
         """
         known = {field.name for field in fields(cls)}
         if isinstance(values, Mapping):
-            values = {"algorithm": "maml", **values}  # a run from before there were others
+            values = {"algorithm": "maml", "accumulate": 1, **values}  # a run from before there were others
         if not isinstance(values, Mapping) or set(values) != known:
             got = sorted(set(values) ^ known) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"train: the settings must have the names of TrainConfig, got a difference in {got}")

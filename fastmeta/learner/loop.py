@@ -94,6 +94,7 @@ class Loop:
         progress: how far training is.
         metric: a figure of each meta-step beside the loss; ``None`` for the loss alone.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
+        accumulate: batches whose meta-gradients are added up before the optimizer's step.
         mend: what helps where the loss is not finite.
     """
 
@@ -106,6 +107,7 @@ class Loop:
         *,
         metric: Metric | None = None,
         clip_norm: float = 0.0,
+        accumulate: int = 1,
         mend: str = "lower the inner rate or the optimizer's, or limit the meta-gradient with clip_norm",
     ) -> None:
         self.learner = learner
@@ -114,6 +116,7 @@ class Loop:
         self.progress = progress
         self.metric = metric
         self.clip_norm = clip_norm
+        self.accumulate = accumulate
         self.mend = mend
         self._device = next(learner.parameters()).device
 
@@ -199,28 +202,37 @@ class Loop:
         return self.progress.stopped or self.progress.step >= steps
 
     def _meta_step(self) -> tuple[dict[str, float], int]:
-        tasks = self.source.sample().to(self._device)
+        self.optimizer.zero_grad(set_to_none=True)
+        each, tasks = [], 0
+        for _ in range(self.accumulate):
+            batch = self.source.sample().to(self._device)
+            each.append(self._backward(batch))
+            tasks += len(batch)
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.progress.step += 1
+        figures = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+        window = self.progress.window if self.progress.window is not None else {"count": 0.0}
+        window["count"] += 1.0
+        for name, value in figures.items():
+            window[name] = window.get(name, 0.0) + value
+        self.progress.window = window
+        return figures, tasks
+
+    def _backward(self, tasks: TaskBatch) -> dict[str, float]:
+        """Add a batch's share to the meta-gradient; its figures."""
         out = self.learner(tasks)
         figures = {"loss": float(out.loss.detach())}
         if not math.isfinite(figures["loss"]):
             raise ValueError(
                 f"train: loss must be finite, got {figures['loss']} at step {self.progress.step + 1}; {self.mend}"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        if self.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.progress.step += 1
+        (out.loss / self.accumulate).backward()
         if self.metric is not None:
             with torch.no_grad():
                 figures[self.metric.name] = float(self.metric.score(out, tasks.query).mean())
-        window = self.progress.window if self.progress.window is not None else {"count": 0.0}
-        window["count"] += 1.0
-        for name, value in figures.items():
-            window[name] = window.get(name, 0.0) + value
-        self.progress.window = window
-        return figures, len(tasks)
+        return figures
 
 
 @contextmanager

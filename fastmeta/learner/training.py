@@ -70,6 +70,7 @@ class Trainer:
             self.state,
             metric=metric_of("accuracy") if problem.metric == "accuracy" else None,
             clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
             mend="lower --inner-lr or --meta-lr, or limit the meta-gradient with --clip-norm",
         )
         torch.manual_seed(config.seed)

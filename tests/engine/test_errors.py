@@ -114,10 +114,12 @@ def test_settings_that_cannot_be(settings, kind, message) -> None:
 
 
 def test_too_few_rates_for_the_steps() -> None:
-    adapting = maml(lr=torch.tensor([0.1, 0.2]), steps=2)
-    adapting(fm.TaskBatch(*sets()))
+    adapting = maml(lr=torch.tensor([0.1, 0.2]), steps=3)
+    adapting(fm.TaskBatch(*sets()), steps=2)
     with pytest.raises(ValueError, match="at least 3 rates for 3 steps, got 2"):
-        adapting(fm.TaskBatch(*sets()), steps=3)
+        adapting(fm.TaskBatch(*sets()))
+    with pytest.raises(ValueError, match="at least 1 rates for 1 steps, got 0"):
+        maml(lr=torch.empty(0), steps=0)(fm.TaskBatch(*sets()), steps=1)
 
 
 def test_models_and_tasks_of_the_wrong_type() -> None:

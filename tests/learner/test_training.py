@@ -17,7 +17,7 @@ from fastmeta.learner.progress import Silent
 from fastmeta.learner.results import conclude, load_learner
 from fastmeta.learner.run import Run, open_existing, open_new
 from fastmeta.learner.training import Trainer
-from fastmeta.tasks import Sinusoid
+from fastmeta.tasks import Sinusoid, TaskBatch
 
 CLOCKS = ("seconds", "tasks_per_s")  # the only figures of a record that may differ between runs
 
@@ -42,6 +42,10 @@ def noisy(config: TrainConfig) -> Problem:
 
 def figures(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in CLOCKS} for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def parts_of(batches: list[TaskBatch]) -> list[tuple[Any, Any]]:
+    return [(batch.support, batch.query) for batch in batches]
 
 
 class StopAt(Silent):
@@ -154,6 +158,33 @@ def test_the_meta_gradient_is_clipped(tmp_path: Path) -> None:
     trainer.fit()
     norm = torch.cat([p.grad.flatten() for p in trainer.problem.model.parameters() if p.grad is not None]).norm()
     assert norm == pytest.approx(1e-3, rel=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm it divides by
+
+
+def test_accumulated_meta_batches_are_one_meta_step(tmp_path: Path) -> None:
+    parts = [Sinusoid(3, 4, seed=seed).sample() for seed in (1, 2)]
+    both = [
+        tuple(torch.cat(leaves) for leaves in zip(*sets, strict=True)) for sets in zip(*parts_of(parts), strict=True)
+    ]
+
+    class Listed(Sinusoid):
+        given: list[TaskBatch]
+
+        def sample(self, tasks: int | None = None) -> TaskBatch:
+            return self.given.pop(0)
+
+    weights = []
+    for name, count, given in (("parts", 2, parts), ("whole", 1, [TaskBatch(*both)])):
+        config = small(accumulate=count)
+        trainer = Trainer(config, build(config), open_new(tmp_path / name, config))
+        trainer.loop.source = source = Listed(3, 4)
+        source.given = given
+        figures, tasks = trainer.loop._meta_step()
+        assert tasks == 6
+        weights.append([p.grad for p in trainer.maml.parameters()])
+        assert trainer.state.step == 1
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert figures["loss"] > 0
 
 
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Engine:
             rates = {name: rate for name, rate in rates.items() if name not in frozen}
         batch = tasks if isinstance(tasks, TaskBatch) else TaskBatch.stack(list(tasks))
         # A meta-step that may write running statistics prepares more, so one without buffers does not ask for it.
-        maml = self._made(module, loss, rates, {"update_running_stats": any(True for _ in module.buffers()), **options})
+        follows = "batch_norm" not in options and any(True for _ in module.buffers())
+        maml = self._made(module, loss, rates, {"update_running_stats": follows, **options})
         maml.first_order, maml.allow_unused = first_order, allow_unused
         if not isinstance(rates, (Tensor, Mapping)):
             maml.lr = rates
