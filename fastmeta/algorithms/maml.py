@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -29,16 +28,17 @@ from fastmeta.algorithms.inputs import (
     checked_stop,
     select_parameters,
 )
+from fastmeta.algorithms.memory import Memory
 from fastmeta.algorithms.output import MetaOutput as MetaOutput
-from fastmeta.algorithms.output import outputs_of
-from fastmeta.algorithms.recall import Recall, pairs
+from fastmeta.algorithms.output import gradients_of, outputs_of
+from fastmeta.algorithms.recall import pairs
 from fastmeta.core.packing import Packing
 from fastmeta.engine import autodiff, running_stats
 from fastmeta.engine.adaptation import Adaptation, adaptation
-from fastmeta.engine.compiler import Compiler, Programs
+from fastmeta.engine.compiler import Programs
 from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.explain import Explanation, explain_autodiff, explain_programs
-from fastmeta.engine.function import Custom, Step
+from fastmeta.engine.function import Step
 from fastmeta.engine.meta_step import evaluate
 from fastmeta.engine.objective import Objective, uses_set
 from fastmeta.engine.profile import by_autodiff, span, watching
@@ -155,7 +155,7 @@ class MAML(nn.Module):
             raise ValueError(f"MAML: memory_budget must be None with engine='autodiff', got {memory_budget}")
         self._objective = Objective(model, loss)
         self._selection = parameters
-        self._remember_nothing()
+        self._memory = Memory(self._objective.root)
         self.model = model
         if isinstance(loss, nn.Module):
             self.loss = loss
@@ -203,7 +203,7 @@ class MAML(nn.Module):
         work, programs = self._prepare(tasks, steps, differentiate=torch.is_grad_enabled())
         if programs is None:
             return self._autodiff(work)
-        step = Step(work, programs, self._custom, work.learned)
+        step = Step(work, programs, self._memory.custom, work.learned)
         loss, task_losses, *leaves = step.run()
         self._follow(programs, work, step.mutations, step.taken)
         return MetaOutput(loss, task_losses, outputs_of(programs.both[1], leaves), step.support_losses, step.taken)
@@ -236,17 +236,7 @@ class MAML(nn.Module):
         result = evaluate(work, programs, MEAN, learned=work.learned)
         self._follow(programs, work, result.mutations, result.taken)
         gradient = result.meta_gradient
-        gradients: dict[str, Tensor] = {}
-        adapted: dict[str, Tensor] = dict(zip(work.packing.names, gradient.adapted, strict=True))
-        outer = dict(zip(programs.both[1].outer, gradient.outer, strict=True))
-        if len(adapted) == len(work.parameters):
-            gradients = adapted
-        else:
-            for name, parameter in work.parameters.items():
-                if parameter.requires_grad:
-                    g = adapted.get(name) if name in adapted else outer.get(name)
-                    gradients[name] = torch.zeros_like(parameter) if g is None else g
-        gradients = self._to_learned(work, gradients)
+        gradients = self._to_learned(work, gradients_of(work, programs.both[1], gradient))
         if work.learned:
             learned = self._rule().learned()
             gradients.update(zip(learned, to_learned(work, gradient, list(learned.values())), strict=True))
@@ -284,23 +274,7 @@ class MAML(nn.Module):
 
     def retrace(self) -> None:
         """Forget every trace, after a change a trace cannot see (a Python attribute the forward pass branches on)."""
-        self._compiler.clear()
-        self._recall.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what is remembered of meta-steps, which copies find out for themselves."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_compiler", "_custom", "_recall", "_warned")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take ``state``, and nothing remembered."""
-        super().__setstate__(state)
-        self._remember_nothing()
-
-    def _remember_nothing(self) -> None:
-        self._compiler = Compiler()
-        self._custom = Custom()
-        self._recall = Recall(self._objective.root)
-        self._warned: set[str] = set()
+        self._memory.forget()
 
     def extra_repr(self) -> str:
         """Settings, for ``print``."""
@@ -379,7 +353,7 @@ class MAML(nn.Module):
         tensors = pairs(tasks.support, tasks.query)
         rule = self._rule()
         settings = self._settings(rule, steps, differentiate, need_query, check_unused) if tensors else None
-        if settings is not None and (found := self._recall.find(settings, tensors)) is not None:
+        if settings is not None and (found := self._memory.recall.find(settings, tensors)) is not None:
             earlier, known = found
             again = earlier.on(tasks.support, tasks.query)
             if rule.fixed:
@@ -433,7 +407,7 @@ class MAML(nn.Module):
                 raise autodiff.unused_error(programs.support.unused)
             check_masks(work, programs)
             if settings is not None:
-                self._recall.keep(settings, tensors, work, programs)
+                self._memory.recall.keep(settings, tensors, work, programs)
         return work, programs
 
     def _settings(self, rule: InnerRule, steps: int | None, *flags: bool) -> Any:
@@ -466,7 +440,7 @@ class MAML(nn.Module):
         if self.engine == "autodiff":
             return None
         try:
-            return self._compiler.compile(work)
+            return self._memory.compiler.compile(work)
         except NotTraceable as reason:
             if self.engine == "program":
                 raise RuntimeError(f"MAML: engine='program' needs a model that can be traced: {reason}") from reason
@@ -476,7 +450,7 @@ class MAML(nn.Module):
         if self.engine == "autodiff":
             return "it was asked for"
         try:
-            self._compiler.compile(work)
+            self._memory.compiler.compile(work)
         except NotTraceable as reason:
             return str(reason)
         raise RuntimeError("MAML: autodiff ran although the program could be compiled")
@@ -488,9 +462,7 @@ class MAML(nn.Module):
             running_stats.write(self._read_buffers(), result.buffers)
         if self.engine == "auto":
             reason = self._why_autodiff(work)
-            if reason not in self._warned:
-                self._warned.add(reason)
-                warnings.warn(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
+            self._memory.warn_once(f"MAML: running on the slower autodiff engine, because {reason}", stacklevel=4)
         evaluated = result.evaluated
         return MetaOutput(evaluated.mean(), evaluated, result.outputs, result.support_losses, result.taken)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmeta.engine.evaluation import MetaGradient
 from fastmeta.engine.program import Program
+from fastmeta.engine.work import Work
 
 
 class MetaOutput(NamedTuple):
@@ -39,3 +42,17 @@ def outputs_of(query: Program, leaves: list[Tensor]) -> Any:
     given = iter(leaves)
     every = [next(given) if kept else None for kept in graph.outputs_kept]
     return every[0] if graph.outputs_spec is None else pytree.tree_unflatten(every, graph.outputs_spec)
+
+
+def gradients_of(work: Work, query: Program, gradient: MetaGradient) -> dict[str, Tensor]:
+    """A meta-gradient by the names of ``work.parameters`` that require grad, zero where a parameter is not used."""
+    adapted: dict[str, Tensor] = dict(zip(work.packing.names, gradient.adapted, strict=True))
+    if len(adapted) == len(work.parameters):
+        return adapted
+    known = dict(zip(query.outer, gradient.outer, strict=True)) | adapted
+    gradients = {}
+    for name, parameter in work.parameters.items():
+        if parameter.requires_grad:
+            g = known.get(name)
+            gradients[name] = torch.zeros_like(parameter) if g is None else g
+    return gradients

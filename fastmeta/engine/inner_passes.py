@@ -44,10 +44,13 @@ class InnerPasses:
         work: the meta-step.
         support: its program at the shapes of a micro-batch.
         rule: its fast weights.
+
+    Attributes:
+        support: the program; another with the same operations may take its place between passes.
     """
 
     def __init__(self, work: Work, support: Program, rule: FastWeights) -> None:
-        self._work, self._support, self._rule = work, support, rule
+        self._work, self.support, self._rule = work, support, rule
         self._sets = [pytree.tree_leaves(batch) for batch in work.micro_sets()]
         self._invariants: list[Invariants | None] = [None] * len(self._sets)  # what is the same at every step
         self._flowing: list[dict[int, Tensor]] = [{} for _ in self._sets]  # cotangents of that
@@ -96,7 +99,7 @@ class InnerPasses:
             if tape is None and phi is None:
                 raise RuntimeError("inner passes: a tape or weights must be there, got neither")
             again = tape or self._pass(phi, k, i)[0]  # type: ignore[arg-type]
-            part = executor.hessian_vector_product(self._support, again, direction, outer=outer)
+            part = executor.hessian_vector_product(self.support, again, direction, outer=outer)
             del again
             for slot, d in part.invariants.items() if outer else ():
                 flowing[slot] = flowing[slot].add_(d) if slot in flowing else d.clone()
@@ -119,7 +122,7 @@ class InnerPasses:
             if len(self._sets) > 1:
                 invariants = self._forward(self._work.theta, 0, i, None).invariants
             if invariants is not None:
-                part = executor.invariant_backward(self._support, invariants, flowing)
+                part = executor.invariant_backward(self.support, invariants, flowing)
                 total = part if total is None else [plus(a, b) for a, b in zip(total, part, strict=True)]
         return total
 
@@ -133,9 +136,9 @@ class InnerPasses:
                 kept = replace(kept, saved=[()] * len(kept.saved))
             self._invariants[i] = kept
         d_loss = torch.full_like(tape.loss, 1 / len(self._sets))
-        return tape, executor.backward(self._support, tape, d_loss, outer=False).adapted
+        return tape, executor.backward(self.support, tape, d_loss, outer=False).adapted
 
     def _forward(self, adapted: Sequence[Weight], k: int, i: int, invariants: Invariants | None) -> Tape:
         return executor.forward(
-            self._support, adapted, self._work.fixed(k), self._sets[i], first=k == 0, invariants=invariants
+            self.support, adapted, self._work.fixed(k), self._sets[i], first=k == 0, invariants=invariants
         )

@@ -184,6 +184,7 @@ def _by_reference(
         if outputs:
             kept.append(trajectory.evaluated.outputs)
         if cotangents is not None:
+            trajectory.inner.support = backward_support
             d_losses, d_outputs = cotangents.of_losses(work, chunk), cotangents.of_outputs(chunk)
             earlier: Sequence[Tensor | None] = () if total is None else total.adapted
             if taken is not None:

@@ -181,7 +181,7 @@ def test_the_same_kind_of_meta_step_is_prepared_once(monkeypatch: pytest.MonkeyP
     def prepared_again(work: object) -> None:
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(maml._compiler, "compile", prepared_again)
+    monkeypatch.setattr(maml._memory.compiler, "compile", prepared_again)
     write_in_place(model)
     check(maml, model, *sets())
     swap_layer(model)
@@ -195,7 +195,7 @@ def test_only_the_last_few_kinds_are_remembered() -> None:
     maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=1)
     for steps in range(1, MOST + 4):
         maml.value_and_grad(fm.TaskBatch(support, query), steps=steps)
-    assert len(maml._recall._entries) == MOST
+    assert len(maml._memory.recall._entries) == MOST
 
 
 def test_without_the_extension_every_meta_step_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
