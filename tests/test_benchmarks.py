@@ -277,11 +277,13 @@ def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, t
     path = tmp_path / "scaling.json"
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8,))})
     with monkeypatch.context() as narrow:  # memory takes a process for each number
-        narrow.setattr(scaling, "OURS", ("fastmeta",))
-        scaling.run(["width"], BRIEF, memory=RESET.exists(), path=path)
+        narrow.setattr(scaling, "PEERS", ("loop",))
+        narrow.setattr(scaling, "OURS", ())
+        found = scaling.measure(scaling.Point(width=8), BRIEF, memory=RESET.exists())
+    assert (found["loop"]["mib"] is not None) == RESET.exists()
+    scaling.run(["width"], BRIEF, memory=False, path=path)
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
     data = scaling.run(["width"], BRIEF, memory=False, path=path)
-    assert (data["points"]["square:2,1,5,8"]["fastmeta"]["mib"] is not None) == RESET.exists()
     assert scaling.run(["width"], BRIEF, path=path) == data == json.loads(path.read_text())  # nothing is done again
     rows = scaling.rows_of(data, "width")
     assert scaling.curve(rows, "peer", "ms") == [
