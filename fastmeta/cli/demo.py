@@ -199,7 +199,7 @@ def train_digits(console: Console, iterations: int, tasks: int, out: Path, scrat
     from fastmeta.algorithms.maml import MAML
     from fastmeta.learner import plots
     from fastmeta.learner.evaluation import evaluate
-    from fastmeta.learner.metrics import read_metrics
+    from fastmeta.learner.log import read_metrics
     from fastmeta.learner.run import Run
 
     config = defaults("digits").changed(iterations=iterations, val_every=max(1, iterations // 4))

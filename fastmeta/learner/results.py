@@ -14,7 +14,7 @@ from fastmeta.learner import checkpoint, plots
 from fastmeta.learner.algorithms import learner_of, load_weights
 from fastmeta.learner.config import TrainConfig
 from fastmeta.learner.evaluation import evaluate, evaluation_record
-from fastmeta.learner.metrics import MetricsLog, read_metrics
+from fastmeta.learner.log import MetricsLog, read_metrics
 from fastmeta.learner.problems import Problem, build
 from fastmeta.learner.run import BEST, LAST, Run
 from fastmeta.tasks.batch import TaskBatch

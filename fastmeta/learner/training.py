@@ -14,9 +14,9 @@ from fastmeta.learner import checkpoint
 from fastmeta.learner.algorithms import at_step, learner_of, weights_of
 from fastmeta.learner.config import TrainConfig
 from fastmeta.learner.evaluation import evaluate, evaluation_record
+from fastmeta.learner.log import MetricsLog
 from fastmeta.learner.loop import Loop, Outcome, Progress, refused
 from fastmeta.learner.metric import metric_of
-from fastmeta.learner.metrics import MetricsLog
 from fastmeta.learner.problems import Problem
 from fastmeta.learner.progress import Reporter, Silent
 from fastmeta.learner.run import BEST, LAST, Run

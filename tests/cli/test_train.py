@@ -14,7 +14,7 @@ import pytest
 
 from fastmeta.cli.main import main
 from fastmeta.learner import checkpoint
-from fastmeta.learner.metrics import read_metrics
+from fastmeta.learner.log import read_metrics
 
 TINY = ["--meta-batch", "2", "--shots", "3", "--queries", "3", "--val-tasks", "2", "--log-every", "2", "--threads", "1"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmeta.learner import checkpoint
 from fastmeta.learner.config import TrainConfig, defaults
-from fastmeta.learner.metrics import read_metrics
+from fastmeta.learner.log import read_metrics
 from fastmeta.learner.problems import Problem, build
 from fastmeta.learner.progress import Silent
 from fastmeta.learner.results import conclude, load_learner

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmeta.learner.metrics import MetricsLog, read_metrics
+from fastmeta.learner.log import MetricsLog, read_metrics
 
 
 def test_records_are_appended_and_cut_back(tmp_path: Path) -> None:
