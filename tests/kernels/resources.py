@@ -5,8 +5,9 @@ with another version of Triton than the one that file is of, only what no build 
 process of its own: kernels that were made for the interpreter cannot be compiled.
 
 One version of Triton makes the same of the same intermediate code, so ``resources.json`` keeps a digest of that beside
-what was found, and one of the sources that it all comes from. The first build of each kernel is compiled every time.
-Where the sources are others, so is every build whose code is not the one that was read; ``--all`` compiles all.
+what was found, and one of the sources that it all comes from. The first build of each kernel for the newest GPU is
+compiled every time. Where the sources are others, so is every build whose code is not the one that was read; ``--all``
+compiles all.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ def main() -> None:
     kept = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {"triton": "", "builds": {}}
     version = importlib.metadata.version("triton")
     golden = kept["builds"] if kept["triton"] == version else {}
-    first = {(id(build.shipped.kernel), build.capability): build for build in reversed(wanted)}
+    newest = [build for build in wanted if build.capability == CAPABILITIES[-1]]
+    first = {id(build.shipped.kernel): build for build in reversed(newest)}
     always = {build.name for build in (wanted if arguments.all else first.values())}
     found = gather(wanted, golden, always, unchanged=kept.get("sources") == sources())
     wrong = [

@@ -31,4 +31,4 @@ class BaseLearner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
-        return self.module(*args, **kwargs)
+        return self._modules["module"](*args, **kwargs)  # type: ignore[misc]  # as an attribute it takes longer to find
