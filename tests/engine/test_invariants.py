@@ -85,7 +85,7 @@ def adapting(model: nn.Module, patterns: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_the_meta_gradient_is_exact(case: str, steps: int, executor: str) -> None:
     make, shape, patterns = CASES[case]

@@ -89,9 +89,12 @@ def both(model: nn.Module, loss: Callable[..., Tensor], tasks: fm.TaskBatch, **o
     return [fm.MAML(model, loss, executor=name, **options).value_and_grad(tasks) for name in ("native", "reference")]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("loss", list(LOSSES))
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("activation", "loss", "steps"),
+    [(name, loss, 1) for name in ACTIVATIONS for loss in ("mse", "cross entropy")]
+    + [("gelu", loss, steps) for loss in LOSSES for steps in (0, 3)]
+    + [("relu", "bce", 1)],
+)
 def test_small_networks_in_both_precisions(activation: str, loss: str, steps: int) -> None:
     model, tasks = network(3, 40, 17, 5, activation=activation), batch_of(3, 5, loss)
     found = fm.MAML(model, LOSSES[loss], lr=0.1, steps=steps, executor="native").value_and_grad(tasks)

@@ -369,7 +369,7 @@ def test_an_output_that_the_loss_does_not_depend_on_runs_on_the_reference() -> N
     assert total_error(maml.value_and_grad(tasks)[1], truth(model, loss, tasks, 0.1, 1)[3]) <= EXACT
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     groups=st.integers(1, 5),
     of=st.integers(1, 9),
@@ -392,7 +392,7 @@ def test_random_residual_networks(groups, of, side, sizes, norm, activation, ste
     assert total_error(ours, reference) <= 1e-8  # norms over very few pixels amplify rounding
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     width=st.integers(1, 40),
     norm=st.sampled_from(["layer", "layer, no bias", "layer, no affine", "batch"]),

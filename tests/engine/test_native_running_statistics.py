@@ -158,7 +158,7 @@ def test_every_instruction_set_in_both_precisions(name: str) -> None:
         extension.use_instruction_set("")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     channels=st.integers(1, 5),
     filters=st.integers(1, 40),
