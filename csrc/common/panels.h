@@ -16,19 +16,20 @@ constexpr std::int64_t panel_vectors = vector_registers >= 32 ? 4 : 3;
 constexpr std::int64_t panel_depth = vector_registers >= 32 ? 384 : 256;
 
 // A turned left factor is copied as well, a block of its rows at a time, in the order in which tiles read it: where it
-// lies, a tile's elements are a row apart for each step of the depth. 512 or 768 KiB, which all strips share.
+// lies, a tile's elements are a row apart for each step of the depth. At most 512 or 768 KiB, which all strips share.
 constexpr std::int64_t block_rows = 512;
 constexpr int block_tile = Columns<panel_vectors, false>::tile_rows();
 
-// Elements of a thread's copies.
+constexpr std::int64_t at_most(std::int64_t n, std::int64_t limit) { return n < limit ? n : limit; }
+
+// Elements of a thread's copies: of a panel, and of a block where the left factor has so many rows and such a depth.
 template <class R>
 constexpr std::int64_t panel_size() {
   return panel_depth * panel_vectors * width<R>;
 }
 
-template <class R>
-constexpr std::int64_t block_size() {
-  return panel_depth * block_rows;
+constexpr std::int64_t block_size(std::int64_t rows, std::int64_t depth) {
+  return at_most(rows, block_rows) * at_most(depth, panel_depth);
 }
 
 // Depth `kc` from k and vectors from column n of B, as rows of `row` elements.
@@ -60,8 +61,6 @@ Result<R> part_of(const Result<R>& whole, std::int64_t m, std::int64_t n, bool b
   if (whole.from != nullptr) part.from += m * whole.row + n;
   return part;
 }
-
-constexpr std::int64_t at_most(std::int64_t n, std::int64_t limit) { return n < limit ? n : limit; }
 
 // Calls f(m, height) for tiles as even as they can be.
 template <class F>
@@ -155,8 +154,13 @@ template <class R, bool turned>
 void panel_product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
                    const Result<R>& result, int threads, R* copies) {
   constexpr std::int64_t wide = panel_vectors * width<R>;
+  std::int64_t block = 0;
+  for (int t = 0; turned && t < count; ++t) {
+    const std::int64_t size = block_size(rows, terms[t].depth);
+    block = size > block ? size : block;
+  }
   parallel_for((padded<R>(columns) + wide - 1) / wide, threads, [&](std::int64_t first, std::int64_t last, int seat) {
-    R* panel = copies + seat * (panel_size<R>() + block_size<R>());
+    R* panel = copies + seat * (panel_size<R>() + block);
     if constexpr (turned)
       turned_strips_of(terms, count, rows, columns, result, first, last, panel, panel + panel_size<R>());
     else

@@ -23,7 +23,7 @@ Sizes sizes(const void* shape) {
   sizes.saved = l.behind_dz() + (l.turns() ? l.s.out * l.in : 0);
   sizes.saved_dot = l.behind_z_dots() + (l.turns() ? l.s.out * l.in : 0);
   sizes.scratch = l.identity() ? 0 : rows;  // dz_dot
-  sizes.thread_scratch = l.large() ? panel_size<R>() + block_size<R>() : 0;
+  sizes.thread_scratch = l.large() ? panel_size<R>() + block_size(l.s.in, l.s.n) : 0;  // the weight's gradient copies x
   sizes.weights[0] = l.narrow() ? l.s.out * l.in : l.s.in * l.out;
   sizes.weights[1] = l.s.bias ? l.out : 0;
   sizes.turned = l.turns() ? l.s.out * l.in : 0;

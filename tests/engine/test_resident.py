@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta.core import native
 from fastmeta.engine.callback import Failures
-from fastmeta.engine.compiler import Compiler
 from fastmeta.engine.lower import NotLowered, lower
 from fastmeta.engine.resident import ResidentStep, chain_of
 from tests.conftest import lack
@@ -60,7 +59,7 @@ def program_of(model: nn.Module, loss: Any, fan_in: int, out: int, **options: An
     """The lowered support program, and the rest of what it came from."""
     maml = fm.MAML(model, loss, lr=0.1, steps=1, **options)
     maml.explain(tasks_for(loss, fan_in, out, torch.float32, "cpu"))
-    (compiler,) = [v for v in vars(maml).values() if isinstance(v, Compiler)]
+    compiler = maml._memory.compiler
     return next(iter(compiler._programs.values()))
 
 
