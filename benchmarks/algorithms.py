@@ -7,7 +7,6 @@ characters, after an equal number of meta-steps on equal tasks, and of each the 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine_line, use_threads
+from fastmeta.core import files
 from fastmeta.learner.config import ALGORITHMS, TrainConfig, defaults
 from fastmeta.learner.problems import build
 from fastmeta.learner.results import judge, load_learner
@@ -103,11 +103,10 @@ def write(rows: Sequence[Row], options: argparse.Namespace, folder: Path) -> lis
         f"Omniglot, 5-way 1-shot, {options.filters} filters, {options.inner_steps} inner steps, {options.iterations} "
         f"meta-steps of {options.meta_batch} tasks, {options.test_tasks} test tasks, transductive batch norm."
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     text, record = folder / "algorithms.md", folder / "algorithms.json"
-    text.write_text(f"# Algorithms\n\n{said}\n\n{machine_line()}\n\n{table(rows)}\n", encoding="utf-8")
-    content = {"about": said, "machine": machine_line(), "rows": [asdict(row) for row in rows]}
-    record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files.write_text(text, f"# Algorithms\n\n{said}\n\n{machine_line()}\n\n{table(rows)}\n")
+    files.write_json(record, {"about": said, "machine": machine_line(), "rows": [asdict(row) for row in rows]})
     return [text, record]
 
 
