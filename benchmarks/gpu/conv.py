@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.bench.gpu_timing import graphed
 from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Need
 from fastmeta.ops.conv_block import ConvBlock, reference
@@ -165,21 +166,13 @@ def _maps(layer: Layer, *, ours: bool) -> dict[str, Callable[[], Any]]:
 
 def replayed(call: Callable[[], Any]) -> float:
     """Median microseconds of a call's replay as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    replay = graphed(call)
     for _ in range(3):
-        graph.replay()
+        replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
     marks[0].record()
     for mark in marks[1:]:
-        graph.replay()
+        replay()
         mark.record()
     torch.cuda.synchronize()
     return 1e3 * median(a.elapsed_time(b) for a, b in pairwise(marks))
