@@ -77,9 +77,9 @@ class Programs:
         """How many tasks run at a time."""
         return self.planned_chunk if self.room.tasks is None else min(self.planned_chunk, self.room.tasks)
 
-    def kind(self, *, learned: bool, outputs: bool) -> Hashable:
+    def kind(self, fit: Fit | None, *, learned: bool, outputs: bool) -> Hashable:
         """What a graph of the meta-step depends on beside its tensors; the programs live as long as the graphs."""
-        return id(self.support), id(self.query), self.chunk_size, learned, outputs
+        return id(self.support), id(self.query), self.chunk_size, fit, learned, outputs
 
     def chunks(self, tasks: int, most: int | None = None) -> list[slice]:
         """The task axis cut into runs of at most ``most`` or ``chunk_size``, as even as they can be."""

@@ -11,7 +11,7 @@ from fastmeta.core import rates
 from fastmeta.core.task_op import Need, Tensors
 from fastmeta.engine import cost, executor, tables
 from fastmeta.engine.capture import objection
-from fastmeta.engine.compiler import Programs
+from fastmeta.engine.compiler import Fit, Programs
 from fastmeta.engine.evaluation import MEAN
 from fastmeta.engine.factor import compared, formed_after
 from fastmeta.engine.meta_step import fitted, predicted
@@ -230,9 +230,10 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         refusal = "one task alone would take more than the memory budget on the native one"
     if isinstance(native, str) or refusal:
         rows, kept, once = _by_reference(work, programs, _plans(work, programs))
+        captured = _captured(work, programs, fit)
         fit = fit or predicted(work, programs, MEAN, learned=learned, outputs=False)
         peak, at_once, recomputes = fit.peak, fit.tasks, fit.recompute or work.micro_batches > 1
-        executor = f"reference{_captured(work, programs)}, because {refusal}"
+        executor = f"reference{captured}, because {refusal}"
     elif isinstance(native, ResidentStep):
         rows = rows_of(work, programs, "resident")
         kept, once = {}, 0
@@ -264,11 +265,11 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
     )
 
 
-def _captured(work: Work, programs: Programs) -> str:
+def _captured(work: Work, programs: Programs, fit: Fit | None) -> str:
     """Whether the meta-step's gradient is replayed from a CUDA graph, or why not; nothing where there is no GPU."""
     if not work.alpha.is_cuda:
         return ""
-    kind = programs.kind(learned=work.learned, outputs=False)
+    kind = programs.kind(fit, learned=work.learned, outputs=False)
     reason = objection(work) or programs.captures.reason(kind, work, MEAN)
     return f", not captured in a CUDA graph ({reason})" if reason else ", captured in a CUDA graph"
 

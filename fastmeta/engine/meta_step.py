@@ -74,7 +74,7 @@ def _evaluate(
     while True:
         try:
             if captured:
-                kind = programs.kind(learned=learned, outputs=outputs), fit
+                kind = programs.kind(fit, learned=learned, outputs=outputs)
                 return programs.captures.run(kind, work, cotangents, execute)
             return execute(work, cotangents)
         except torch.OutOfMemoryError:
