@@ -61,6 +61,9 @@ class MetaLearner(BaseEstimator):
         schedule: whether the scheduler moves on after every ``"epoch"`` or every meta-``"step"``. A
             ``ReduceLROnPlateau`` sees the validation's metric, or the loss without one.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
+        accumulate: batches of a meta-step. They are computed one after the other, in the memory of one, and the
+            meta-gradient is the mean over the tasks of all: that of one batch of them, where tasks do not change what
+            others see.
         metric: what tasks are judged by: ``"loss"``, ``"accuracy"``, ``"mse"``, ``"ndcg@k"``, or a
             :class:`fastmeta.learner.metric.Metric`.
         eval_steps: steps of the inner loop everywhere but in training; as many as in training where left out.
@@ -92,6 +95,7 @@ class MetaLearner(BaseEstimator):
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         schedule: str = "epoch",
         clip_norm: float = 0.0,
+        accumulate: int = 1,
         metric: str | Metric = "loss",
         eval_steps: int | None = None,
         warm_start: bool = False,
@@ -109,6 +113,7 @@ class MetaLearner(BaseEstimator):
         self.scheduler = scheduler
         self.schedule = schedule
         self.clip_norm = clip_norm
+        self.accumulate = accumulate
         self.metric = metric
         self.eval_steps = eval_steps
         self.warm_start = warm_start
@@ -135,7 +140,7 @@ class MetaLearner(BaseEstimator):
                 ``DataLoader`` of TaskBatch.
             epochs: epochs in all, those before an interruption included.
             steps_per_epoch: meta-steps of an epoch; one pass over tasks that have an end, or 100, where left out.
-            tasks_per_step: tasks of a meta-step, of tasks that are given one by one.
+            tasks_per_step: tasks of a batch, of tasks that are given one by one; a meta-step takes ``accumulate`` batches.
             validation: tasks in any of these forms, judged after every epoch; of a sampler the same ones every time.
             validation_tasks: how many are taken from a sampler.
             callbacks: are told of the progress (:class:`fastmeta.learner.callbacks.Callback`).
@@ -158,6 +163,7 @@ class MetaLearner(BaseEstimator):
         if period is not None:
             count("fit", "steps_per_epoch", period)
         count("fit", "tasks_per_step", tasks_per_step)
+        accumulate = count("MetaLearner", "accumulate", self.accumulate)
         checks.one_of("MetaLearner", "schedule", self.schedule, ("epoch", "step"))
         metric = metric_of(self.metric)
         if isinstance(validation, Iterator):
@@ -169,7 +175,9 @@ class MetaLearner(BaseEstimator):
             else:
                 learner, flags = self._make()
             seed = self.random_state if self.random_state is not None else int(torch.randint(2**31, ()))
-            training = training_source(tasks, tasks_per_step=tasks_per_step, steps_per_epoch=period, seed=seed)
+            training = training_source(
+                tasks, tasks_per_step=tasks_per_step, steps_per_epoch=period, seed=seed, accumulate=accumulate
+            )
             optimizer = optimizer_for(learner, self.optimizer, self.meta_lr)
             loop = Loop(
                 learner,
@@ -178,6 +186,7 @@ class MetaLearner(BaseEstimator):
                 Progress(validated=0),
                 metric=None if metric.name == "loss" else metric,
                 clip_norm=self.clip_norm,
+                accumulate=accumulate,
             )
 
             def validate(stop: Callable[[], bool]) -> Evaluation:

@@ -94,7 +94,7 @@ class Loop:
         progress: how far training is.
         metric: a figure of each meta-step beside the loss; ``None`` for the loss alone.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
-        accumulate: batches whose meta-gradients are added up before the optimizer's step.
+        accumulate: batches of a meta-step, computed one after the other; its meta-gradient is the mean over their tasks.
         mend: what helps where the loss is not finite.
     """
 
@@ -203,16 +203,17 @@ class Loop:
 
     def _meta_step(self) -> tuple[dict[str, float], int]:
         self.optimizer.zero_grad(set_to_none=True)
-        each, tasks = [], 0
-        for _ in range(self.accumulate):
-            batch = self.source.sample().to(self._device)
-            each.append(self._backward(batch))
-            tasks += len(batch)
+        batches = [self.source.sample() for _ in range(self.accumulate)]
+        tasks = sum(len(batch) for batch in batches)
+        figures: dict[str, float] = {}
+        for batch in batches:
+            share = len(batch) / tasks
+            for name, value in self._backward(batch.to(self._device), share).items():
+                figures[name] = figures.get(name, 0.0) + share * value
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip_norm)
         self.optimizer.step()
         self.progress.step += 1
-        figures = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
         window = self.progress.window if self.progress.window is not None else {"count": 0.0}
         window["count"] += 1.0
         for name, value in figures.items():
@@ -220,15 +221,15 @@ class Loop:
         self.progress.window = window
         return figures, tasks
 
-    def _backward(self, tasks: TaskBatch) -> dict[str, float]:
-        """Add a batch's share to the meta-gradient; its figures."""
+    def _backward(self, tasks: TaskBatch, share: float) -> dict[str, float]:
+        """Add ``share`` of a batch's mean to the meta-gradient; the batch's figures."""
         out = self.learner(tasks)
         figures = {"loss": float(out.loss.detach())}
         if not math.isfinite(figures["loss"]):
             raise ValueError(
                 f"train: loss must be finite, got {figures['loss']} at step {self.progress.step + 1}; {self.mend}"
             )
-        (out.loss / self.accumulate).backward()
+        (share * out.loss).backward()
         if self.metric is not None:
             with torch.no_grad():
                 figures[self.metric.name] = float(self.metric.score(out, tasks.query).mean())

@@ -96,10 +96,13 @@ class Training(NamedTuple):
     steps: int
 
 
-def training_source(tasks: Any, *, tasks_per_step: int, steps_per_epoch: int | None, seed: int) -> Training:
-    """Tasks in any form, as the loop takes them.
+def training_source(
+    tasks: Any, *, tasks_per_step: int, steps_per_epoch: int | None, seed: int, accumulate: int = 1
+) -> Training:
+    """Tasks in any form, as the loop takes them, ``accumulate`` batches at a meta-step.
 
-    An epoch is ``steps_per_epoch`` meta-steps, or else one pass over tasks that have an end, or 100 meta-steps.
+    An epoch is ``steps_per_epoch`` meta-steps, or else one pass over tasks that have an end, or 100 meta-steps. A
+    meta-step that a pass has too few batches left for goes on in the next pass.
 
     Raises:
         TypeError: none of the forms.
@@ -108,12 +111,14 @@ def training_source(tasks: Any, *, tasks_per_step: int, steps_per_epoch: int | N
     source: Source
     if isinstance(tasks, TaskBatch):
         tasks = [tasks]
-    if isinstance(tasks, TaskSampler):
-        source, steps = tasks, math.ceil(len(tasks) / tasks.tasks) if isinstance(tasks, TaskSet) else STEPS
-    elif _one_by_one(tasks):
-        source, steps = TaskSet(tasks, tasks_per_step, seed=seed), math.ceil(len(tasks) / tasks_per_step)
+    if _one_by_one(tasks):
+        tasks = TaskSet(tasks, tasks_per_step, seed=seed)
+    if isinstance(tasks, TaskSet):
+        source, steps = tasks, math.ceil(len(tasks) / (tasks.tasks * accumulate))
+    elif isinstance(tasks, TaskSampler):
+        source, steps = tasks, STEPS
     elif isinstance(tasks, Iterable) and isinstance(tasks, Sized):
-        source, steps = Batches(tasks), len(tasks)
+        source, steps = Batches(tasks), math.ceil(len(tasks) / accumulate)
     else:
         checks.fail(TypeError, "fit", "tasks", FORMS, type(tasks).__name__)
     return Training(source, steps if steps_per_epoch is None else steps_per_epoch)

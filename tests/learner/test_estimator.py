@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,35 @@ def test_an_epoch_is_a_pass_over_tasks_that_have_an_end() -> None:
         small().fit(torch.utils.data.DataLoader(tasks, batch_size=1))
     with pytest.raises(TypeError, match="validation must be tasks that can be gone through again"):
         small().fit(tasks, validation=iter([batch]))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 4)])
+def test_accumulated_batches_are_one_of_all_their_tasks(sizes: tuple[int, ...]) -> None:
+    drawn = Sinusoid(1, 4, seed=3, dtype=torch.float64)
+    tasks = [drawn.sample().task(0) for _ in range(2 * sum(sizes))]
+    ends = np.cumsum((0, *sizes, *sizes))
+    parts = [fm.TaskBatch.stack(tasks[start:end]) for start, end in itertools.pairwise(ends)]
+    halves = [fm.TaskBatch.stack(tasks[: len(tasks) // 2]), fm.TaskBatch.stack(tasks[len(tasks) // 2 :])]
+    settings = {"model": network().double(), "options": {"engine": "program"}, "inner_steps": 2, "metric": "mse"}
+    accumulated = small(**settings, accumulate=len(sizes)).fit(parts, epochs=2)
+    whole = small(**settings).fit(halves, epochs=2)
+    assert accumulated.n_steps_ == whole.n_steps_ == 4
+    for p, q in zip(weights(accumulated), weights(whole), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(accumulated.history_, whole.history_, strict=True):
+        assert [ours[n] for n in ("loss", "mse")] == pytest.approx([theirs[n] for n in ("loss", "mse")], rel=1e-9)
+    assert not same(weights(whole), weights(small(**settings).fit(parts, epochs=2)))
+
+
+def test_a_pass_with_too_few_batches_for_a_meta_step_goes_on_in_the_next() -> None:
+    drawn = Sinusoid(1, 4, seed=3)
+    tasks = [drawn.sample().task(0) for _ in range(7)]
+    batches = [fm.TaskBatch.stack(tasks[start : start + 2]) for start in range(0, 7, 2)]
+    assert [r["step"] for r in small(accumulate=3).fit(batches, epochs=2).history_] == [2, 4]
+    assert [r["step"] for r in small(accumulate=2).fit(tasks, epochs=2, tasks_per_step=2).history_] == [2, 4]
+    for wrong, error in ((0, ValueError), (1.0, TypeError)):
+        with pytest.raises(error, match="MetaLearner: accumulate must be"):
+            small(accumulate=wrong).fit(tasks)
 
 
 def test_unequal_tasks_are_weighted() -> None:

@@ -73,14 +73,15 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize(("source", "accumulate"), [("sampler", 1), ("loader", 1), ("loader", 3)])
+def test_an_interrupted_fit_goes_on_as_if_it_had_not_been(tmp_path: Path, source: str, accumulate: int) -> None:
     plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, mode="max")
 
     def fit(stop: int, resume: Path | None = None) -> MetaLearner:
         folder = tmp_path / ("parts" if stop or resume else "whole")
         callbacks = [Checkpoint(folder), EarlyStopping(2, larger=True), Signal(stop)]  # the error falls: stops early
-        made = learner(scheduler=plateau, options={"engine": "program" if source == "sampler" else "autodiff"})
+        engine = {"engine": "program" if source == "sampler" else "autodiff"}
+        made = learner(scheduler=plateau, options=engine, accumulate=accumulate)
         settings = {"validation": Sinusoid(1, 4, seed=9), "validation_tasks": 3, "steps_per_epoch": 4}
         try:
             return made.fit(SOURCES[source](), epochs=9, callbacks=callbacks, resume=resume, **settings)
