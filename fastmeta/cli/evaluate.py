@@ -27,6 +27,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Where the data are now, if they moved.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another stream of tasks; the class split stays.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
 ) -> None:
     """Evaluate a trained learner on new tasks.
 
@@ -41,7 +42,8 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     maml, problem, config, step = load_learner(
-        run, checkpoint.value, eval_steps=eval_steps, inner_lr=inner_lr, shots=shots, queries=queries, data=data
-    )
+        run, checkpoint.value, eval_steps=eval_steps, inner_lr=inner_lr, shots=shots, queries=queries, data=data,
+        device=device,
+    )  # fmt: skip
     record = judge(maml, problem, config, step, tasks=tasks, seed=seed)
     Console().print(result_table(f"{config.problem}: {run}", record, {"checkpoint": checkpoint.value}))

@@ -70,6 +70,7 @@ def train(
     clip_norm: Annotated[float | None, _option("--clip-norm", help="Largest norm of a meta-gradient, 0: any.")] = None,
     seed: Annotated[int | None, _option("--seed", help="Of weights, class split and tasks.")] = None,
     threads: Annotated[int | None, _option("--threads", help="Threads, 0: PyTorch's own choice.")] = None,
+    device: Annotated[str | None, _option("--device", help="cpu, cuda or cuda:N; cpu if left out.")] = None,
     val_every: Annotated[int | None, _option("--val-every", help="Meta-steps between validations.")] = None,
     val_tasks: Annotated[int | None, _option("--val-tasks", help="Tasks of a validation.")] = None,
     log_every: Annotated[int | None, _option("--log-every", help="Meta-steps a training record sums up.")] = None,
@@ -101,7 +102,7 @@ def train(
         inner_steps=inner_steps, eval_steps=eval_steps, inner_lr=inner_lr, meta_lr=meta_lr, meta_lr_end=meta_lr_end,
         filters=filters, meta_batch=meta_batch, iterations=iterations, first_order=first_order, clip_norm=clip_norm,
         seed=seed, threads=threads, val_every=val_every, val_tasks=val_tasks, log_every=log_every,
-        accumulate=accumulate,
+        accumulate=accumulate, device=device,
     )  # fmt: skip
     console = Console()
     status = run_training(config, folder, console, resume=resume, minutes=minutes, test_tasks=test_tasks)
@@ -129,7 +130,7 @@ def run_training(
     trainer = Trainer(config, build(config, progress=_download_notice(console)), run, reporter)
     if resume:
         trainer.resume()
-    reporter.say(f"{config.problem}: {_setting(config)}, {torch.get_num_threads()} threads, into {folder}")
+    reporter.say(f"{config.problem}: {_setting(config)}, {_where(config)}, into {folder}")
     with Interrupt() as signal:
         outcome = trainer.fit(minutes=minutes, stop=lambda: signal.requested)
         if outcome == "interrupted":
@@ -167,6 +168,15 @@ def _setting(config: TrainConfig) -> str:
     if config.problem == "sinusoid":
         return f"{config.shots} points, {order}"
     return f"{config.ways}-way {config.shots}-shot, {order}"
+
+
+def _where(config: TrainConfig) -> str:
+    """What the work is done on."""
+    import torch
+
+    if config.device == "cpu":
+        return f"{torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name(config.device)} ({config.device})"
 
 
 def _download_notice(console: Console) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -38,6 +39,7 @@ class TrainConfig:
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
         seed: of the weights, of the class split and of the task streams.
         threads: threads of PyTorch; 0 leaves PyTorch's own choice.
+        device: of weights and tasks, as PyTorch names it: ``cpu``, ``cuda``, ``cuda:1``.
         val_every: meta-steps between validations; a checkpoint is written at each.
         val_tasks: tasks of a validation, the same ones every time.
         log_every: meta-steps a training record is the mean of.
@@ -65,6 +67,7 @@ class TrainConfig:
     log_every: int = 20
     algorithm: str = "maml"
     accumulate: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -83,6 +86,8 @@ class TrainConfig:
                 checks.fail(TypeError, "train", field.name, f"of type {field.type}", repr(value))
         checks.one_of("train", "problem", self.problem, PROBLEMS)
         checks.one_of("train", "algorithm", self.algorithm, ALGORITHMS)
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
+            checks.fail(ValueError, "train", "device", "'cpu', 'cuda' or 'cuda:N'", repr(self.device))
         for name in (
             "ways",
             "shots",
@@ -119,7 +124,12 @@ class TrainConfig:
         """
         known = {field.name for field in fields(cls)}
         if isinstance(values, Mapping):
-            values = {"algorithm": "maml", "accumulate": 1, **values}  # a run from before there were others
+            values = {
+                "algorithm": "maml",
+                "accumulate": 1,
+                "device": "cpu",
+                **values,
+            }  # a run from before there were others
         if not isinstance(values, Mapping) or set(values) != known:
             got = sorted(set(values) ^ known) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"train: the settings must have the names of TrainConfig, got a difference in {got}")

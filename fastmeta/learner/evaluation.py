@@ -78,7 +78,7 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to ``tasks`` tasks from ``sampler`` and judge each by its query set. No gradient is kept.
 
-    PyTorch's generator is left as it was, so that evaluating does not change a training run with random layers.
+    PyTorch's generators are left as they were, so that evaluating does not change a training run with random layers.
 
     Args:
         maml: the learner.
@@ -110,11 +110,13 @@ def evaluate_batches(
         Stopped: ``stop`` said so.
     """
     steps = maml.steps if steps is None else steps
+    device = next(maml.parameters()).device
     before, after, losses = [], [], []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for tasks in batches:
             if stop():
                 raise Stopped
+            tasks = tasks.to(device)
             before.append(metric.score(maml(tasks, steps=0), tasks.query))
             out = maml(tasks, steps=steps)
             after.append(metric.score(out, tasks.query))

@@ -18,6 +18,7 @@ from fastmeta.learner.algorithms import load_weights, weights_of
 from fastmeta.learner.evaluation import Stopped
 from fastmeta.learner.metric import Metric
 from fastmeta.tasks.batch import TaskBatch
+from fastmeta.tasks.sampler import TaskSampler
 
 Outcome = Literal["finished", "interrupted", "out of time"]
 
@@ -81,6 +82,14 @@ class Progress:
             raise ValueError(f"progress: a step, an epoch's end before it and sums were expected, got {self}")
 
 
+@dataclass
+class _Ahead:
+    """The batches of a meta-step to come, and the source's state before they were drawn."""
+
+    before: dict[str, Any]
+    batches: list[TaskBatch]
+
+
 class Loop:
     """Meta-steps one after the other: sample, meta-gradient, optimizer.
 
@@ -94,7 +103,7 @@ class Loop:
         progress: how far training is.
         metric: a figure of each meta-step beside the loss; ``None`` for the loss alone.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
-        accumulate: batches of a meta-step, computed one after the other; its meta-gradient is the mean over their tasks.
+        accumulate: batches of a meta-step, one after the other; the meta-gradient is the mean over all tasks.
         mend: what helps where the loss is not finite.
     """
 
@@ -119,6 +128,9 @@ class Loop:
         self.accumulate = accumulate
         self.mend = mend
         self._device = next(learner.parameters()).device
+        # Of a source that draws from PyTorch's generator, what comes in between would be drawn after the batches ahead.
+        self._draws_ahead = self._device.type == "cuda" and isinstance(source, TaskSampler)
+        self._ahead: _Ahead | None = None
 
     def run(
         self,
@@ -182,7 +194,8 @@ class Loop:
         tensors["generator"] = torch.get_rng_state()
         if self._device.type == "cuda":
             tensors["cuda_generator"] = torch.cuda.get_rng_state(self._device)
-        return tensors, {"optimizer": optimizer, "sampler": self.source.state_dict()}
+        sampler = self.source.state_dict() if self._ahead is None else self._ahead.before
+        return tensors, {"optimizer": optimizer, "sampler": sampler}
 
     def restore(self, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], origin: str) -> None:
         """Put back what :meth:`pack` gave.
@@ -194,6 +207,7 @@ class Loop:
         with refused(origin):
             checkpoint.unpack_optimizer(self.optimizer, checkpoint.under("optimizer", tensors), stored["optimizer"])
             self.source.load_state_dict(stored["sampler"])
+            self._ahead = None
             torch.set_rng_state(tensors["generator"])
             if self._device.type == "cuda" and "cuda_generator" in tensors:
                 torch.cuda.set_rng_state(tensors["cuda_generator"], self._device)
@@ -203,7 +217,7 @@ class Loop:
 
     def _meta_step(self) -> tuple[dict[str, float], int]:
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [self.source.sample() for _ in range(self.accumulate)]
+        batches = self._batches()
         tasks = sum(len(batch) for batch in batches)
         figures: dict[str, float] = {}
         for batch in batches:
@@ -224,16 +238,33 @@ class Loop:
     def _backward(self, tasks: TaskBatch, share: float) -> dict[str, float]:
         """Add ``share`` of a batch's mean to the meta-gradient; the batch's figures."""
         out = self.learner(tasks)
-        figures = {"loss": float(out.loss.detach())}
+        found = {"loss": out.loss.detach()}
+        if self.metric is not None:
+            with torch.no_grad():
+                found[self.metric.name] = self.metric.score(out, tasks.query).mean()
+        self._draw_ahead()
+        values = torch.stack([value.to(torch.float64) for value in found.values()]).tolist()  # waits for the device
+        figures = dict(zip(found, values, strict=True))
         if not math.isfinite(figures["loss"]):
             raise ValueError(
                 f"train: loss must be finite, got {figures['loss']} at step {self.progress.step + 1}; {self.mend}"
             )
         (share * out.loss).backward()
-        if self.metric is not None:
-            with torch.no_grad():
-                figures[self.metric.name] = float(self.metric.score(out, tasks.query).mean())
         return figures
+
+    def _batches(self) -> list[TaskBatch]:
+        """The batches of the next meta-step."""
+        if self._ahead is None:
+            return [self.source.sample() for _ in range(self.accumulate)]
+        ahead, self._ahead = self._ahead, None
+        return ahead.batches
+
+    def _draw_ahead(self) -> None:
+        """Draw the next meta-step's batches while a GPU works on this one."""
+        if not self._draws_ahead or self._ahead is not None:
+            return
+        before = self.source.state_dict()
+        self._ahead = _Ahead(before, [self.source.sample().to(self._device) for _ in range(self.accumulate)])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core import checks
+from fastmeta.core import checks, environment
 from fastmeta.learner.config import TrainConfig
 from fastmeta.learner.models import conv4, conv_net, sinusoid_mlp
 from fastmeta.tasks import ClassPool, EpisodeSampler, Sinusoid, SquareSymmetries, TaskSampler
@@ -38,7 +38,7 @@ class Problem:
     """What a :class:`~fastmeta.learner.training.Trainer` works on.
 
     Attributes:
-        model: the network, freshly initialised by the settings' seed.
+        model: the network on the settings' device, freshly initialised by their seed.
         loss: ``loss(outputs, targets)``, a mean over samples.
         metric: ``"accuracy"`` (larger is better) or ``"mse"`` (smaller is better).
         sampler: makes its task streams.
@@ -58,12 +58,25 @@ def build(config: TrainConfig, *, progress: Progress | None = None) -> Problem:
         progress: told of a download's progress.
 
     Raises:
-        ValueError: data that are damaged or do not suffice for the settings.
+        ValueError: data that are damaged or do not suffice for the settings, or no such device.
         FileNotFoundError: no data at ``config.data``.
     """
+    device = _device(config.device)
     if config.problem == "sinusoid":
-        return Problem(_seeded(config, sinusoid_mlp), F.mse_loss, "mse", _sinusoids(config))
-    return _digits(config) if config.problem == "digits" else _omniglot(config, progress)
+        problem = Problem(_seeded(config, sinusoid_mlp), F.mse_loss, "mse", _sinusoids(config))
+    else:
+        problem = _digits(config) if config.problem == "digits" else _omniglot(config, progress)
+    problem.model.to(device)
+    return problem
+
+
+def _device(name: str) -> torch.device:
+    """A device that is there."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        reason = environment.gpu()["reason"] or f"there are {torch.cuda.device_count()} GPUs"
+        checks.fail(ValueError, "train", "device", f"one that is there ({reason})", repr(name), "use --device cpu")
+    return device
 
 
 def _sinusoids(config: TrainConfig) -> Samplers:

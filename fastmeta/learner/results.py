@@ -101,7 +101,7 @@ def draw_waves(maml: MAML, config: TrainConfig, path: Path, *, tasks: int = 3) -
     xs, ys = sampler.points(*waves, config.shots)
     x = grid()  # [n, 1]
     true = wave(x, *waves)  # [T, n, 1]
-    drawn = TaskBatch((xs, ys), (x.to(xs.dtype).expand(tasks, -1, -1), true.to(xs.dtype)))
+    drawn = TaskBatch((xs, ys), (x.to(xs.dtype).expand(tasks, -1, -1), true.to(xs.dtype))).to(config.device)
     with torch.no_grad():
-        predictions = {steps: maml(drawn, steps=steps).logits for steps in sorted({0, 1, config.eval_steps})}
+        predictions = {steps: maml(drawn, steps=steps).logits.cpu() for steps in sorted({0, 1, config.eval_steps})}
     plots.sinusoid_adaptation(x, true, (xs, ys), predictions, path)

@@ -11,7 +11,7 @@ from fastmeta.core import files
 from fastmeta.learner.config import TrainConfig
 
 LAST, BEST = "last", "best"
-MAY_CHANGE = ("data", "iterations", "threads")  # on resuming; anything else would make it another run
+MAY_CHANGE = ("data", "iterations", "threads", "device")  # on resuming; anything else would make it another run
 
 
 @dataclass(frozen=True)

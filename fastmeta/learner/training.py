@@ -65,7 +65,7 @@ class Trainer:
         self.maml = learner_of(config, problem)
         self.loop = Loop(
             self.maml,
-            torch.optim.Adam(self.maml.parameters(), lr=config.meta_lr),
+            torch.optim.Adam(self.maml.parameters(), lr=config.meta_lr, fused=None if config.device == "cpu" else True),
             problem.sampler("train", config.meta_batch),
             self.state,
             metric=metric_of("accuracy") if problem.metric == "accuracy" else None,

@@ -95,6 +95,47 @@ def test_a_resumed_run_gives_the_same_numbers(
         assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_batches_drawn_ahead_are_those_that_come_anyway(tmp_path: Path) -> None:
+    config = small(iterations=6, val_every=2, accumulate=2)
+
+    def trained(name: str, *, ahead: bool, stops: list[int]) -> dict[str, torch.Tensor]:
+        for i, stop in enumerate([*stops, 0]):
+            run = open_existing(tmp_path / name, config) if i else open_new(tmp_path / name, config)
+            trainer, reporter = trainer_for(config, run, build, stop)
+            trainer.loop._draws_ahead = ahead  # as on a GPU
+            if i:
+                trainer.resume()
+            trainer.fit(stop=lambda reporter=reporter: reporter.asked)
+        return checkpoint.load(tmp_path / name / "checkpoints", "last")[0]
+
+    want = trained("plain", ahead=False, stops=[])
+    for name, stops in {"whole": [], "in parts": [1, 3]}.items():
+        got = trained(name, ahead=True, stops=stops)
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_and_is_judged(tmp_path: Path) -> None:
+    config = small(iterations=4, val_every=2, device="cuda")
+    run = open_new(tmp_path, config)
+    trainer, reporter = trainer_for(config, run, build, 3)
+    assert next(trainer.maml.parameters()).is_cuda
+    trainer.fit(stop=lambda: reporter.asked)
+    again = Trainer(config, build(config), open_existing(tmp_path, config))
+    again.resume()
+    again.fit()
+    assert conclude(run, tasks=6)["step"] in (0, 2, 4)
+    maml, *_ = load_learner(tmp_path, "last", device="cpu")
+    assert not next(maml.parameters()).is_cuda
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device must be one that is there \(.*\), got 'cuda:77'; use --device cpu"):
+        build(small(device="cuda:77"))
+    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"):
+        small(device="tpu")
+
+
 def test_records_written_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     config = small(iterations=4, val_every=4)
     trainer, reporter = trainer_for(config, open_new(tmp_path, config), build, 3)
