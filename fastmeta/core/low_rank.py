@@ -30,9 +30,17 @@ class Factor(NamedTuple):
 
     def rows_scaled(self) -> Tensor:
         """A copy of the left rows with the scale in it, which is none a column."""
-        if isinstance(self.scale, float) and self.scale == 1:
+        if _is_one(self.scale):
             return self.left.clone()
         return self.left * (self.scale.mT if _by_row(self.scale) else self.scale)
+
+    def rows_with(self, other: Factor) -> Tensor:
+        """The left rows of the sum of both, which have their right rows in common and no scale a column."""
+        rows = self.left if _is_one(self.scale) else self.rows_scaled()
+        scale = other.scale.mT if _by_row(other.scale) else other.scale
+        if isinstance(scale, Tensor):
+            return torch.addcmul(rows, other.left, scale)
+        return torch.add(rows, other.left, alpha=scale)
 
     def applied(self) -> tuple[Tensor, Tensor, Scale]:
         """The same with nothing but a number for its scale."""
@@ -51,7 +59,7 @@ class Own(NamedTuple):
 
     def scaled(self) -> Tensor:
         """A copy with the scale in it."""
-        return self.matrix.clone() if isinstance(self.scale, float) and self.scale == 1 else self.matrix * self.scale
+        return self.matrix.clone() if _is_one(self.scale) else self.matrix * self.scale
 
 
 class Met:
@@ -122,7 +130,7 @@ class LowRank:
                 y = products(_scaled(products(x, right.mT), scale), left, y)
             else:
                 met = self.met.rows(x, right)
-                y = products(met if isinstance(scale, float) and scale == 1 else met * scale, left, y)
+                y = products(met if _is_one(scale) else met * scale, left, y)
         return _require(y)
 
     def of_cotangents(self, d: Tensor) -> Tensor:
@@ -150,23 +158,22 @@ class LowRank:
         """
         factors = list(self.factors)
         for factor in other.factors:
-            added = factor._replace(scale=factor.scale * scale)
+            added = factor._replace(scale=_both(factor.scale, scale))
             alike = [i for i, seen in enumerate(factors) if _same(seen.right, factor.right)]
             twice = [i for i in alike if _same(factors[i].left, factor.left)]
             folds = [] if _by_column(added.scale) else [i for i in alike if not _by_column(factors[i].scale)]
             if twice:
                 factors[twice[0]] = added._replace(scale=factors[twice[0]].scale + added.scale)
             elif folds:
-                left = factors[folds[0]].rows_scaled().add_(added.rows_scaled())
-                factors[folds[0]] = Factor(left, factor.right)
+                factors[folds[0]] = Factor(factors[folds[0]].rows_with(added), factor.right)
             else:
                 factors.append(added)
         shared, coefficient, own = self.shared, self.coefficient, self.own
         if other.shared is not None:
-            more = other.coefficient * scale
+            more = _both(other.coefficient, scale)
             shared, coefficient = other.shared, more if shared is None else coefficient + more
         if other.own is not None:
-            added_own = other.own._replace(scale=other.own.scale * scale)
+            added_own = other.own._replace(scale=_both(other.own.scale, scale))
             own = added_own if own is None else Own(own.scaled().add_(added_own.scaled()))
         limit = other.limit if self.limit is None else self.limit
         met = other.met if self.met is None else self.met
@@ -176,9 +183,9 @@ class LowRank:
         """``scale * self``."""
         return replace(
             self,
-            factors=tuple(factor._replace(scale=factor.scale * scale) for factor in self.factors),
-            coefficient=self.coefficient if self.shared is None else self.coefficient * scale,
-            own=None if self.own is None else self.own._replace(scale=self.own.scale * scale),
+            factors=tuple(factor._replace(scale=_both(factor.scale, scale)) for factor in self.factors),
+            coefficient=self.coefficient if self.shared is None else _both(self.coefficient, scale),
+            own=None if self.own is None else self.own._replace(scale=_both(self.own.scale, scale)),
         )
 
     def within_limit(self) -> LowRank:
@@ -189,7 +196,7 @@ class LowRank:
 
     def minus_(self, other: LowRank) -> LowRank:
         """``self - other``, where ``other`` has no shared part; what this has of its own is overwritten."""
-        if self.own is None or not (isinstance(self.own.scale, float) and self.own.scale == 1):
+        if self.own is None or not _is_one(self.own.scale):
             return self.plus(other, -1.0)
         if other.own is not None:
             self.own.matrix.sub_(other.own.scaled())
@@ -236,7 +243,7 @@ class LowRank:
             total = part if total is None else total.add_(part)
         for factor in self.factors:
             left, right, scale = factor.applied()
-            rows = left.flatten(0, 1) if isinstance(scale, float) and scale == 1 else left.flatten(0, 1) * scale
+            rows = left.flatten(0, 1) if _is_one(scale) else left.flatten(0, 1) * scale
             stacked = rows.t().unsqueeze(0), right.flatten(0, 1).unsqueeze(0)
             total = products(*stacked, None if total is None else total.unsqueeze(0)).squeeze(0)
         return _require(total)
@@ -264,6 +271,17 @@ def rank_limit(out: int, fan_in: int) -> int:
     return out * fan_in // (out + fan_in)
 
 
+def _is_one(scale: Scale) -> bool:
+    return isinstance(scale, float) and scale == 1
+
+
+def _both(a: Scale, b: Scale) -> Scale:
+    """Their product, without a kernel for what is no factor."""
+    if _is_one(a):
+        return b
+    return a if _is_one(b) else a * b
+
+
 def _by_row(scale: Scale) -> TypeGuard[Tensor]:
     return isinstance(scale, Tensor) and scale.dim() == 2 and scale.shape[0] > 1
 
@@ -274,7 +292,7 @@ def _by_column(scale: Scale) -> TypeGuard[Tensor]:
 
 def _scaled(y: Tensor, scale: Scale) -> Tensor:
     """``scale * y``, in place."""
-    return y if isinstance(scale, float) and scale == 1 else y.mul_(scale)
+    return y if _is_one(scale) else y.mul_(scale)
 
 
 def _add_products(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> None:

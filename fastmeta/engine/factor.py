@@ -17,6 +17,7 @@ from fastmeta.engine.cost import products
 from fastmeta.engine.program import Instruction, Program, Route
 from fastmeta.engine.work import Plan, Work
 
+LINEAR = ("linear", "gram_block")  # the operations that can keep it as factors
 WEIGHT = 1  # its position among a linear operation's inputs
 
 
@@ -26,7 +27,7 @@ def candidates(program: Program) -> dict[str, Instruction]:
     slots = {program.graph.parameters[name]: name for name in program.adapted}
     found = {}
     for instruction in program.instructions:
-        if instruction.op.name != "linear" or instruction.first.single:
+        if instruction.op.name not in LINEAR or instruction.first.single:
             continue
         slot = instruction.inputs[WEIGHT]
         if slot in slots and readers[slot] == 1 and slot not in instruction.inputs[:WEIGHT]:

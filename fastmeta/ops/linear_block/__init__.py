@@ -1,5 +1,6 @@
 """An affine map of every task and the activation that follows, fused on a GPU."""
 
+from fastmeta.ops.linear_block.gram import GramBlock
 from fastmeta.ops.linear_block.op import LinearBlock
 
-__all__ = ["LinearBlock"]
+__all__ = ["GramBlock", "LinearBlock"]
