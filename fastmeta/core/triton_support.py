@@ -27,7 +27,7 @@ class Shipped:
     Attributes:
         name: unique among all builds.
         kernel: the ``triton.jit`` function.
-        signature: Triton's type of each argument by name: ``"*fp32"``, ``"i32"``, ``"constexpr"``.
+        signature: Triton's type of each argument by name: ``"*fp32"``, ``"i32"``, ``"constexpr"``, or a tuple of such.
         constants: values of the ``constexpr`` arguments.
         num_warps, num_stages: of the launch.
         tensor_cores: whether it must use them.
@@ -36,7 +36,7 @@ class Shipped:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int

@@ -179,11 +179,8 @@ class FastWeights:
             alone: no cotangent of a state has matrices of ``lam`` under another scale.
         """
         formed = [h for h in product if isinstance(h, Tensor)]
-        if formed and lam.packed.is_cuda and self._descent.packs(lam.packed):
-            lam.packed.sub_(self._packing.pack(formed))
-        elif formed:
-            for part, dense in zip(self._packing.unpack(lam.packed), formed, strict=True):
-                part.sub_(dense)
+        if formed:
+            self._descent.subtract_(lam.packed, formed)
         factors = dict(lam.factors)
         for name, h in zip(self._names, product, strict=True):
             if isinstance(h, LowRank):

@@ -11,8 +11,6 @@ from fastmeta.ops.inner_update import op as inner_update
 
 # Up to here gradients are packed first, which costs a copy and saves calls; beyond, each is used where it lies.
 PACKED_ELEMENTS = 1 << 18
-# The same on a GPU, for each parameter: a launch takes about as long as copying so many (1.2 us, 3 TB/s).
-GPU_PACKED_ELEMENTS = 1 << 19
 
 
 class Descent:
@@ -36,27 +34,31 @@ class Descent:
         """The rates of step ``k``."""
         return self._alpha[k if len(self._alpha) > 1 else 0]
 
-    def packs(self, phi: Tensor) -> bool:
-        """Whether gradients beside ``phi`` ``[T, P]`` are best packed first."""
-        if phi.is_cuda:
-            return phi.numel() <= GPU_PACKED_ELEMENTS * len(self._packing.names)
-        return phi.numel() <= PACKED_ELEMENTS
-
     def step(self, phi: Tensor, g: Sequence[Tensor], k: int) -> Tensor:
         """Eq. (3) on packed ``phi`` ``[T, P]`` and what each parameter has for ``s_k`` ``[T, *shape]``: ``[T, P]``."""
-        tasks, elements = phi.shape
-        if self.packs(phi):
-            return inner_update.step(phi, self._packing.pack(g), self.rate(k), self.segments)
-        alpha = self.rate(k)
-        result = phi.new_empty(tasks, elements)
+        tasks, alpha = phi.shape[0], self.rate(k)
+        parts = [d.reshape(tasks, -1) for d in g]
+        if inner_update.takes_parts(phi):
+            return inner_update.step_parts(phi, parts, alpha, self.segments, out=phi.new_empty(phi.shape))
+        if phi.numel() <= PACKED_ELEMENTS:
+            return inner_update.step(phi, self._packing.pack(g), alpha, self.segments)
+        result = phi.new_empty(phi.shape)
         offsets = self._packing.offsets
-        for i, (d, start, stop) in enumerate(zip(g, offsets[:-1], offsets[1:], strict=True)):
+        for i, (d, start, stop) in enumerate(zip(parts, offsets[:-1], offsets[1:], strict=True)):
             rate = alpha if alpha.numel() == 1 else alpha[start:stop]
             if self.segments is not None:
                 rate = alpha[i : i + 1]
             part = slice(start, stop)
-            inner_update.step(phi[:, part], d.reshape(tasks, -1), rate, out=result[:, part])
+            inner_update.step(phi[:, part], d, rate, out=result[:, part])
         return result
+
+    def subtract_(self, packed: Tensor, parts: Sequence[Tensor]) -> None:
+        """Subtract what each parameter has, ``[T, *shape]``, from ``packed`` ``[T, P]``."""
+        if inner_update.takes_parts(packed):
+            inner_update.step_parts(packed, [d.reshape(packed.shape[0], -1) for d in parts], out=packed)
+            return
+        for place, d in zip(self._packing.unpack(packed), parts, strict=True):
+            place.sub_(d)
 
     def packed_step(self, phi: Tensor, s: Tensor, k: int) -> Tensor:
         """Eq. (3) on packed ``phi`` and ``s_k``, ``[T, P]``."""

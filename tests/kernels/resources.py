@@ -36,8 +36,9 @@ COUNTED = ("HGMMA", "HMMA", "LDL", "STL")
 
 def modules() -> list[str]:
     """The modules that ship kernels."""
-    found = sorted((ROOT / "fastmeta" / "ops").glob("*/triton.py"))
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+    found = sorted((ROOT / "fastmeta" / "ops").glob("*/triton*.py"))
+    shipping = [path for path in found if "\ndef shipped()" in path.read_text()]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in shipping]
 
 
 def sources() -> str:
@@ -77,7 +78,13 @@ class Build:
         from triton.compiler import ASTSource
 
         kernel, types = self.shipped.kernel, self.shipped.signature
-        pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n].startswith("*")}
+        aligned = [["tt.divisibility", 16]]
+        pointers = {}
+        for i, name in enumerate(kernel.arg_names):
+            if isinstance(types[name], tuple):
+                pointers |= {(i, j): aligned for j, kind in enumerate(types[name]) if kind.startswith("*")}
+            elif types[name].startswith("*"):
+                pointers[i,] = aligned
         return ASTSource(kernel, types, self.shipped.constants, pointers)
 
     def digest(self) -> str:

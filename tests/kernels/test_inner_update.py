@@ -72,3 +72,35 @@ def test_nothing_to_do():
         u, d_alpha = triton.adjoint(x, x, torch.ones(1, device=device()))
         assert u.shape == shape
         assert d_alpha.item() == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize("sizes", [(1,), (5, 1025, 1, 2048), (3,) * 35], ids=str)
+def test_steps_of_parts_are_those_of_the_whole(kind, sizes):
+    device()
+    from fastmeta.ops.inner_update import triton
+
+    tasks, whole = 3, sum(sizes)
+    torch.manual_seed(0)
+    g, theta = (torch.randn(tasks, whole).to(device()) for _ in range(2))
+    parts = [part.contiguous() for part in g.split(sizes, 1)]
+    starts = torch.tensor((0, *itertools.accumulate(sizes))).to(device())
+    alpha, segments = {
+        "scalar": (torch.randn(()), None),
+        "one": (torch.randn(1), None),
+        "tensor": (torch.randn(len(sizes)), starts),
+        "element": (torch.randn(whole), None),
+        "none": (None, None),
+    }[kind]
+    alpha = None if alpha is None else alpha.to(device())
+    want = triton.step(theta, g, torch.ones(1, device=device()) if alpha is None else alpha, segments)
+    out = poisoned(tasks, whole + 2, like=theta)[:, 1:-1]
+    with reversed_programs():
+        triton.step_parts(theta.expand(tasks, whole), parts, alpha, segments, out=out)
+        shared = triton.step_parts(
+            theta[:1].expand(tasks, whole), parts, alpha, segments, out=poisoned(tasks, whole, like=theta)
+        )
+        triton.step_parts(theta, parts, alpha, segments, out=theta)
+    assert torch.equal(out, want)
+    assert torch.equal(theta, want)
+    assert torch.equal(shared[0], want[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,25 @@ def inner_update(
     g = rows(grad if grad.dim() == 2 else grad.unsqueeze(0))
     phi: Tensor = Step.apply(rows(theta.expand_as(g)), g, alpha.contiguous(), segments)
     return phi if grad.dim() == 2 else phi.squeeze(0)
+
+
+def takes_parts(phi: Tensor) -> bool:
+    """Whether :func:`step_parts` runs beside ``phi``, ``[T, P]``: on a GPU in float32."""
+    return _on_gpu(phi)
+
+
+def step_parts(
+    theta: Tensor,  # [T, P]
+    parts: Sequence[Tensor],  # [T, n] each, P elements a task in all
+    alpha: Tensor | None = None,  # [] or [1], [S], [P]
+    segments: Tensor | None = None,  # int64 [S + 1], at which the parts begin
+    *,
+    out: Tensor,  # [T, P]; may be theta
+) -> Tensor:  # [T, P]
+    """Eq. (3) into ``out`` of gradients that lie by themselves, where :func:`takes_parts`; a rate left out is 1."""
+    from fastmeta.ops.inner_update import triton
+
+    return triton.step_parts(theta, parts, None if alpha is None else alpha.contiguous(), segments, out=out)
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -6,6 +6,9 @@ order of the tasks, whatever the launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +19,7 @@ from fastmeta.core.triton_support import Shipped
 BLOCK = 1024  # elements of a program: four of 16 bytes a thread
 WARPS = 4
 SCALAR, SEGMENT, ELEMENT = 0, 1, 2
+MOST_PARTS = 16  # of a launch
 
 
 @triton.jit
@@ -57,6 +61,39 @@ def step_kernel(
 
 
 @triton.jit
+def parts_kernel(
+    theta, parts, alpha, out,  # parts: one [T, n] a tensor
+    theta_row, out_row,
+    sizes,  # n of each
+    before,  # elements of a row that lie before the first part
+    first,  # number of the first part
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A step, or with ``alpha`` ``None`` ``theta - g``, where each tensor's gradient lies by itself."""
+    block = tl.program_id(0)
+    task = tl.program_id(1).to(tl.int64)
+    for i in tl.static_range(len(parts)):
+        size = sizes[i]
+        blocks = tl.cdiv(size, BLOCK)
+        if (block >= 0) & (block < blocks):
+            q = block * BLOCK + tl.arange(0, BLOCK)
+            mask = q < size
+            p = before + q
+            change = tl.load(parts[i] + task * size + q, mask, 0.0)
+            if alpha is not None:
+                if KIND == 0:
+                    change *= tl.load(alpha)
+                elif KIND == 1:
+                    change *= tl.load(alpha + first + i)
+                else:
+                    change *= tl.load(alpha + p, mask, 0.0)
+            tl.store(out + task * out_row + p, tl.load(theta + task * theta_row + p, mask, 0.0) - change, mask)
+        block -= blocks
+        before += size
+
+
+@triton.jit
 def products_kernel(lam, g, out, lam_row, g_row, T, P, BLOCK: tl.constexpr):
     """``out[p] = -sum_t g[t, p] lam[t, p]``."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -82,6 +119,30 @@ def step(
     result = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     _launch(theta, g, alpha, segments, result, scale=False)
     return result
+
+
+def step_parts(
+    theta: Tensor,  # [T, P]
+    parts: Sequence[Tensor],  # [T, n] each, P elements a task in all
+    alpha: Tensor | None = None,  # [] or [1], [S], [P]; 1 where left out
+    segments: Tensor | None = None,  # int64 [S + 1]: that alpha has a rate for each part
+    *,
+    out: Tensor,  # [T, P]; may be theta
+) -> Tensor:  # [T, P]
+    """Eq. (3) into ``out``, of gradients that lie by themselves: they need not be copied together first."""
+    kind = SCALAR if alpha is None else _kind(alpha, segments, theta.shape[1])[0]
+    before = 0
+    for first in range(0, len(parts), MOST_PARTS):
+        some = tuple(part.contiguous() for part in parts[first : first + MOST_PARTS])
+        sizes = tuple(part.shape[1] for part in some)
+        grid = (sum(triton.cdiv(size, BLOCK) for size in sizes), theta.shape[0])
+        if sum(sizes) and theta.shape[0]:
+            parts_kernel[grid](
+                theta, some, alpha, out, theta.stride(0), out.stride(0), sizes, before, first,
+                KIND=kind, BLOCK=BLOCK, num_warps=WARPS, num_stages=2, enable_fp_fusion=True,
+            )  # fmt: skip
+        before += sum(sizes)
+    return out
 
 
 def adjoint(
@@ -138,12 +199,18 @@ def _kind(alpha: Tensor, segments: Tensor | None, elements: int) -> tuple[int, i
 def shipped() -> list[Shipped]:
     """One build for each way that rates are spread, and the sums."""
     builds = []
+    signature: dict[str, Any]
     pointers = dict.fromkeys(("theta", "g", "alpha", "out"), "*fp32") | {"segments": "*i64"}
     numbers = dict.fromkeys(("theta_row", "g_row", "out_row", "P", "S"), "i32")
     for name, kind, depth in (("one rate", SCALAR, 0), ("one a tensor", SEGMENT, 4), ("one an element", ELEMENT, 0)):
         constants = {"KIND": kind, "DEPTH": depth, "SCALE": False, "BLOCK": BLOCK}
         signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
         builds.append(Shipped(f"inner_update step, {name}", step_kernel, signature, constants, WARPS, 2))
+    constants = {"KIND": SCALAR, "BLOCK": BLOCK}
+    signature = {"theta": "*fp32", "parts": ("*fp32",) * 6, "alpha": "*fp32", "out": "*fp32", "theta_row": "i32"}
+    signature |= {"out_row": "i32", "sizes": ("i32",) * 6, "before": "i32", "first": "i32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    builds.append(Shipped("inner_update step of six parts", parts_kernel, signature, constants, WARPS, 2))
     signature = dict.fromkeys(("lam", "g", "out"), "*fp32") | dict.fromkeys(("lam_row", "g_row", "T", "P"), "i32")
     signature |= {"BLOCK": "constexpr"}
     return [*builds, Shipped("inner_update products", products_kernel, signature, {"BLOCK": BLOCK}, WARPS, 2)]
