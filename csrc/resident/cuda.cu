@@ -80,7 +80,7 @@ void launch(const Plan& plan, const Tensors<R>& io, int device, std::uintptr_t s
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   FASTMETA_LAUNCH(meta_step_of<R>(plan), static_cast<unsigned>(io.tasks), plan.threads, bytes<R>(plan), on, plan, io);
   check(cudaGetLastError(), "launch");
-  FASTMETA_LAUNCH(sum_over_tasks<R>, static_cast<unsigned>(sums), sum_threads, 0, on, plan, io);
+  launch_early(sum_over_tasks<R>, static_cast<unsigned>(sums), sum_threads, on, device, plan, io);
   check(cudaGetLastError(), "launch");
 }
 

@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(most_threads, 1)
   const Block<R> block{reinterpret_cast<R*>(memory), static_cast<int>(threadIdx.x) % warp_size,
                        static_cast<int>(threadIdx.x) / warp_size, static_cast<int>(blockDim.x) / warp_size,
                        static_cast<std::int64_t>(blockIdx.x)};
+  admit_next_launch();
   stage(plan, io, block);
   if (block.warp < 2) stage_labels(plan, io, block);
   __syncthreads();

@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(sum_threads)
   const int lane = static_cast<int>(threadIdx.x) % warp_size, group = static_cast<int>(threadIdx.x) / warp_size;
   const int gradients = plan.gradient ? static_cast<int>((plan.gradient_elements + warp_size - 1) / warp_size) : 0;
   const int block = static_cast<int>(blockIdx.x);
+  await_launch_before();
   if (block < gradients) {
     sum_gradient(plan, io, lane, group);
   } else if (group == 0 && block == gradients) {

@@ -5,6 +5,7 @@ Where the rows grow too many, they are added up to a matrix of each task's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -71,12 +72,16 @@ class Met:
     def __init__(self) -> None:
         self._found: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # with the operands, so that they stay in place
 
-    def rows(self, x: Tensor, right: Tensor) -> Tensor:
-        """``x_t right_t^T``: ``[T, R, in]`` and ``[T, r, in]`` to ``[T, R, r]``."""
+    def rows(self, x: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """``x_t right_t^T``: ``[T, R, in]`` and ``[T, r, in]`` to ``[T, R, r]``, by ``multiply`` if it is given."""
         key = _place(x), _place(right)
         if key not in self._found:
             turned = self._found.get(key[::-1])
-            self._found[key] = x, right, products(x, right.mT) if turned is None else turned[2].mT
+            if turned is not None:
+                found = turned[2].mT
+            else:
+                found = products(x, right.mT) if multiply is None else multiply(x, right)
+            self._found[key] = x, right, found
         return self._found[key][2]
 
     def shared(self, x: Tensor, matrix: Tensor) -> Tensor:

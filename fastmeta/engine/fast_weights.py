@@ -96,6 +96,13 @@ class FastWeights:
             factors = {name: replace(part, met=beside.factors[name].met) for name, part in factors.items()}
         return [factors[name] if name in factors else next(formed) for name in self._names]
 
+    def first_values(self, phi: Vector) -> list[Weight]:
+        """What the first pass reads: the parameters that tasks share, ``[*shape]``.
+
+        Those that meet the data's rows come with what they gave, which is wanted again.
+        """
+        return [phi.factors[name] if name in self._met else self._theta[name] for name in self._names]
+
     def vector(self, values: Sequence[Weight]) -> Vector:
         """The other way round."""
         formed = [v for v in values if isinstance(v, Tensor)]

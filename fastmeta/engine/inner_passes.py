@@ -128,7 +128,7 @@ class InnerPasses:
 
     def _pass(self, phi: Vector, k: int, i: int) -> tuple[Tape, list[Weight]]:
         """Forward and backward pass over one micro-batch, and its part of the gradient."""
-        adapted: Sequence[Weight] = self._rule.values(phi) if k else self._work.theta
+        adapted: Sequence[Weight] = self._rule.values(phi) if k else self._rule.first_values(phi)
         tape = self._forward(adapted, k, i, self._invariants[i])
         if self._invariants[i] is None and tape.invariants is not None:
             kept = tape.invariants

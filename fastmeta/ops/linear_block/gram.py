@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.core.low_rank import LowRank
-from fastmeta.core.product import linear
+from fastmeta.core.low_rank import Factor, LowRank
+from fastmeta.core.product import linear, products
 from fastmeta.core.task_op import Need, Tensors
-from fastmeta.ops.linear.reference import weight_factors
 from fastmeta.ops.linear_block.op import LinearBlock
-from fastmeta.ops.linear_block.reference import BENT, BY_INPUT
+from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
 
 FACTORS = 2  # that a kernel takes: of the rows of the support and of the query set
+# Rows on either side of a Gram matrix up to which a library's batched product is a single tile a task, over long sums.
+ONE_TILE = 32
 
 
 class GramBlock(LinearBlock):
@@ -75,7 +76,7 @@ class GramBlock(LinearBlock):
         return self.has_bias and need[2] is Need.TASK
 
     def _cotangents(self, d_z: Tensor, d_b: Tensor | None, x: Tensor, need: Sequence[Need]) -> Tensors:
-        weight: Any = LowRank(None, weight_factors(d_z, x)) if need[1] else None
+        weight: Any = LowRank(None, (Factor(d_z, x),)) if need[1] else None
         if not self.has_bias:
             return None, weight
         return None, weight, d_z.sum((0, 1)) if need[2] is Need.SHARED else d_b
@@ -83,7 +84,12 @@ class GramBlock(LinearBlock):
 
 def _parts(weight: Any, x: Tensor) -> tuple[Tensor | None, tuple[Any, ...]]:
     """``x W^T`` as what is given whole, ``[T, R, O]``, and the pairs that are still to be multiplied."""
+    from fastmeta.ops.linear_block import triton
     from fastmeta.ops.linear_block.triton_gram import Pair
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        small = max(a.shape[1], b.shape[1]) <= ONE_TILE
+        return triton.rows(Curve("identity"), a, b)[0] if small else products(a, b.mT)
 
     if not isinstance(weight, LowRank):  # before the first step
         return linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2]), ()
@@ -92,5 +98,5 @@ def _parts(weight: Any, x: Tensor) -> tuple[Tensor | None, tuple[Any, ...]]:
     if weight.met is None or weight.own is not None or not (numbers and coefficient) or len(weight.factors) > FACTORS:
         return weight.of_rows(x), ()
     met = weight.met
-    pairs = tuple(Pair(met.rows(x, f.right), f.left, f.scale) for f in weight.factors)
+    pairs = tuple(Pair(met.rows(x, f.right, multiply), f.left, f.scale) for f in weight.factors)
     return None if weight.shared is None else met.shared(x, weight.shared), pairs
