@@ -113,6 +113,17 @@ def rows(peaks: Peaks) -> list[dict[str, Any]]:
     return found
 
 
+def compile_all() -> None:
+    """Compile every kernel for each precision."""
+    from fastmeta.ops.attention import triton
+
+    before = torch.get_float32_matmul_precision()
+    for setting in PRECISIONS:
+        torch.set_float32_matmul_precision(setting)
+        _compile(triton)
+    torch.set_float32_matmul_precision(before)
+
+
 def _compare(problem: Problem, kernels: Any, precision: str, peak: float) -> list[dict[str, Any]]:
     truth = {what: call() for what, call in problem.maps(reference, lambda x: x[:, :1, :2].double()).items()}
     ours, peers = problem.maps(kernels), problem.peers()

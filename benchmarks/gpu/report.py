@@ -77,9 +77,10 @@ def table(found: dict[str, Any]) -> str:
     for key, result in found.items():
         if key.startswith("kernels "):
             lines += ["", f"## Kernels: {result['title']}", "", *_kernel_rows(result)]
-    for key, title in (("conv", "Convolution blocks"), ("attention", "Attention")):
+    for key, title in (("vectors", "Inner update"), ("conv", "Convolution blocks"), ("attention", "Attention")):
         if found.get(key):
             lines += ["", f"## {title}", "", *_rows(found[key])]
+    lines += [f"\n{key} failed: {reason}." for key, reason in found.get("failed", {}).items()]
     left = found.get("left_out")
     if left:
         lines += ["", f"Not measured in this run: {', '.join(left)}."]

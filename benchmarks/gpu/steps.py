@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,10 +38,12 @@ WORKLOADS: dict[str, tuple[str, Callable[[], Problem]]] = {
     "conv4_84": ("Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),
 }
 SLOW = ("loop",)  # timed once
-BY_TASK = ("fastmeta", "torch.func, graph")  # judged by the median of single tasks too, where no flip can hide a fault
+BY_TASK = ("fastmeta",)  # judged by the median of single tasks too, where no flip can hide a fault
 SOME_TASKS = 2  # that a batch of one task repeated has there
 NUDGES = 2  # copies with nudged weights that float32's own error is measured on
-JAX_SECONDS = 100  # that JAX has to compile and run a workload
+JAX_SECONDS = 60  # that JAX has to compile and run a workload
+TF32 = ("omniglot_5way", "omniglot_20way", "conv4_84")  # compared with tf32 too
+WITH_COMPILE = ("sinusoid_k1",)  # compiling takes minutes elsewhere
 
 
 @contextmanager
@@ -163,6 +165,22 @@ def compare(name: str, variants: list[str], say: Callable[[str], None], *, with_
         "reasons": reasons,
         "explain": explained,
     }
+
+
+def variants_of(name: str, wanted: Sequence[str] = ()) -> list[str]:
+    """The ways to a workload's meta-step that are timed, or those of them that are ``wanted``."""
+    return [v for v in wanted or VARIANTS if v != "torch.compile" or name in WITH_COMPILE]
+
+
+def compile_all(name: str) -> None:
+    """Run what :func:`compare` will have compiled, once."""
+    build = WORKLOADS[name][1]
+    for allowed in (False, True) if name in TF32 else (False,):
+        with tf32(allowed):
+            for problem in (build(), build().repeated(SOME_TASKS)):
+                _run(value_and_grad, problem)
+    if name in WITH_COMPILE:
+        _run(VARIANTS["torch.compile"], build())
 
 
 def _run(prepare: Callable[[Problem], Call], problem: Problem) -> Gradients:

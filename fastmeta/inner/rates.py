@@ -141,7 +141,7 @@ def as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
     """A number or a tensor in ``like``'s dtype and device."""
     if isinstance(value, Tensor):
         return value.to(dtype=like.dtype, device=like.device)
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
+    return torch.full((), value, dtype=like.dtype, device=like.device)  # no copy to a GPU, which a graph cannot have
 
 
 class RateTable(nn.Module):
