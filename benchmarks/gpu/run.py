@@ -44,7 +44,7 @@ def main() -> None:
         try:
             found[key] = work()
         except Exception as error:  # the others are measured all the same, and the table says so
-            found.setdefault("failed", {})[key] = f"{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}"
+            found.setdefault("failed", {})[key] = steps.reason_of(error)
             say(f"{key} failed: {found['failed'][key]}")
         files.write_json(arguments.out / "gpu.json", found)
 

@@ -136,7 +136,7 @@ def compare(name: str, variants: list[str], say: Callable[[str], None], *, with_
                     errors[variant] |= {"task_error": error, "task_bound": most}
                 calls[variant] = call
             except Exception as error:  # a failure is a row of the table, anyone's
-                reasons[variant] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                reasons[variant] = reason_of(error)
         fast = {v: c for v, c in calls.items() if v not in SLOW}
         times = interleaved(fast) | {v: once(c) for v, c in calls.items() if v in SLOW}
         memory = {v: peak(c) for v, c in calls.items()}
@@ -165,6 +165,12 @@ def compare(name: str, variants: list[str], say: Callable[[str], None], *, with_
         "reasons": reasons,
         "explain": explained,
     }
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    words = str(error).splitlines() or ["it says nothing"]
+    return f"{type(error).__name__}: {words[0][:160]}"
 
 
 def variants_of(name: str, wanted: Sequence[str] = ()) -> list[str]:
