@@ -59,14 +59,12 @@ class Captures:
     def __init__(self) -> None:
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._lock = threading.Lock()
-        self._pools: dict[torch.device, Any] = {}
         self._done: dict[torch.device, torch.cuda.Event] = {}
 
     def clear(self) -> None:
         """Forget every graph."""
         with self._lock:
             self._kinds.clear()
-            self._pools.clear()
             self._done.clear()
 
     def run(self, kind: Hashable, work: Work, cotangents: Cotangents | None, execute: Execute) -> Evaluation:
@@ -119,7 +117,7 @@ class Captures:
     ) -> None:
         if kind.reason:
             return
-        kind.graph, kind.results = None, []
+        kind.graph, kind.results, kind.together = None, [], None
         if kind.captures == MOVES:
             _give_up(kind, "the parameters lie elsewhere in memory at every meta-step")
             return
@@ -127,7 +125,7 @@ class Captures:
         device = work.alpha.device
         kind.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x) for x in inputs]
         work, cotangents = _on(work, cotangents, kind.inputs)
-        pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+        pool = self._pool(device)
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may allocate memory meanwhile: that is no part of the graph, and no error
@@ -142,6 +140,13 @@ class Captures:
         kind.results, kind.together = result.apart()
         kind.alone = 3 + len(result.outputs)  # losses and outputs: callers may write into what autograd knows
         kind.graph, kind.parameters = graph, addresses
+
+    def _pool(self, device: torch.device) -> Any:
+        """The memory of the graphs that there are; a new one where none is: PyTorch shares none that no graph uses."""
+        for kind in self._kinds.values():
+            if kind.graph is not None and kind.results[0].device == device:
+                return kind.graph.pool()
+        return torch.cuda.graph_pool_handle()
 
     def _replay(self, kind: _Kind, inputs: list[Tensor]) -> Evaluation:
         graph, together = kind.graph, kind.together

@@ -111,13 +111,13 @@ class Evaluation:
         others = [] if gradient is None else [*gradient.outer, gradient.alpha, gradient.hyper]
         given = [other is not None for other in others]
         names = [tuple(values) for values in self.mutations]
-        stops = self.taken is not None
+        stops, differentiated = self.taken is not None, gradient is not None
 
         def together(tensors: Iterable[Tensor]) -> Evaluation:
             rest = iter(tensors)
             own = next(rest), next(rest), next(rest), list(islice(rest, counts[0]))
             again = None
-            if gradient is not None:
+            if differentiated:
                 adapted = list(islice(rest, counts[1]))
                 *outer, alpha, hyper = (next(rest) if there else None for there in given)
                 again = MetaGradient(adapted, outer, alpha, hyper)

@@ -147,7 +147,7 @@ def explained(model: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 
 def test_explain_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = explained(network(), torch.float32, monkeypatch)
-    assert [row.op for row in rows if row.backend == "triton"] == ["conv_block"] * 2
+    assert [row.backend for row in rows if row.op == "conv_block"] == ["triton"] * 2
     assert {"batch_norm", "activation", "max_pool"}.isdisjoint(row.op for row in rows)
     assert [row.shape for row in rows[:2]] == [(3, 6, 4, 4), (3, 6, 2, 2)]
     assert rows[0].flops > 0
