@@ -35,6 +35,8 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    if found["fastmeta"] is None:  # in a checkout that is not installed
+        found["fastmeta"] = importlib.import_module("fastmeta").__version__
     return found
 
 
