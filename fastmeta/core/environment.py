@@ -36,7 +36,7 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     if found["fastmeta"] is None:  # in a checkout that is not installed
-        found["fastmeta"] = importlib.import_module("fastmeta").__version__
+        found["fastmeta"] = sys.modules["fastmeta"].__version__
     return found
 
 

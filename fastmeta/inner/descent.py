@@ -36,25 +36,25 @@ class Descent:
 
     def step(self, phi: Tensor, g: Sequence[Tensor], k: int) -> Tensor:
         """Eq. (3) on packed ``phi`` ``[T, P]`` and what each parameter has for ``s_k`` ``[T, *shape]``: ``[T, P]``."""
-        tasks, alpha = phi.shape[0], self.rate(k)
-        parts = [d.reshape(tasks, -1) for d in g]
-        if inner_update.takes_parts(phi):
+        alpha = self.rate(k)
+        if phi.is_cuda and inner_update.takes_parts(phi):
+            parts = [d.reshape(phi.shape[0], -1) for d in g]
             return inner_update.step_parts(phi, parts, alpha, self.segments, out=phi.new_empty(phi.shape))
         if phi.numel() <= PACKED_ELEMENTS:
             return inner_update.step(phi, self._packing.pack(g), alpha, self.segments)
         result = phi.new_empty(phi.shape)
         offsets = self._packing.offsets
-        for i, (d, start, stop) in enumerate(zip(parts, offsets[:-1], offsets[1:], strict=True)):
+        for i, (d, start, stop) in enumerate(zip(g, offsets[:-1], offsets[1:], strict=True)):
             rate = alpha if alpha.numel() == 1 else alpha[start:stop]
             if self.segments is not None:
                 rate = alpha[i : i + 1]
             part = slice(start, stop)
-            inner_update.step(phi[:, part], d, rate, out=result[:, part])
+            inner_update.step(phi[:, part], d.reshape(phi.shape[0], -1), rate, out=result[:, part])
         return result
 
     def subtract_(self, packed: Tensor, parts: Sequence[Tensor]) -> None:
         """Subtract what each parameter has, ``[T, *shape]``, from ``packed`` ``[T, P]``."""
-        if inner_update.takes_parts(packed):
+        if packed.is_cuda and inner_update.takes_parts(packed):
             inner_update.step_parts(packed, [d.reshape(packed.shape[0], -1) for d in parts], out=packed)
             return
         for place, d in zip(self._packing.unpack(packed), parts, strict=True):
