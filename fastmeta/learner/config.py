@@ -10,7 +10,7 @@ from fastmeta.core import checks
 
 PROBLEMS = ("sinusoid", "digits", "omniglot")
 ALGORITHMS = (
-    "maml", "fomaml", "anil", "boil", "metasgd", "reptile", "imaml", "protomaml", "mamlpp", "metacurvature",
+    "maml", "fomaml", "anil", "boil", "metasgd", "reptile", "imaml", "protomaml", "cavia", "mamlpp", "metacurvature",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ class TrainConfig:
         meta_lr: learning rate of Adam on the meta-parameters at the start.
         meta_lr_end: the same at the end; it falls along half a cosine over ``iterations``.
         filters: channels of a convolution (not used by sinusoid).
+        context: number of context parameters (used by cavia alone).
         meta_batch: tasks of a meta-step.
         iterations: meta-steps in all.
         accumulate: meta-batches whose gradients are added up before Adam's step.
@@ -65,6 +66,7 @@ class TrainConfig:
     log_every: int = 20
     algorithm: str = "maml"
     accumulate: int = 1
+    context: int = 5
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -93,6 +95,7 @@ class TrainConfig:
             "val_every",
             "log_every",
             "accumulate",
+            "context",
         ):
             checks.at_least("train", name, getattr(self, name), 1)
         for name in ("inner_steps", "eval_steps", "seed", "threads", "clip_norm", "meta_lr_end"):
@@ -119,7 +122,12 @@ class TrainConfig:
         """
         known = {field.name for field in fields(cls)}
         if isinstance(values, Mapping):
-            values = {"algorithm": "maml", "accumulate": 1, **values}  # a run from before there were others
+            values = {
+                "algorithm": "maml",
+                "accumulate": 1,
+                "context": 5,
+                **values,
+            }  # a run from before there were others
         if not isinstance(values, Mapping) or set(values) != known:
             got = sorted(set(values) ^ known) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"train: the settings must have the names of TrainConfig, got a difference in {got}")
@@ -137,10 +145,12 @@ _DEFAULTS = {
     "digits": TrainConfig(
         "digits", ways=5, shots=1, queries=5, inner_steps=1, eval_steps=3, inner_lr=0.4, meta_lr=3e-3,
         meta_lr_end=1e-5, filters=32, meta_batch=16, iterations=400, val_every=100, val_tasks=200, log_every=10,
+        context=100,
     ),
     "omniglot": TrainConfig(
         "omniglot", ways=5, shots=1, queries=5, inner_steps=1, eval_steps=5, inner_lr=0.4, meta_lr=2e-3,
         meta_lr_end=1e-5, filters=32, meta_batch=8, iterations=10_000, val_every=500, val_tasks=200, log_every=20,
+        context=100,
     ),
 }  # fmt: skip
 

@@ -140,7 +140,7 @@ class MetaLearner(BaseEstimator):
                 ``DataLoader`` of TaskBatch.
             epochs: epochs in all, those before an interruption included.
             steps_per_epoch: meta-steps of an epoch; one pass over tasks that have an end, or 100, where left out.
-            tasks_per_step: tasks of a batch, of tasks that are given one by one; a meta-step takes ``accumulate`` batches.
+            tasks_per_step: tasks of a batch, of tasks that are given one by one.
             validation: tasks in any of these forms, judged after every epoch; of a sampler the same ones every time.
             validation_tasks: how many are taken from a sampler.
             callbacks: are told of the progress (:class:`fastmeta.learner.callbacks.Callback`).

@@ -94,7 +94,7 @@ class Loop:
         progress: how far training is.
         metric: a figure of each meta-step beside the loss; ``None`` for the loss alone.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
-        accumulate: batches of a meta-step, computed one after the other; its meta-gradient is the mean over their tasks.
+        accumulate: batches of a meta-step, computed one after the other; the meta-gradient is the mean over all tasks.
         mend: what helps where the loss is not finite.
     """
 
