@@ -135,17 +135,17 @@ def timed(row: Row, config: TrainConfig, effort: Effort) -> Row:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown."""
-    columns = ["error against float64", "accuracy", "before adaptation", "rate", "best at step", "training"]
+    columns = ["error against float64", "accuracy", "before adaptation", "rate", "best at step"]
     columns += ["meta-step", "loop / fastmeta"]
     lines = [f"| algorithm | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for row in rows:
-        cells = [""] * 7
+        cells = [""] * 6
         if row.accuracy is not None and row.ci95 is not None and row.before is not None and row.settings is not None:
             cells[0] = f"{100 * row.accuracy:.2f} % ± {100 * row.ci95:.2f}"
             cells[1] = f"{100 * row.before:.1f} %"
-            cells[2:5] = [f"{row.settings['inner_lr']:g}", f"{row.step}", f"{row.seconds:.0f} s"]
+            cells[2:4] = [f"{row.settings['inner_lr']:g}", f"{row.step}"]
         if row.loop_ms is not None and row.fastmeta_ms is not None:
-            cells[5:] = [f"{row.fastmeta_ms:.3g} ms", f"{row.loop_ms / row.fastmeta_ms:.2f}"]
+            cells[4:] = [f"{row.fastmeta_ms:.3g} ms", f"{row.loop_ms / row.fastmeta_ms:.2f}"]
         lines.append(f"| {row.algorithm} | {row.error:.1e} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -35,9 +35,9 @@ def test_it_is_markdown() -> None:
     whole = Row("maml", 1e-15, 0.975, 0.01, 0.2, 7, 12.0, defaults("omniglot").to_json())
     quick = Row("boil", 3e-16, loop_ms=30.0, fastmeta_ms=12.0, timed_on="here")
     lines = table([whole, Row("cavia", 2e-16), quick]).splitlines()
-    assert lines[2] == "| maml | 1.0e-15 | 97.50 % ± 1.00 | 20.0 % | 0.4 | 7 | 12 s |  |  |"
-    assert lines[3] == "| cavia | 2.0e-16 |  |  |  |  |  |  |  |"
-    assert lines[4] == "| boil | 3.0e-16 |  |  |  |  |  | 12 ms | 2.50 |"
+    assert lines[2] == "| maml | 1.0e-15 | 97.50 % ± 1.00 | 20.0 % | 0.4 | 7 |  |  |"
+    assert lines[3] == "| cavia | 2.0e-16 |  |  |  |  |  |  |"
+    assert lines[4] == "| boil | 3.0e-16 |  |  |  |  | 12 ms | 2.50 |"
     assert len({line.count("|") for line in lines}) == 1
 
 
