@@ -42,7 +42,7 @@ def test_cavia_has_a_place_for_its_context() -> None:
     waves = settings("cavia")
     assert waves.context == 5
     learner = learner_of(waves, build(waves))
-    assert [p.shape for p in learner.model.model.parameters()][0] == (40, 1 + 5)
+    assert next(p.shape for p in learner.model.model.parameters()) == (40, 1 + 5)
     images = defaults("digits").changed(algorithm="cavia", filters=2, meta_batch=2, inner_lr=20.0)
     assert images.context == 100
     images = images.changed(context=3)
