@@ -33,6 +33,7 @@ class AlgorithmName(enum.StrEnum):
     REPTILE = "reptile"
     IMAML = "imaml"
     PROTOMAML = "protomaml"
+    CAVIA = "cavia"
     MAMLPP = "mamlpp"
     METACURVATURE = "metacurvature"
 
@@ -59,6 +60,7 @@ def train(
     meta_lr: Annotated[float | None, _option("--meta-lr", help="Learning rate of Adam at the start.")] = None,
     meta_lr_end: Annotated[float | None, _option("--meta-lr-end", help="The same at the end of its cosine.")] = None,
     filters: Annotated[int | None, _option("--filters", help="Channels of a convolution.")] = None,
+    context: Annotated[int | None, _option("--context", help="cavia: number of context parameters.")] = None,
     meta_batch: Annotated[int | None, _option("--meta-batch", help="Tasks of a meta-step.")] = None,
     accumulate: Annotated[
         int | None, _option("--accumulate", help="Meta-batches whose gradients are added up before a meta-step.")
@@ -102,7 +104,7 @@ def train(
         inner_steps=inner_steps, eval_steps=eval_steps, inner_lr=inner_lr, meta_lr=meta_lr, meta_lr_end=meta_lr_end,
         filters=filters, meta_batch=meta_batch, iterations=iterations, first_order=first_order, clip_norm=clip_norm,
         seed=seed, threads=threads, val_every=val_every, val_tasks=val_tasks, log_every=log_every,
-        accumulate=accumulate, device=device,
+        accumulate=accumulate, context=context, device=device,
     )  # fmt: skip
     console = Console()
     status = run_training(config, folder, console, resume=resume, minutes=minutes, test_tasks=test_tasks)

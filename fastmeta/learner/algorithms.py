@@ -16,6 +16,7 @@ from fastmeta.algorithms.maml_plus_plus import MAMLPlusPlus
 from fastmeta.core import checks
 from fastmeta.learner import checkpoint
 from fastmeta.learner.config import TrainConfig
+from fastmeta.learner.models import Modulated, read_context
 from fastmeta.learner.problems import Problem
 
 CLASSES = {
@@ -27,11 +28,12 @@ CLASSES = {
     "reptile": "Reptile",
     "imaml": "IMAML",
     "protomaml": "ProtoMAML",
+    "cavia": "CAVIA",
     "mamlpp": "MAMLPlusPlus",
     "metacurvature": "MetaCurvature",
 }
 EPOCHS = 150  # of a run, by which MAML++ anneals: those of its authors
-ORDERED = ("maml", "anil", "boil", "metasgd", "protomaml", "metacurvature")  # those of either order
+ORDERED = ("maml", "anil", "boil", "metasgd", "protomaml", "cavia", "metacurvature")  # those of either order
 
 
 def learner_of(config: TrainConfig, problem: Problem) -> MAML:
@@ -50,6 +52,9 @@ def learner_of(config: TrainConfig, problem: Problem) -> MAML:
         checks.fail(ValueError, "train", "first_order", f"left out with algorithm {name}", True)
     if name == "imaml":
         options["cg_steps"] = 5
+    if name == "cavia":
+        options["context"] = config.context
+        options["condition"] = read_context if isinstance(problem.model, Modulated) else None
     made: MAML = getattr(algorithms, CLASSES[name])(
         problem.model, problem.loss, lr=config.inner_lr, steps=config.inner_steps, **options
     )

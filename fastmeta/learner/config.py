@@ -11,7 +11,7 @@ from fastmeta.core import checks
 
 PROBLEMS = ("sinusoid", "digits", "omniglot")
 ALGORITHMS = (
-    "maml", "fomaml", "anil", "boil", "metasgd", "reptile", "imaml", "protomaml", "mamlpp", "metacurvature",
+    "maml", "fomaml", "anil", "boil", "metasgd", "reptile", "imaml", "protomaml", "cavia", "mamlpp", "metacurvature",
 )  # fmt: skip
 
 
@@ -32,6 +32,7 @@ class TrainConfig:
         meta_lr: learning rate of Adam on the meta-parameters at the start.
         meta_lr_end: the same at the end; it falls along half a cosine over ``iterations``.
         filters: channels of a convolution (not used by sinusoid).
+        context: number of context parameters (used by cavia alone).
         meta_batch: tasks of a meta-step.
         iterations: meta-steps in all.
         accumulate: meta-batches whose gradients are added up before Adam's step.
@@ -68,6 +69,7 @@ class TrainConfig:
     algorithm: str = "maml"
     accumulate: int = 1
     device: str = "cpu"
+    context: int = 5
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -98,6 +100,7 @@ class TrainConfig:
             "val_every",
             "log_every",
             "accumulate",
+            "context",
         ):
             checks.at_least("train", name, getattr(self, name), 1)
         for name in ("inner_steps", "eval_steps", "seed", "threads", "clip_norm", "meta_lr_end"):
@@ -128,6 +131,7 @@ class TrainConfig:
                 "algorithm": "maml",
                 "accumulate": 1,
                 "device": "cpu",
+                "context": 5,
                 **values,
             }  # a run from before there were others
         if not isinstance(values, Mapping) or set(values) != known:
@@ -147,10 +151,12 @@ _DEFAULTS = {
     "digits": TrainConfig(
         "digits", ways=5, shots=1, queries=5, inner_steps=1, eval_steps=3, inner_lr=0.4, meta_lr=3e-3,
         meta_lr_end=1e-5, filters=32, meta_batch=16, iterations=400, val_every=100, val_tasks=200, log_every=10,
+        context=100,
     ),
     "omniglot": TrainConfig(
         "omniglot", ways=5, shots=1, queries=5, inner_steps=1, eval_steps=5, inner_lr=0.4, meta_lr=2e-3,
         meta_lr_end=1e-5, filters=32, meta_batch=8, iterations=10_000, val_every=500, val_tasks=200, log_every=20,
+        context=100,
     ),
 }  # fmt: skip
 

@@ -62,8 +62,7 @@ class MetaLearner(BaseEstimator):
             ``ReduceLROnPlateau`` sees the validation's metric, or the loss without one.
         clip_norm: largest 2-norm of the meta-gradient, 0 for no limit.
         accumulate: batches of a meta-step. They are computed one after the other, in the memory of one, and the
-            meta-gradient is the mean over the tasks of all: that of one batch of them, where tasks do not change what
-            others see.
+            meta-gradient is the mean over the tasks of all, as if they were one batch.
         metric: what tasks are judged by: ``"loss"``, ``"accuracy"``, ``"mse"``, ``"ndcg@k"``, or a
             :class:`fastmeta.learner.metric.Metric`.
         eval_steps: steps of the inner loop everywhere but in training; as many as in training where left out.

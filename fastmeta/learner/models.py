@@ -1,11 +1,11 @@
-"""The networks of the MAML paper (Finn, Abbeel, Levine 2017, section 5): small ones, ready to meta-train."""
+"""The networks of the MAML paper (Finn, Abbeel, Levine 2017, section 5): small ones, ready to meta-train; CAVIA's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmeta.core import checks
 
@@ -28,9 +28,9 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> 
     return nn.Sequential(*layers[:-1])
 
 
-def sinusoid_mlp() -> nn.Sequential:
-    """The paper's regression network: 1-40-40-1 with ReLU."""
-    return mlp((1, 40, 40, 1))
+def sinusoid_mlp(more: int = 0) -> nn.Sequential:
+    """The paper's regression network: 1-40-40-1 with ReLU, or with so many ``more`` inputs than one."""
+    return mlp((1 + more, 40, 40, 1))
 
 
 def conv_net(
@@ -87,3 +87,66 @@ def conv4(
 ) -> nn.Sequential:
     """The four-block network of few-shot image classification; see :func:`conv_net`."""
     return conv_net(in_channels, ways, filters, image_size, blocks=4, pool=pool)
+
+
+class Modulated(nn.Module):
+    """A network that reads a context: the channels of one place are scaled and shifted by functions of it (FiLM).
+
+    ``h[n, c] -> h[n, c] * (1 + scale[c]) + shift[c]``, ``(scale, shift) = W context + b``. It starts from ``b = 0``, so
+    that the network for a context of zeros is the one without.
+
+    Args:
+        model: layers in a row; ``[N, channels, ...]`` is what the first ``place`` of them give.
+        place: number of layers before the scaling.
+        channels: channels there.
+        context: number of context parameters.
+
+    Source: E. Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018.
+    """
+
+    def __init__(self, model: nn.Sequential, place: int, channels: int, context: int) -> None:
+        super().__init__()
+        self.before, self.after = model[:place], model[place:]
+        self.film = nn.Linear(context, 2 * channels)
+        nn.init.zeros_(self.film.bias)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Outputs for inputs of one task, under its context ``[context]``."""
+        h = self.before(x)
+        scale, shift = self.film(context).reshape(2, -1, *[1] * (h.dim() - 2))
+        return self.after(h * (1 + scale) + shift)
+
+
+def read_context(model: nn.Module, context: Tensor, *inputs: Tensor) -> Tensor:
+    """How :class:`fastmeta.CAVIA` calls a :class:`Modulated` network, as its ``condition=``."""
+    outputs: Tensor = model(*inputs, context)
+    return outputs
+
+
+def modulated_conv_net(
+    in_channels: int = 1, ways: int = 5, filters: int = 64, image_size: int = 28, *, blocks: int = 4, context: int = 100
+) -> Modulated:
+    """:func:`conv_net` for :class:`fastmeta.CAVIA`: a context reaches the last block but one, behind its batch norm.
+
+    That is the third of four, as in the paper (L. Zintgraf et al., ICML 2019, section 4.3). What lies before it is the
+    same for all contexts, and computed once a meta-step.
+
+    Args:
+        in_channels: as :func:`conv_net` has it, likewise
+        ways: and
+        filters: and
+        image_size: and
+        blocks: of which there are at least two.
+        context: number of context parameters.
+
+    Returns:
+        a module from ``[N, in_channels, image_size, image_size]`` and ``[context]`` to ``[N, ways]``.
+
+    Raises:
+        ValueError: as :func:`conv_net`, or fewer than two blocks, or no context.
+    """
+    checks.at_least("modulated_conv_net", "blocks", blocks, 2)
+    checks.at_least("modulated_conv_net", "context", context, 1)
+    layers = conv_net(in_channels, ways, filters, image_size, blocks=blocks)
+    norms = [i for i, layer in enumerate(layers) if isinstance(layer, nn.BatchNorm2d)]
+    return Modulated(layers, norms[-2] + 1, filters, context)

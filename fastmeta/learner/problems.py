@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmeta.core import checks, environment
 from fastmeta.learner.config import TrainConfig
-from fastmeta.learner.models import conv4, conv_net, sinusoid_mlp
+from fastmeta.learner.models import conv_net, modulated_conv_net, sinusoid_mlp
 from fastmeta.tasks import ClassPool, EpisodeSampler, Sinusoid, SquareSymmetries, TaskSampler
 from fastmeta.tasks.download import Progress
 
@@ -63,7 +63,8 @@ def build(config: TrainConfig, *, progress: Progress | None = None) -> Problem:
     """
     device = _device(config.device)
     if config.problem == "sinusoid":
-        problem = Problem(_seeded(config, sinusoid_mlp), F.mse_loss, "mse", _sinusoids(config))
+        more = config.context if config.algorithm == "cavia" else 0  # inputs that the context is appended as
+        problem = Problem(_seeded(config, lambda: sinusoid_mlp(more)), F.mse_loss, "mse", _sinusoids(config))
     else:
         problem = _digits(config) if config.problem == "digits" else _omniglot(config, progress)
     problem.model.to(device)
@@ -93,7 +94,7 @@ def _digits(config: TrainConfig) -> Problem:
 
     digits = load_digits_pools(seed=config.seed)
     pools = {"train": digits.train, "validation": digits.validation, "test": digits.test}
-    model = _seeded(config, lambda: conv_net(1, config.ways, config.filters, 8, blocks=3))
+    model = _seeded(config, lambda: _image_network(config, 8, blocks=3))
     return Problem(
         model, F.cross_entropy, "accuracy", _episodes(config, pools, {"train", "validation"}, digits.variants)
     )
@@ -104,8 +105,14 @@ def _omniglot(config: TrainConfig, progress: Progress | None) -> Problem:
 
     train, validation, test = load_omniglot(config.data, progress=progress).split(seed=config.seed)
     pools = {"train": train, "validation": validation, "test": test}
-    model = _seeded(config, lambda: conv4(1, config.ways, config.filters, 28))
+    model = _seeded(config, lambda: _image_network(config, 28, blocks=4))
     return Problem(model, F.cross_entropy, "accuracy", _episodes(config, pools, {"train"}, SquareSymmetries(4)))
+
+
+def _image_network(config: TrainConfig, size: int, blocks: int) -> nn.Module:
+    if config.algorithm == "cavia":
+        return modulated_conv_net(1, config.ways, config.filters, size, blocks=blocks, context=config.context)
+    return conv_net(1, config.ways, config.filters, size, blocks=blocks)
 
 
 def _episodes(

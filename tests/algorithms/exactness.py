@@ -19,7 +19,7 @@ LR, STEPS = 0.2, 3
 
 
 def errors() -> dict[str, float]:
-    """By the names that ``fastmeta train --algorithm`` has, and ``cavia``."""
+    """By the names that ``fastmeta train --algorithm`` has."""
     return {name: relative_error(*pair()) for name, pair in _PAIRS.items()}
 
 

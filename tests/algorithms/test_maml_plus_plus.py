@@ -49,6 +49,7 @@ def by_hand(
     *,
     steps: int = STEPS,
     momentum: float = 0.0,
+    adam: bool = False,
     training: bool = True,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Mean loss, query outputs, what is learned by name, and running statistics after a loop over tasks."""
@@ -87,6 +88,7 @@ def by_hand(
     for t in range(len(tasks)):
         (xs, ys), (xq, yq) = tasks.task(t)
         phi, loss, buffer = dict(theta), torch.zeros((), dtype=torch.float64), dict[str, Tensor]()
+        moments = dict[str, tuple[Tensor, Tensor]]()
         for k in range(steps):
             if weights[k]:
                 loss = loss + weights[k] * F.cross_entropy(evaluate(phi, xq, k, False), yq)
@@ -94,6 +96,10 @@ def by_hand(
             g = torch.autograd.grad(inner, [phi[n] for n in names], create_graph=not learner.first_order)
             for j, (n, d) in enumerate(zip(names, g, strict=True)):
                 buffer[n] = momentum * buffer[n] + d if n in buffer else d
+                if adam:
+                    m, v = moments.get(n, (torch.zeros_like(d), torch.zeros_like(d)))
+                    m, v = moments[n] = 0.9 * m + 0.1 * d, 0.999 * v + 0.001 * d * d
+                    buffer[n] = m / (1 - 0.9 ** (k + 1)) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
                 phi[n] = phi[n] - rates[min(k, len(rates) - 1), j] * buffer[n]
         logits.append(evaluate(phi, xq, steps, True))
         losses.append(loss + weights[steps] * F.cross_entropy(logits[-1], yq))
@@ -187,14 +193,15 @@ def test_batch_norm_has_rows_that_are_used(head_alone: bool, engine: Any) -> Non
         assert relative_error(adapted.module(1)(tasks.query[0][1]), logits[1]) <= EXACT
 
 
-def test_it_goes_with_other_inner_rules() -> None:
+@pytest.mark.parametrize("adam", [False, True])
+def test_it_goes_with_other_inner_rules(adam: bool) -> None:
     model, tasks = network(), labelled()
-    rule = fm.inner.SGD(0.2, momentum=0.5)
+    rule = fm.inner.Adam(0.2) if adam else fm.inner.SGD(0.2, momentum=0.5)
     learner = fm.MAMLPlusPlus(model, F.cross_entropy, steps=STEPS, inner=rule, parameters=["4.*"])
     shaken(learner)
     assert rule.lr == 0.2
     assert learner.inner.lr.shape == (STEPS, 2)
-    _, _, wanted, _ = by_hand(learner, tasks, PLAIN[4:], learner.loss_weights(), momentum=0.5)
+    _, _, wanted, _ = by_hand(learner, tasks, PLAIN[4:], learner.loss_weights(), momentum=0.5, adam=adam)
     assert relative_error(learner.value_and_grad(tasks)[1], wanted) <= EXACT
 
 

@@ -54,6 +54,17 @@ def test_a_run_leaves_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "after 10 inner steps" in told
 
 
+def test_cavia_takes_the_size_of_its_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--algorithm", "cavia", "--context", 2, "--lr", 1, "--iterations", 1]
+    assert train(tmp_path / "run", *options) == 0
+    assert "sinusoid: 3 points, cavia" in capsys.readouterr().out
+    tensors, _ = checkpoint.load(tmp_path / "run" / "checkpoints", "best")
+    assert tensors["model.context"].shape == (2,)
+    assert tensors["model.model.0.weight"].shape == (40, 1 + 2)
+    assert train(tmp_path / "run", "--resume", "--context", 3) == 1
+    assert "context must stay 2" in capsys.readouterr().err
+
+
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "whole", "--iterations", 5, "--val-every", 2) == 0
     assert train(tmp_path / "parts", "--iterations", 5, "--val-every", 2, "--minutes", 0) == 0

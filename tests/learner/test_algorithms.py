@@ -11,6 +11,7 @@ import torch
 from fastmeta.cli.train import AlgorithmName
 from fastmeta.learner.algorithms import CLASSES, learner_of
 from fastmeta.learner.config import ALGORITHMS, TrainConfig, defaults
+from fastmeta.learner.models import Modulated
 from fastmeta.learner.problems import build
 from fastmeta.learner.results import judge, load_learner
 from fastmeta.learner.run import open_new
@@ -37,6 +38,26 @@ def test_each_name_makes_its_algorithm() -> None:
         assert type(learner_of(config, problem)).__name__ == CLASSES[name]
 
 
+def test_cavia_has_a_place_for_its_context() -> None:
+    waves = settings("cavia")
+    assert waves.context == 5
+    learner = learner_of(waves, build(waves))
+    assert next(p.shape for p in learner.model.model.parameters()) == (40, 1 + 5)
+    images = defaults("digits").changed(algorithm="cavia", filters=2, meta_batch=2, inner_lr=20.0)
+    assert images.context == 100
+    images = images.changed(context=3)
+    problem = build(images)
+    assert isinstance(problem.model, Modulated)
+    learner, first_order = learner_of(images, problem), learner_of(images.changed(first_order=True), problem)
+    learner.engine = first_order.engine = "autodiff"  # spares the time of tracing
+    tasks = problem.sampler("train", 2).sample()
+    assert learner.adapt(tasks).parameters["context"].shape == (2, 3)
+    assert learner.adapt(tasks).parameters["context"].abs().max() > 0
+    one, two = (made.value_and_grad(tasks)[1]["model.film.weight"] for made in (learner, first_order))
+    assert one.abs().max() > 0
+    assert not torch.allclose(one, two)
+
+
 @pytest.mark.parametrize("algorithm", ["metasgd", "mamlpp"])
 def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
     config = settings(algorithm)
@@ -61,8 +82,9 @@ def test_a_run_goes_on_where_it_stopped(algorithm: str, tmp_path: Path) -> None:
 
 def test_settings_of_runs_from_before() -> None:
     values = defaults("digits").to_json()
-    del values["algorithm"]
-    assert TrainConfig.from_json(values) == defaults("digits")
+    for later in ("algorithm", "accumulate", "context"):
+        del values[later]
+    assert TrainConfig.from_json(values) == defaults("digits").changed(context=5)  # which nothing of theirs reads
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta.learner.models import conv4, conv_net, mlp, sinusoid_mlp
+from fastmeta.learner.models import conv4, conv_net, mlp, modulated_conv_net, read_context, sinusoid_mlp
 
 
 def count(module: nn.Module) -> int:
@@ -39,6 +39,20 @@ def test_batch_norm_is_transductive_in_either_mode() -> None:
     assert list(model.buffers()) == []
 
 
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_a_context_scales_and_shifts_the_last_block_but_one(blocks: int) -> None:
+    torch.manual_seed(0)
+    model, x = modulated_conv_net(1, 4, 3, 16, blocks=blocks, context=2), torch.randn(5, 1, 16, 16)
+    layers, context = nn.Sequential(*model.before, *model.after), torch.randn(2)
+    assert [type(m).__name__ for m in layers] == [type(m).__name__ for m in conv_net(1, 4, 3, 16, blocks=blocks)]
+    assert torch.equal(read_context(model, torch.zeros(2), x), layers(x))
+    scale, shift = (model.film.weight @ context).view(2, 3, 1, 1)
+    place = 4 * (blocks - 2) + 2
+    expected = layers[place:](layers[:place](x) * (1 + scale) + shift)
+    assert torch.allclose(model(x, context), expected, atol=1e-6)
+    assert not torch.allclose(expected, layers(x), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -47,6 +61,8 @@ def test_batch_norm_is_transductive_in_either_mode() -> None:
         (lambda: conv4(filters=0), "conv_net: filters must be at least 1, got 0"),
         (lambda: conv4(ways=0), "conv_net: ways must be at least 1, got 0"),
         (lambda: conv4(image_size=15), "conv_net: image_size must be at least 16 for 4 blocks, got 15"),
+        (lambda: modulated_conv_net(blocks=1), "modulated_conv_net: blocks must be at least 2, got 1"),
+        (lambda: modulated_conv_net(context=0), "modulated_conv_net: context must be at least 1, got 0"),
         (lambda: conv4(pool="mean"), "conv_net: pool must be one of 'max', 'stride', got 'mean'"),
     ],
 )
