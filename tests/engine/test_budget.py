@@ -21,6 +21,7 @@ from fastmeta.engine.segments import starts
 from tests.oracle import relative_error
 from tests.process_memory import in_a_process, needs_a_mark
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 T = 6
 TINY = 1  # byte: nothing fits
 
