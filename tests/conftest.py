@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import numpy
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastmeta.core import environment, native
+from fastmeta.engine.compiler import Compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {word for word in os.environ.get("FASTMETA_REQUIRE", "").split(",") if word}
@@ -100,6 +102,29 @@ def instruction_set(request: pytest.FixtureRequest, extension: ModuleType) -> It
     extension.use_instruction_set(name)
     yield name
     extension.use_instruction_set("")
+
+
+@pytest.fixture(scope="module")
+def _graphs() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def traced_once(_graphs: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trace, which takes most of a small test's time, of a model and a loss at the same shapes and modes.
+
+    Within a module, whatever meta-steps ask for it; each plans, lowers and runs it anew. For tests that change no
+    model: where PyTorch is asked again is what others test.
+    """
+    own = Compiler._graph
+
+    def graph(self: Compiler, work: Any, batch: Any, key: Any, objective: Any) -> Any:
+        place = id(objective.model), id(objective.loss), objective._uses_set, key
+        if place not in _graphs:  # the objective is kept with it, so that nothing else gets its address
+            _graphs[place] = objective, own(self, work, batch, key, objective)
+        return _graphs[place][1]
+
+    monkeypatch.setattr(Compiler, "_graph", graph)
 
 
 @pytest.fixture(scope="session")

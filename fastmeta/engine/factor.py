@@ -193,7 +193,8 @@ class _Costs:
         self._formed_products = k * (first + again * later) + first
         self._shared = k * n * (1 + back) * (1 + again) + m * (1 + back) + m + again * k * n * (1 + back)
         self._shared_products = k * (1 + back) * (1 + again) + 3
-        ranks = sum(min(step * n, limit) for step in range(k))  # beyond, a matrix takes as much as rows up to there
+        below = min(k, -(-limit // max(n, 1)))  # steps before which factors have fewer rows than the limit
+        ranks = n * below * (below - 1) // 2 + (k - below) * limit  # beyond, a matrix takes as much as rows up to there
         pairs = (1 + 3 * again) * ranks * n + (1 + again) * k * n * min(m, limit)  # rows that meet rows
         self._pair_products = (1 + 3 * again) * k * (k - 1) // 2 + (1 + again) * k
         self._pairs = 2 * pairs * (op.fan_in + op.fan_out)

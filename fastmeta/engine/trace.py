@@ -21,7 +21,7 @@ from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Output
 from fastmeta.engine.objective import Objective
 
-COLLECT = "_collect_all_valid_cia_ops"  # a name of PyTorch's own, which later versions may not have
+COLLECT, IS_ONE = "_collect_all_valid_cia_ops", "_is_preservable_cia_op"  # PyTorch's own; later versions may lack them
 _TRACING = threading.Lock()  # a trace changes what is PyTorch's for a while, so one runs at a time
 
 
@@ -250,14 +250,16 @@ def _composites_of(exported: torch.export.ExportedProgram, table: dict[Any, Any]
     """
     from torch.export import exported_program
 
-    if not hasattr(exported_program, COLLECT):
+    if not all(hasattr(exported_program, name) for name in (COLLECT, IS_ONE)):
         yield
         return
     aten = torch.ops.aten
     wanted = {node.target for node in exported.graph.nodes} | table.keys()
     wanted |= {aten.linear.default, aten.layer_norm.default, aten.matmul.default, aten.softmax.int}
+    is_one = getattr(exported_program, IS_ONE)
+    few = {op for op in wanted if isinstance(op, torch._ops.OpOverload) and is_one(op)}
     collect = getattr(exported_program, COLLECT)
-    setattr(exported_program, COLLECT, lambda: wanted & collect())
+    setattr(exported_program, COLLECT, lambda: few)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from tests.engine.test_native import batch_of, network
 from tests.engine.test_rows import LENGTH, ROWS, WAYS, Words
 from tests.oracle import maml_loop, relative_error, total_error
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 EXACT = 1e-10  # float64 rounding, which the division by small roots makes larger; a wrong term shows above 1e-4
 ENGINES = ("program", "autodiff")
 

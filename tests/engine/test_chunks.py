@@ -13,6 +13,7 @@ from fastmeta.engine.capture import Captures
 from fastmeta.engine.compiler import Programs, Room
 from tests.oracle import relative_error
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 T = 5
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 import fastmeta as fm
 from tests.engine.cases import CASES, Case, T
@@ -20,20 +22,36 @@ from tests.oracle import maml_loop, relative_error, total_error
 EXACT = 1e-9
 
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+@functools.cache
+def problem(name: str, dtype: torch.dtype = torch.float64) -> tuple[Case, nn.Module, tuple[Any, Any]]:
+    """A case with its model, the same weights and samples in either precision; tests leave them as they are."""
+    torch.manual_seed(0)
+    model = CASES[name].model()
+    sets = CASES[name].tasks(torch.float64)
+    return CASES[name], model.to(dtype), pytree.tree_map_only(torch.is_floating_point, lambda x: x.to(dtype), sets)
+
+
 def oracle(model, case, support, query, steps, first_order=False):
     with sdpa_kernel(SDPBackend.MATH):
         return maml_loop(model, case.loss, support, query, case.lr, steps, first_order)
 
 
+@functools.cache
+def right(name: str, steps: int, first_order: bool = False) -> Any:
+    case, model, sets = problem(name)
+    return oracle(model, case, *sets, steps, first_order)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_second_order_equals_autodiff_in_float64(name: str, steps: int) -> None:
-    case = CASES[name]
-    model = case.model().double()
-    support, query = case.tasks(torch.float64)
+    case, model, (support, query) = problem(name)
     maml = fm.MAML(model, case.loss, lr=case.lr, steps=steps, engine="program")
     tasks = fm.TaskBatch(support, query)
-    loss, task_losses, logits, truth = oracle(model, case, support, query, steps)
+    loss, task_losses, logits, truth = right(name, steps)
 
     value, gradients = maml.value_and_grad(tasks)
     assert relative_error(gradients, truth) <= EXACT
@@ -42,6 +60,7 @@ def test_second_order_equals_autodiff_in_float64(name: str, steps: int) -> None:
     out = maml(tasks)
     out.loss.backward()
     assert relative_error({n: p.grad for n, p in model.named_parameters()}, truth) <= EXACT
+    model.zero_grad()
     assert relative_error(out.task_losses, task_losses) <= EXACT
     assert relative_error(out.logits, logits) <= EXACT
     assert out.support_losses.shape == (steps, T)
@@ -49,12 +68,10 @@ def test_second_order_equals_autodiff_in_float64(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_first_order_equals_autodiff_in_float64(name: str) -> None:
-    case = CASES[name]
-    model = case.model().double()
-    support, query = case.tasks(torch.float64)
+    case, model, (support, query) = problem(name)
     maml = fm.MAML(model, case.loss, lr=case.lr, steps=3, first_order=True, engine="program")
     _, gradients = maml.value_and_grad(fm.TaskBatch(support, query))
-    truth = oracle(model, case, support, query, 3, first_order=True)[3]
+    truth = right(name, 3, first_order=True)[3]
     assert relative_error(gradients, truth) <= EXACT
 
 
@@ -62,15 +79,8 @@ def test_first_order_equals_autodiff_in_float64(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_float32_is_as_good_as_pytorchs_own(name: str, steps: int) -> None:
     """At most twice the error of a PyTorch loop in float32, plus a few units of rounding where that one is lucky."""
-    case = CASES[name]
-    model = case.model()
-    double = copy.deepcopy(model).double()
-    support, query = case.tasks(torch.float64)
-    single = [
-        (x.float() if x.is_floating_point() else x, y.float() if y.is_floating_point() else y)
-        for x, y in (support, query)
-    ]
-    truth = oracle(double, case, support, query, steps)[3]
+    case, model, single = problem(name, torch.float32)
+    truth = right(name, steps)[3]
     theirs = oracle(model, case, *single, steps)[3]
     _, ours = fm.MAML(model, case.loss, lr=case.lr, steps=steps, engine="program").value_and_grad(fm.TaskBatch(*single))
     rounding = 20 * torch.finfo(torch.float32).eps
@@ -121,9 +131,8 @@ def test_random_networks_are_exact(case: Case, steps: int, support: int, query: 
 
 @pytest.mark.parametrize("name", ["mlp-tanh-mse", "conv4", "residual"])
 def test_the_autodiff_engine_agrees(name: str) -> None:
-    case = CASES[name]
-    model = case.model().double()
-    tasks = fm.TaskBatch(*case.tasks(torch.float64))
+    case, model, sets = problem(name)
+    tasks = fm.TaskBatch(*sets)
     _, program = fm.MAML(model, case.loss, lr=case.lr, steps=2, engine="program").value_and_grad(tasks)
     _, autodiff = fm.MAML(model, case.loss, lr=case.lr, steps=2, engine="autodiff").value_and_grad(tasks)
     assert relative_error(program, autodiff) <= EXACT
@@ -131,9 +140,8 @@ def test_the_autodiff_engine_agrees(name: str) -> None:
 
 def test_any_function_of_the_outputs_can_be_differentiated() -> None:
     """Cotangents of task losses and of the logits reach the parameters, not only that of the mean loss."""
-    case = CASES["mlp-relu"]
-    model = case.model().double()
-    tasks = fm.TaskBatch(*case.tasks(torch.float64))
+    case, model, sets = problem("mlp-relu")
+    tasks = fm.TaskBatch(*sets)
     weights = torch.tensor([0.2, 1.5, -0.7], dtype=torch.float64)
 
     def gradients(engine: str) -> dict[str, torch.Tensor]:

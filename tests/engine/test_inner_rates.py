@@ -17,6 +17,7 @@ from tests.engine.test_factored import EXACT, Largest, planned, plans, tokens
 from tests.engine.test_native import batch_of, network
 from tests.oracle import maml_loop, relative_error
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 SHAPES = {
     "one": lambda shape: (),
     "row": lambda shape: (shape[0], *[1] * (len(shape) - 1)),

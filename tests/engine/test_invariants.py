@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -84,15 +85,25 @@ def adapting(model: nn.Module, patterns: list[str]) -> list[str]:
     return list(maml._packing(maml._objective.parameters()).names)
 
 
+shared = functools.cache(problem)  # for tests that leave the model as it is: one trace serves them
+
+
+@functools.cache
+def right(case: str, steps: int, first_order: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    make, shape, patterns = CASES[case]
+    model, support, query = shared(make, shape)
+    return maml_loop(model, F.cross_entropy, support, query, 0.3, steps, first_order, adapting(model, patterns))
+
+
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_the_meta_gradient_is_exact(case: str, steps: int, executor: str) -> None:
     make, shape, patterns = CASES[case]
-    model, support, query = problem(make, shape)
-    names = adapting(model, patterns)
+    model, support, query = shared(make, shape)
     for first_order in (False, True):
-        truth = maml_loop(model, F.cross_entropy, support, query, 0.3, steps, first_order, names)
+        truth = right(case, steps, first_order)
         maml = fm.MAML(
             model, F.cross_entropy, 0.3, steps, first_order=first_order, parameters=patterns, executor=executor
         )
@@ -106,12 +117,13 @@ def test_the_meta_gradient_is_exact(case: str, steps: int, executor: str) -> Non
         model.zero_grad()
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("case", ["head", "middle", "branches", "last block"])
 @pytest.mark.parametrize("kind", ["a step", "a parameter", "a step and parameter"])
 def test_learned_rates_get_their_gradient(case: str, kind: str, executor: str) -> None:
     make, shape, patterns = CASES[case]
-    model, support, query = problem(make, shape)
+    model, support, query = shared(make, shape)
     names = adapting(model, patterns)
     steps = 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -54,6 +55,9 @@ def network(*widths: int, activation: str = "relu", bias: bool = True, dtype: to
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
+shared = functools.cache(network)  # for tests that leave it as it is: one trace serves them
+
+
 def batch_of(
     features: int, outputs: int, loss: str, sizes: tuple[int, int] = (4, 7), tasks: int = 5, dtype=torch.float64
 ) -> fm.TaskBatch:
@@ -85,25 +89,28 @@ def check_float32(model: nn.Module, tasks: fm.TaskBatch, lr: float) -> None:
 
 
 def both(model: nn.Module, loss: Callable[..., Tensor], tasks: fm.TaskBatch, **options):
-    """Loss and gradients by the native and by the reference executor."""
-    return [fm.MAML(model, loss, executor=name, **options).value_and_grad(tasks) for name in ("native", "reference")]
+    """Loss and gradients by the native and by the reference executor, of one trace."""
+    maml, found = fm.MAML(model, loss, **options), []
+    for maml.executor in ("native", "reference"):
+        found.append(maml.value_and_grad(tasks))
+    return found
 
 
 @pytest.mark.parametrize(
     ("activation", "loss", "steps"),
-    [(name, loss, 1) for name in ACTIVATIONS for loss in ("mse", "cross entropy")]
-    + [("gelu", loss, steps) for loss in LOSSES for steps in (0, 3)]
-    + [("relu", "bce", 1)],
+    [(name, ("mse", "cross entropy", "bce")[i % 3], 1) for i, name in enumerate(ACTIVATIONS)]
+    + [("gelu", loss, steps) for loss in LOSSES for steps in (0, 3)],
 )
+@pytest.mark.usefixtures("traced_once")
 def test_small_networks_in_both_precisions(activation: str, loss: str, steps: int) -> None:
-    model, tasks = network(3, 40, 17, 5, activation=activation), batch_of(3, 5, loss)
+    model, tasks = shared(3, 40, 17, 5, activation=activation), batch_of(3, 5, loss)
     found = fm.MAML(model, LOSSES[loss], lr=0.1, steps=steps, executor="native").value_and_grad(tasks)
     right = truth(model, LOSSES[loss], tasks, 0.1, steps)
     assert float(found[0]) == pytest.approx(float(right[0]), rel=1e-12)
     assert relative_error(found[1], right[3]) <= EXACT
 
     single = tasks.to(dtype=torch.float32)
-    small = copy.deepcopy(model).float()
+    small = shared(3, 40, 17, 5, activation=activation, dtype=torch.float32)
     right = truth(small, LOSSES[loss], single, 0.1, steps)
     ours = fm.MAML(small, LOSSES[loss], lr=0.1, steps=steps, executor="native").value_and_grad(single)[1]
     torchs = maml_loop(small, LOSSES[loss], single.support, single.query, 0.1, steps)[3]
@@ -112,12 +119,13 @@ def test_small_networks_in_both_precisions(activation: str, loss: str, steps: in
     )  # a few roundings where torch has none
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "widths", [(1, 1), (2, 1, 3), (5, 16, 16, 1), (7, 33, 15, 256, 2), (3, 8, 8, 8, 8, 8, 4), (3, 400, 370, 2)]
 )
 def test_every_instruction_set(instruction_set: str, widths: tuple[int, ...], dtype: torch.dtype) -> None:
-    model, tasks = network(*widths, activation="tanh", dtype=dtype), batch_of(widths[0], widths[-1], "mse", dtype=dtype)
+    model, tasks = shared(*widths, activation="tanh", dtype=dtype), batch_of(widths[0], widths[-1], "mse", dtype=dtype)
     maml = fm.MAML(model, F.mse_loss, lr=0.05, steps=2, executor="native")
     error = total_error(maml.value_and_grad(tasks)[1], truth(model, F.mse_loss, tasks, 0.05, 2)[3])
     # float32: eps times the square root of the longest sum, 256 terms, through five layers and two steps
@@ -143,17 +151,19 @@ def test_every_instruction_set(instruction_set: str, widths: tuple[int, ...], dt
     ],
     ids=["first order", "rate a tensor", "rate a step", "tensor rate", "head", "some", "some, first order"],
 )
+@pytest.mark.usefixtures("traced_once")
 def test_options_agree_with_the_reference(options: dict[str, object]) -> None:
-    model, tasks = network(3, 9, 8, 4, activation="silu"), batch_of(3, 4, "cross entropy")
+    model, tasks = shared(3, 9, 8, 4, activation="silu"), batch_of(3, 4, "cross entropy")
     (loss, ours), (right, reference) = both(model, F.cross_entropy, tasks, **{"lr": 0.1, "steps": 3, **options})
     assert float(loss) == pytest.approx(float(right), rel=1e-12)
     assert relative_error(ours, reference) <= EXACT
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("kind", ["one", "a step", "a tensor"])
 @pytest.mark.parametrize("first_order", [False, True])
 def test_learned_rates(kind: str, first_order: bool) -> None:
-    model, tasks = network(3, 9, 4, activation="tanh"), batch_of(3, 4, "cross entropy")
+    model, tasks = shared(3, 9, 4, activation="tanh"), batch_of(3, 4, "cross entropy")
     names = [n for n, _ in model.named_parameters()]
 
     def rate() -> object:
@@ -267,12 +277,13 @@ def test_the_number_of_threads_and_of_callers_changes_no_bit(widths: tuple[int, 
         assert all(torch.equal(results[0][n], other[n]) for n in other)
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("activation", ["gelu", "tanh", "relu"])
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_weights_that_are_copied_in_panels(activation: str, learned: bool, dtype: torch.dtype) -> None:
     """Above half a megabyte; 400 rows are more than a panel is deep, 370 columns no whole number of panels."""
-    model = network(5, 400, 370, 3, activation=activation, dtype=dtype)
+    model = shared(5, 400, 370, 3, activation=activation, dtype=dtype)
     tasks = batch_of(5, 3, "mse", sizes=(9, 14), tasks=3, dtype=dtype)
     rate = torch.tensor(0.05, dtype=dtype)
     maml = fm.MAML(model, F.mse_loss, lr=nn.Parameter(rate) if learned else rate, steps=2, executor="native")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -22,7 +23,10 @@ from fastmeta.ops.generic.op import GenericOp
 from tests.engine.test_native import batch_of, both, truth
 from tests.oracle import relative_error, total_error
 
-pytestmark = pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
+pytestmark = [
+    pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}"),
+    pytest.mark.usefixtures("traced_once"),
+]
 EXACT = 1e-10  # float64 rounding through norms and three inner steps; a wrong term shows above 1e-3
 WAYS = 3
 
@@ -297,11 +301,17 @@ class Attending(nn.Module):
         return self.head(((x + mixed) * weights).sum(1) / weights.sum(1))
 
 
+@functools.cache
+def attending() -> nn.Module:
+    torch.manual_seed(0)
+    return Attending().double()
+
+
 @pytest.mark.parametrize("adapted", [None, ["layers.*", "head.*"], ["head.*"]], ids=["all", "linear", "head"])
 @pytest.mark.parametrize("first_order", [False, True])
 def test_attention_with_masks_from_the_data(adapted: list[str] | None, first_order: bool) -> None:
-    torch.manual_seed(0)
-    model = Attending().double()
+    model = attending()
+    torch.manual_seed(1)
     tokens = [torch.randint(1, 11, (3, n, 5)) * (torch.arange(5) < torch.randint(2, 6, (3, n, 1))) for n in (4, 6)]
     tasks = fm.TaskBatch(*((t, torch.randint(WAYS, t.shape[:2])) for t in tokens))
     options: dict[str, Any] = {"lr": 0.1, "steps": 2, "parameters": adapted, "first_order": first_order}
@@ -377,11 +387,17 @@ class Crossed(nn.Module):
         return self.head(torch.tanh(mixed + queries)).mean(1)
 
 
+@functools.cache
+def crossed(heads: int, dim: int, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return Crossed(heads, dim).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 3), (2, 5), (3, 16)])
 def test_attention_is_native(instruction_set: str, heads: int, dim: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = Crossed(heads, dim).to(dtype)
+    model = crossed(heads, dim, dtype)
+    torch.manual_seed(1)
     sets = []
     for n in (4, 6):
         x = torch.randn(3, n, 3, 4, dtype=dtype), torch.randn(3, n, 18, 5, dtype=dtype)

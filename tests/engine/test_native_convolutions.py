@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from typing import Literal
@@ -16,12 +17,13 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta.core import native
+from tests.engine.test_native import both
 from tests.oracle import maml_loop, relative_error, total_error
 
 _C = native.extension()
 pytestmark = [
     pytest.mark.skipif(_C is None, reason=f"no extension: {native.missing_reason()}"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "traced_once"),
 ]
 EXACT = 1e-10  # float64 rounding through batch norm's cancellations; a wrong term shows above 1e-3
 SETS = [name for name in ("plain", "v3", "v4") if _C is not None and name in _C.supported_instruction_sets()]
@@ -64,11 +66,7 @@ def episodes(channels: int, size: int, sizes: tuple[int, int] = (3, 5), tasks: i
 
 
 def errors(model: nn.Module, tasks: fm.TaskBatch, **options: object) -> float:
-    options = {"lr": 0.2, "steps": 2, **options}
-    ours, right = (
-        fm.MAML(model, F.cross_entropy, executor=name, **options).value_and_grad(tasks)[1]
-        for name in ("native", "reference")
-    )
+    (_, ours), (_, right) = both(model, F.cross_entropy, tasks, **{"lr": 0.2, "steps": 2, **options})
     return relative_error(_moving(ours, model), _moving(right, model))
 
 
@@ -82,6 +80,21 @@ def _moving(gradients: dict[str, torch.Tensor], model: nn.Module) -> dict[str, t
     for name in idle & set(gradients):
         assert float(gradients[name].abs().max()) < 1e-12
     return {name: g for name, g in gradients.items() if name not in idle}
+
+
+@functools.cache
+def colours() -> nn.Sequential:
+    return KINDS["colour"]()
+
+
+@functools.cache
+def depthwise() -> nn.Sequential:
+    return GROUPS["depthwise, many channels"]()
+
+
+@functools.cache
+def three_blocks() -> nn.Sequential:
+    return network(1, 14, {}, {}, {}, filters=20)
 
 
 KINDS: dict[str, Callable[[], nn.Sequential]] = {
@@ -144,7 +157,7 @@ def test_grouped_convolutions(name: str) -> None:
 def test_grouped_convolutions_by_instruction_set(name: str) -> None:
     _C.use_instruction_set(name)
     try:
-        assert errors(GROUPS["depthwise, many channels"](), episodes(2, 9), steps=1) <= EXACT
+        assert errors(depthwise(), episodes(2, 9), steps=1) <= EXACT
     finally:
         _C.use_instruction_set("")
 
@@ -177,14 +190,14 @@ def _size(name: str) -> int:
     ids=["first order", "no steps", "five steps", "head", "inner block", "rate a step"],
 )
 def test_options(options: dict[str, object]) -> None:
-    assert errors(KINDS["colour"](), episodes(3, 11), **options) <= EXACT
+    assert errors(colours(), episodes(3, 11), **options) <= EXACT
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set_in_both_precisions(name: str) -> None:
     _C.use_instruction_set(name)
     try:
-        model, tasks = network(1, 14, {}, {}, {}, filters=20), episodes(1, 14)
+        model, tasks = three_blocks(), episodes(1, 14)
         truth = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.2, 1)[3]
         double = fm.MAML(model, F.cross_entropy, lr=0.2, executor="native").value_and_grad(tasks)[1]
         assert total_error(double, truth) <= EXACT
@@ -244,10 +257,7 @@ def test_random_blocks(channels, filters, size, sizes, kernel, stride, pool, nor
     if not norm:
         kinds["norm"] = None
     model = network(channels, size, kinds, {"pool": None}, filters=filters)
-    ours, right = (
-        fm.MAML(model, F.cross_entropy, lr=0.1, executor=name).value_and_grad(episodes(channels, size, sizes))[1]
-        for name in ("native", "reference")
-    )
+    (_, ours), (_, right) = both(model, F.cross_entropy, episodes(channels, size, sizes), lr=0.1)
     assert total_error(ours, right) <= 1e-9  # batch norm over very few pixels amplifies rounding
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from tests.oracle import maml_loop, relative_error
 _C = native.extension()
 pytestmark = [
     pytest.mark.skipif(_C is None, reason=f"no extension: {native.missing_reason()}"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "traced_once"),
 ]
 EXACT = 1e-10  # float64 rounding through batch norm's cancellations (1.1e-11 seen); a wrong term shows above 1e-3
 FILTERS, WAYS = 5, 3
@@ -34,9 +36,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("name", list(CASES))
-def test_patches_of_every_form(name: str, isa: str) -> None:
+@functools.cache
+def problem(name: str) -> tuple[nn.Module, fm.TaskBatch, dict[str, torch.Tensor]]:
+    """A network whose first layer is of that form, tasks, and the meta-gradient."""
     channels, kernel, padding, dilation, size = CASES[name]
     torch.manual_seed(0)
     convolution = nn.Conv2d(channels, FILTERS, kernel, padding=padding, dilation=dilation)
@@ -49,10 +51,17 @@ def test_patches_of_every_form(name: str, isa: str) -> None:
     model = nn.Sequential(*body, nn.Linear(features, WAYS)).double()
     support, query = ((torch.randn(2, n, channels, *size).double() + 3, torch.randint(WAYS, (2, n))) for n in (3, 7))
     truth = maml_loop(model, F.cross_entropy, support, query, 0.1, 2)[3]
+    return model, fm.TaskBatch(support, query), truth
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("name", list(CASES))
+def test_patches_of_every_form(name: str, isa: str) -> None:
+    model, tasks, truth = problem(name)
     _C.use_instruction_set(isa)
     try:
         maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native")
-        ours = maml.value_and_grad(fm.TaskBatch(support, query))[1]
+        ours = maml.value_and_grad(tasks)[1]
     finally:
         _C.use_instruction_set("")
     for parameter, right in truth.items():

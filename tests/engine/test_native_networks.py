@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -17,7 +18,10 @@ from fastmeta.core import native
 from tests.engine.test_native import ACTIVATIONS, SETS, both, check_float32, truth
 from tests.oracle import maml_loop, relative_error, total_error
 
-pytestmark = pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}")
+pytestmark = [
+    pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}"),
+    pytest.mark.usefixtures("traced_once"),
+]
 EXACT = 1e-10  # float64 rounding through a norm's cancellations; a wrong term shows above 1e-3
 WAYS = 3
 
@@ -137,6 +141,26 @@ def test_residual_rows_by_activation(activation: str) -> None:
     check(scrambled(Rows(ROW_NORMS["layer"], ACTIVATIONS[activation]())), rows())
 
 
+@functools.cache
+def normal_rows() -> nn.Module:
+    return scrambled(Rows(ROW_NORMS["layer"], nn.SiLU()))
+
+
+@functools.cache
+def normal_images() -> nn.Module:
+    return scrambled(Residual(IMAGE_NORMS["group"], nn.Tanh()))
+
+
+@functools.cache
+def wide_rows() -> nn.Module:
+    return scrambled(Rows(nn.LayerNorm, nn.GELU(), 70))
+
+
+@functools.cache
+def wide_images() -> nn.Module:
+    return scrambled(Residual(IMAGE_NORMS["group"], nn.SiLU(), width=20))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -152,12 +176,12 @@ def test_residual_rows_by_activation(activation: str) -> None:
     ids=["first order", "no steps", "four steps", "head", "norms", "some", "some, first order", "rate a step"],
 )
 def test_options(options: dict[str, object]) -> None:
-    check(scrambled(Rows(ROW_NORMS["layer"], nn.SiLU())), rows(), **options)
+    check(normal_rows(), rows(), **options)
 
 
 @pytest.mark.parametrize("parameters", [["first.*"], ["last.bias", "stem.weight"], ["shortcut.*"], ["head.*"]])
 def test_convolutions_of_which_some_adapt(parameters: list[str]) -> None:
-    check(scrambled(Residual(IMAGE_NORMS["group"], nn.Tanh())), images(), parameters=parameters)
+    check(normal_images(), images(), parameters=parameters)
 
 
 def test_learned_rates() -> None:
@@ -178,12 +202,7 @@ def test_every_instruction_set_in_both_precisions(name: str, kind: str) -> None:
     extension = native.extension()
     extension.use_instruction_set(name)
     try:
-        model = (
-            Residual(IMAGE_NORMS["group"], nn.SiLU(), width=20)
-            if kind == "images"
-            else Rows(nn.LayerNorm, nn.GELU(), 70)
-        )
-        model, tasks = scrambled(model), images() if kind == "images" else rows()
+        model, tasks = (wide_images(), images()) if kind == "images" else (wide_rows(), rows())
         double = fm.MAML(model, F.cross_entropy, lr=0.2, executor="native").value_and_grad(tasks)[1]
         assert total_error(double, truth(model, F.cross_entropy, tasks, 0.2, 1)[3]) <= EXACT
         check_float32(model, tasks, 0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ from tests.oracle import maml_loop, total_error
 
 pytestmark = [
     pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "traced_once"),
 ]
 
 
@@ -73,14 +74,29 @@ def test_blocks_in_evaluation_mode(name: str) -> None:
     assert error(model, episodes(model[0].in_channels, size)) <= EXACT
 
 
+@functools.cache
+def plain() -> nn.Module:
+    return network({}, {})
+
+
+@functools.cache
+def bent() -> nn.Module:
+    return network({}, {"activation": nn.Tanh()})
+
+
+@functools.cache
+def many() -> nn.Module:
+    return network({}, {"activation": nn.SiLU()}, filters=20)
+
+
 @pytest.mark.parametrize("options", [{"first_order": True}, {"steps": 0}, {"steps": 4, "lr": 0.05}], ids=str)
 def test_options(options: dict[str, object]) -> None:
-    assert error(network({}, {}), episodes(2, 9), **options) <= EXACT
+    assert error(plain(), episodes(2, 9), **options) <= EXACT
 
 
 @pytest.mark.parametrize("parameters", [["0.bias"], ["1.*"], ["4.*", "5.bias"], ["9.*"]], ids=str)
 def test_some_parameters_adapt(parameters: list[str]) -> None:
-    model, tasks = network({}, {"activation": nn.Tanh()}), episodes(2, 9)
+    model, tasks = bent(), episodes(2, 9)
     ours, right = (
         fm.MAML(model, F.cross_entropy, lr=0.2, steps=2, executor=e, parameters=parameters).value_and_grad(tasks)[1]
         for e in ("native", "reference")
@@ -103,11 +119,16 @@ class Alone(nn.Module):
         return self.head(self.activation(self.rows(self.middle(h.mean((2, 3))))))
 
 
+@functools.cache
+def alone(activation: str, affine: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return trained(Alone(ACTIVATIONS[activation](), affine))
+
+
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "no affine"])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_norms_that_no_convolution_takes_along(activation: str, affine: bool) -> None:
-    torch.manual_seed(0)
-    assert error(trained(Alone(ACTIVATIONS[activation](), affine)), episodes(2, 9)) <= EXACT
+    assert error(alone(activation, affine), episodes(2, 9)) <= EXACT
 
 
 def test_one_norm_in_evaluation_mode_beside_one_in_training_mode() -> None:
@@ -149,8 +170,7 @@ def test_every_instruction_set_in_both_precisions(name: str) -> None:
     extension = native.extension()
     extension.use_instruction_set(name)
     try:
-        torch.manual_seed(0)
-        for model in (network({}, {"activation": nn.SiLU()}, filters=20), trained(Alone(nn.GELU(), affine=True))):
+        for model in (many(), alone("gelu", True)):
             tasks = episodes(2, 9)
             assert error(model, tasks) <= EXACT
             check_float32(model, tasks, 0.2)

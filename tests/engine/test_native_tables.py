@@ -16,7 +16,10 @@ from tests.engine.test_native import EXACT, batch_of, network
 from tests.oracle import relative_error
 from tests.process_memory import in_a_process, needs_a_mark
 
-pytestmark = pytest.mark.skipif(extension.extension() is None, reason="no extension")
+pytestmark = [
+    pytest.mark.skipif(extension.extension() is None, reason="no extension"),
+    pytest.mark.usefixtures("traced_once"),
+]
 WAYS = 3
 
 

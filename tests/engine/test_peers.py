@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import fastmeta as fm
-from tests.engine.cases import CASES
+from tests.engine.test_exactness import problem
 from tests.oracle import relative_error
 
 higher, torchopt = pytest.importorskip("higher"), pytest.importorskip("torchopt")
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 # float64 through the same sums in another order
 EXACT = 1e-9
 NAMES = ["mlp-relu", "mlp-tanh-mse", "conv4", "residual"]
@@ -47,10 +50,8 @@ def by_torchopt(model, case, support, query, steps):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_meta_gradient_is_theirs(name, steps, peer) -> None:
-    case = CASES[name]
-    model = case.model().double()
-    support, query = case.tasks(torch.float64)
+    case, model, (support, query) = problem(name)
     _, ours = fm.MAML(model, case.loss, lr=case.lr, steps=steps, engine="program").value_and_grad(
         fm.TaskBatch(support, query)
     )
-    assert relative_error(ours, peer(model, case, support, query, steps)) <= EXACT
+    assert relative_error(ours, peer(copy.deepcopy(model), case, support, query, steps)) <= EXACT

@@ -17,6 +17,7 @@ from fastmeta.engine import fast_weights
 from tests.engine.test_native import EXACT, batch_of, network, truth
 from tests.oracle import relative_error
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 WIDTH = 12  # a matrix of so many rows and columns is as large as factors of rank 6
 TIGHT = {"executor": "reference", "memory_budget": 1}  # makes factors of whatever is smaller so
 

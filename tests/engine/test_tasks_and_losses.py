@@ -11,6 +11,7 @@ import fastmeta as fm
 from tests.engine.cases import T
 from tests.oracle import maml_loop, relative_error
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 EXACT = 1e-9
 
 

@@ -51,13 +51,17 @@ def test_preparing_few_composite_operations_changes_no_graph(name, monkeypatch):
     objective, batch = Objective(model().double(), loss), (inputs(5)[0], targets(5)[0])
     parameters, buffers = objective.parameters(), objective.buffers()
     assert hasattr(exported_program, trace.COLLECT), "this PyTorch collects composite operations otherwise"
+    assert hasattr(exported_program, trace.IS_ONE), "this PyTorch tells composite operations otherwise"
 
     def calls():
         nodes = trace.trace(objective, parameters, buffers, batch).nodes
         return [(str(n.call.target), n.inputs, n.outputs, n.module) for n in nodes]
 
     few = calls()
-    monkeypatch.setattr(trace, "COLLECT", "a name that PyTorch has not")
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "COLLECT", "a name that PyTorch has not")
+        assert calls() == few
+    monkeypatch.setattr(exported_program, trace.COLLECT, lambda: pytest.fail("all of them were collected"))
     assert calls() == few
 
 
