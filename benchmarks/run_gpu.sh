@@ -53,6 +53,6 @@ for log in tests kernels; do grep -E "^(FAILED|ERROR) | passed| failed" "$out/$l
 for log in memcheck racecheck train; do [ -f "$out/$log.log" ] && tail -9 "$out/$log.log"; done
 
 say measure
-timeout 230 python3 -m benchmarks.gpu.run --out "$out" --seconds 175 "$@" 2>"$out/run.log" || { status=1; tail -20 "$out/run.log"; }
+timeout 275 python3 -m benchmarks.gpu.run --out "$out" --seconds 220 "$@" 2>"$out/run.log" || { status=1; tail -20 "$out/run.log"; }
 say done
 exit $status
