@@ -40,10 +40,11 @@ def matrix(comparisons: Sequence[Comparison]) -> tuple[list[str], Rows]:
 
 
 def details(c: Comparison) -> tuple[list[str], Rows]:
-    """One row a variant of one workload."""
+    """One row a variant of one workload; no column that none has anything in."""
     ours = next((o.median_ms for o in c.outcomes if o.name == "fastmeta"), None)
     rows = [_detail(o, ours) for o in c.outcomes]
-    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    return columns, [[row[name] for name in columns] for row in rows]
 
 
 def _detail(o: Outcome, ours: float | None) -> dict[str, str]:

@@ -95,7 +95,7 @@ def test_a_wrong_gradient_gets_no_time() -> None:
 
 def test_an_absent_or_broken_peer_is_shown_with_its_reason() -> None:
     def absent(problem: Problem) -> Step:
-        raise Unavailable("not installed: No module named 'absent'")
+        raise Unavailable("No module named 'absent'")
 
     def broken(problem: Problem) -> Step:
         raise RuntimeError("does not run here")

@@ -13,7 +13,7 @@ def prepare(problem: Problem) -> Step:
     try:
         import higher
     except ImportError as error:
-        raise Unavailable(f"not installed: {error}") from error
+        raise Unavailable(str(error)) from error
 
     model, loss = problem.model, problem.loss
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr)

@@ -27,7 +27,7 @@ def prepare(problem: Problem, form: str, *, wait: bool = True) -> Step:
     try:
         import jax
     except ImportError as error:
-        raise Unavailable(f"not installed: {error}") from error
+        raise Unavailable(str(error)) from error
 
     if form == "vmap" and any(isinstance(m, nn.Conv2d) for m in problem.model.modules()):
         raise Unsupported("with convolutions lax.map over tasks is 2.5 times faster or more")

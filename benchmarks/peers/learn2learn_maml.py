@@ -27,7 +27,7 @@ def _maml_class() -> Any:
     except ImportError as error:
         spec = importlib.util.find_spec("learn2learn")
         if spec is None or not spec.submodule_search_locations:
-            raise Unavailable(f"not installed: {error} (version 0.2.0 does not build on Python >= 3.11)") from error
+            raise Unavailable(f"{error} (version 0.2.0 does not build on Python >= 3.11)") from error
     for name in [n for n in sys.modules if n.split(".")[0] == "learn2learn"]:
         del sys.modules[name]
     for name in ("learn2learn", "learn2learn.algorithms"):

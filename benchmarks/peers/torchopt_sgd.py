@@ -12,7 +12,7 @@ def prepare(problem: Problem) -> Step:
     try:
         import torchopt
     except ImportError as error:
-        raise Unavailable(f"not installed: {error}") from error
+        raise Unavailable(str(error)) from error
 
     model, loss = problem.model, problem.loss
     inner = torchopt.MetaSGD(model, lr=problem.lr)

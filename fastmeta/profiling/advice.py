@@ -9,17 +9,30 @@ from fastmeta.engine import timeline
 from fastmeta.engine.timed import ADJOINT
 from fastmeta.profiling.report import REST, KindReport, Line, Report
 
-TOP = 5  # operations that something is said of
+TOP = 5  # operations of a kind of meta-step that something is said of
+MOST = 8  # and of all kinds together
 LEAST = 0.05  # share of the meta-step below which nothing is
 NEAR = 0.5  # share of the floor from which on only less work is quicker
 
 
 def advice(report: Report) -> list[str]:
-    """Sentences, the whole program's first, then each kind's of meta-step and its top operations."""
+    """Sentences, the whole program's first, then each kind's of meta-step, then the top operations'."""
     said = list(_of_the_program(report))
-    for kind in report.kinds:
+    kinds = [kind for kind in report.kinds if kind.whole >= LEAST * (report.working or 1.0)]
+    for kind in kinds:
         said += _of_a_kind(kind, report)
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys([*said, *_of_operations(kinds, report)]))
+
+
+def _of_operations(kinds: list[KindReport], report: Report) -> list[str]:
+    """Of each operation once, where it takes longest; those that take longest first."""
+    found: dict[str, tuple[float, str]] = {}
+    for kind in kinds:
+        for line in kind.lines[:TOP]:
+            seconds = line.share * kind.whole
+            if line.share >= LEAST and seconds > found.get(line.name, (0.0, ""))[0]:
+                found[line.name] = seconds, _of_a_line(line, kind, report)
+    return [sentence for _, sentence in sorted(found.values(), reverse=True)[:MOST]]
 
 
 def _of_the_program(report: Report) -> Iterator[str]:
@@ -62,8 +75,6 @@ def _of_preparation(report: Report, working: float) -> Iterator[str]:
 
 
 def _of_a_kind(kind: KindReport, report: Report) -> Iterator[str]:
-    if kind.whole < LEAST * (report.working or 1.0):
-        return
     what = "meta-steps" if kind.gradient else "evaluations"
     if kind.executor == "autodiff":
         yield f"{what} run task by task on plain autograd, because {kind.why}"
@@ -80,9 +91,6 @@ def _of_a_kind(kind: KindReport, report: Report) -> Iterator[str]:
     rest = kind.parts[REST] / kind.whole if kind.whole and kind.lines else 0.0
     if rest > 0.4:
         yield f"{what}: {percent(rest)} is in no operation: {_rest(kind)}"
-    for line in kind.lines[:TOP]:
-        if line.share >= LEAST:
-            yield _of_a_line(line, kind, report)
 
 
 def _rest(kind: KindReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from functools import cache
@@ -123,6 +124,19 @@ def test_what_to_do_about_the_rest(said: str, more: dict[str, Any]) -> None:
     assert any(said in line for line in advice(report_of(found, machine)))
     quiet = data(operation(maps=[{"seconds": 7.0}]), device="cuda", executor="native", why="", threads=2)
     assert not any(said in line for line in advice(report_of(quiet, machine)))
+
+
+def test_an_operation_is_spoken_of_once_where_it_takes_longest() -> None:
+    found = data(operation(), operation(module="layer5"))
+    (kind,) = found["kinds"]
+    shorter = copy.deepcopy(kind) | {"gradient": False}
+    for one in shorter["operations"]:
+        one["maps"] = [m | {"seconds": 0.5 * m["seconds"]} for m in one["maps"]]
+    found["kinds"] = [shorter, kind]
+    said = [line for line in advice(report_of(found, machine)) if line.startswith(("layer4", "layer5"))]
+    assert len(said) == 2
+    alone = data(operation(), operation(module="layer5"))
+    assert said == [line for line in advice(report_of(alone, machine)) if line.startswith(("layer4", "layer5"))]
 
 
 def test_tracing_once_and_checking_again_are_told_apart() -> None:
