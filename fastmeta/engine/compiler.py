@@ -164,7 +164,7 @@ class Compiler:
                 support, query = (self._factored(program, names, bounded) for program in programs)
             else:
                 rows = None
-        if work.executor == "auto" and isinstance(native, str):
+        if work.executor == "auto":
             support = self._joined(support, work.alpha.device)
             query = None if query is None else self._joined(query, work.alpha.device)
         formed = work.packing.size - sum(work.parameters[name].numel() for name in support.factored)

@@ -16,22 +16,15 @@ from fastmeta.engine import joined
 from fastmeta.ops.linear_block import GramBlock, reference
 from fastmeta.ops.linear_block.reference import BENT, KINDS, Curve
 from tests.kernels.running import device, reversed_programs
+from tests.kernels.test_linear_block import close
 from tests.oracle import maml_loop, total_error
 
-EPS = torch.finfo(torch.float32).eps
 SHAPES = [(1, 1, 1, 1), (2, 5, 7, 20), (3, 33, 34, 40)]  # tasks, rows, rows of a factor, out
 
 
 def drawn(seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator).to(device())
-
-
-def close(got: Tensor | None, want: Tensor, length: int) -> None:
-    """Of a sum of so many products: float32's roundings add like a random walk; the curves add a few."""
-    assert got is not None
-    gap = (got.cpu().double() - want.cpu()).norm() / want.norm().clamp_min(1e-30)
-    assert gap <= EPS * (4 * length**0.5 + 16)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

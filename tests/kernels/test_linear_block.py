@@ -35,6 +35,7 @@ def operands(tasks, rows, wide, out, *, shared, seed=0):
 def close(got, want, length):
     """Of a sum of so many products: float32's roundings add like a random walk; the curves add a few."""
     bound = EPS * (4 * length**0.5 + 16)
+    want = want.cpu()
     gap = (got.cpu().double() - want).norm() / want.norm().clamp_min(1e-30)
     assert gap <= bound, f"off by {gap:.2e}, allowed {bound:.2e}"
 

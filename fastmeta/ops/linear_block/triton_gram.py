@@ -25,7 +25,7 @@ BLOCK_OUT = 32
 BLOCK_RANK = 32
 SUMMED_OUT = 32  # columns of a program of cotangents
 SUMMED_ROWS = 32  # that it takes at a time
-SIZES = ("base_task", "bias_task", "R", "N", "N2", "O")
+SIZES = ("bias_task", "R", "N", "N2", "O")
 
 
 class Pair(NamedTuple):
@@ -61,17 +61,17 @@ def _add_pair(acc, M, L, Scale, scale, r, o, task, R, N, O, BN: tl.constexpr, PR
 @triton.jit(do_not_specialize=SIZES)
 def gram_kernel(
     Base,  # [T, R, O] or None
-    M,  # [T, R, N] or None: without a second pair there may be none
+    M,  # [T, R, N], or None where there is no pair
     L,  # [T, N, O]
     Scale,  # [] or None
-    M2,
+    M2,  # the second pair, likewise
     L2,
     Scale2,
     B,  # [T or 1, O] or None: b, or b_dot
     S,  # [T, R, O]: makes it a tangent; or None
     Y,  # [T, R, O]
     Z,  # [T, R, O] or None: z of a forward, z_dot of a tangent
-    base_task, bias_task,  # distances between tasks
+    bias_task,  # distance between tasks
     R, N, N2, O,
     scale, scale2,
     below,
@@ -86,17 +86,16 @@ def gram_kernel(
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     mask = (r < R)[:, None] & (o < O)[None, :]
-    within = r[:, None] * O + o[None, :]
+    place = task * R * O + r[:, None] * O + o[None, :]
     acc = tl.zeros((BR, BO), tl.float32)
     if Base is not None:
-        acc += tl.load(Base + task * base_task + within, mask, 0.0)
+        acc += tl.load(Base + place, mask, 0.0)
     if M is not None:
         acc = _add_pair(acc, M, L, Scale, scale, r, o, task, R, N, O, BN, PRECISION)
     if M2 is not None:
         acc = _add_pair(acc, M2, L2, Scale2, scale2, r, o, task, R, N2, O, BN, PRECISION)
     if B is not None:
         acc += tl.load(B + task * bias_task + o, o < O, 0.0)[None, :]
-    place = task * R * O + within
     if Z is not None:
         tl.store(Z + place, acc, mask)
     if S is None:
@@ -141,7 +140,7 @@ def summed_kernel(
 
 def rows(
     curve: Curve,
-    base: Tensor | None,  # [T, R, O], or [R, O] of all tasks
+    base: Tensor | None,  # [T, R, O]
     pairs: tuple[Pair, ...],  # two at the most
     bias: Tensor | None,  # [T, O] or [O]
     s: Tensor | None = None,  # [T, R, O]: makes it a tangent
@@ -161,7 +160,7 @@ def rows(
     grid = (triton.cdiv(wide, BLOCK_OUT), triton.cdiv(count, block_rows), tasks)
     gram_kernel[grid](
         base, *_operands(first), *_operands(second), bias, None if s is None else s.contiguous(), y, z,
-        0 if base is None else base.stride(0), bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
+        bias.stride(0) if bias is not None and bias.dim() == 2 else 0,
         count, _rank(first), _rank(second), wide, _number(first), _number(second), curve.below,
         KIND=curve.kind, BR=block_rows, BO=BLOCK_OUT, BN=BLOCK_RANK, PRECISION=build_precision(),
         num_warps=4, num_stages=1, enable_fp_fusion=True,
