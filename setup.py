@@ -52,6 +52,8 @@ UNIX_FLAGS = [
 ]
 # Without contraction to fused multiply-adds every instruction set returns the same bits (csrc/inner_update/math.h).
 SAME_BITS = ("inner_update", "adaptive_update")
+# Where a loop of products happens to begin is worth up to 7 % of its time, most where another thread shares the core.
+ALIGNED = "-falign-loops=64"
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 CUDA_MODULE = ROOT / "csrc" / "cuda_module.cpp"
 CAPABILITIES = ("80", "90")  # machine code for these; other devices translate what they are given for the last
@@ -220,11 +222,14 @@ class BuildExtension(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64") and not msvc
         levels = [level for level in X86_LEVELS if x86 and not self.fault("", [f"-march=x86-64-{level}"])]
         macros: list[Any] = [(f"FASTMETA_HAVE_{level.upper()}", "1") for level in levels]
-        jobs = [(source, "", [*flags, *self.contraction(source)]) for source in extension.sources]
+        aligned = [] if msvc or self.fault("", ["-Werror", ALIGNED]) else [ALIGNED]
+        jobs: list[tuple[str, str, list[str]]] = []
         for source in extension.sources:
+            own = [*flags, *self.contraction(source)]
             if Path(source).name == "cpu.cpp":
-                own = [*flags, *self.contraction(source)]
+                own += aligned
                 jobs += [(source, level, [*own, f"-march=x86-64-{level}"]) for level in levels]
+            jobs.append((source, "", own))
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, level, arguments = job

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "prefetch.h"
 #include "product.h"
 #include "threads.h"
 #include "transpose.h"
@@ -13,23 +14,23 @@ namespace {
 
 // As wide as the widest tile: 96 KiB of the second-level cache, or 24 KiB (12 KiB with vectors of 16 bytes) of the first.
 constexpr std::int64_t panel_vectors = vector_registers >= 32 ? 4 : 3;
-constexpr std::int64_t panel_depth = vector_registers >= 32 ? 384 : 256;
+constexpr std::int64_t panel_depth = 384;
 
 // A turned left factor is copied as well, a block of its rows at a time, in the order in which tiles read it: where it
-// lies, a tile's elements are a row apart for each step of the depth. At most 512 or 768 KiB, which all strips share.
+// lies, a tile's elements are a row apart for each step of the depth. At most 512 or 768 KiB, which a thread copies once
+// for all its strips; before its copies lies a vector that says whether it did.
 constexpr std::int64_t block_rows = 512;
 constexpr int block_tile = Columns<panel_vectors, false>::tile_rows();
 
 constexpr std::int64_t at_most(std::int64_t n, std::int64_t limit) { return n < limit ? n : limit; }
 
-// Elements of a thread's copies: of a panel, and of a block where the left factor has so many rows and such a depth.
 template <class R>
-constexpr std::int64_t panel_size() {
-  return panel_depth * panel_vectors * width<R>;
-}
+constexpr std::int64_t panel_size = panel_depth * panel_vectors * width<R>;
 
-constexpr std::int64_t block_size(std::int64_t rows, std::int64_t depth) {
-  return at_most(rows, block_rows) * at_most(depth, panel_depth);
+// Elements of a thread's copies, where the left factor has so many rows and such a depth.
+template <class R>
+constexpr std::int64_t copies_size(std::int64_t rows, std::int64_t depth) {
+  return width<R> + panel_size<R> + at_most(rows, block_rows) * at_most(depth, panel_depth);
 }
 
 // Depth `kc` from k and vectors from column n of B, as rows of `row` elements.
@@ -87,6 +88,17 @@ FASTMETA_INLINE void of_height(std::int64_t height, F f) {
   }
 }
 
+// What a tile adds to, and where it is put: lines that come while the one before is computed.
+template <class R>
+FASTMETA_INLINE void fetch_tile(const Result<R>& tile, std::int64_t height) {
+  constexpr std::int64_t line = 64 / sizeof(R);
+  for (std::int64_t at = 0; at < height * tile.row; at += tile.row)
+    for (std::int64_t j = 0; j < panel_vectors * width<R>; j += line) {
+      if (tile.from != nullptr) FASTMETA_PREFETCH_READ(tile.from + at + j);
+      FASTMETA_PREFETCH_WRITE(tile.c + at + j);
+    }
+}
+
 // Strips from one to another of a product, all its rows; `panel` has room for a copy.
 template <class R>
 void strips_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns, const Result<R>& result,
@@ -108,64 +120,91 @@ void strips_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t 
   }
 }
 
-// The same where every A is turned; `block` has room for a copy of its rows.
+// A block's part of a sum of products: rows from `top`, and of the depth what `part` has.
 template <class R>
-void turned_strips_of(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
-                      const Result<R>& result, std::int64_t first, std::int64_t last, R* panel, R* block) {
+struct Block {
+  Term<R> part;
+  std::int64_t top, rows;
+  bool begins;
+};
+
+// Copies its left factor, tile by tile.
+template <class R>
+void copy_block(const Block<R>& of, R* block) {
+  const std::int64_t kc = of.part.depth;
+  for_tiles(of.rows, [&](std::int64_t m, std::int64_t height) {
+    of_height(height, [&](auto h) {
+      for (std::int64_t i = 0; i < kc; ++i)
+        __builtin_memcpy(block + m * kc + i * h, of.part.a + i * of.part.a_row + m, h * sizeof(R));
+    });
+  });
+}
+
+// Strips from one to another of its product; `panel` has room for a copy.
+template <class R>
+void strips_of(const Block<R>& of, std::int64_t columns, const Result<R>& result, std::int64_t first,
+               std::int64_t last, R* panel, const R* block) {
   constexpr std::int64_t wide = panel_vectors * width<R>;
-  const std::int64_t all = padded<R>(columns), blocks = (rows + block_rows - 1) / block_rows;
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    const std::int64_t top = rows * b / blocks, here = rows * (b + 1) / blocks - top;
-    bool begins = true;
-    for (int t = 0; t < count; ++t) {
-      const Term<R>& whole = terms[t];
-      for (std::int64_t k = 0; k < whole.depth; k += panel_depth, begins = false) {
-        const std::int64_t kc = at_most(whole.depth - k, panel_depth);
-        const R* a = whole.a + k * whole.a_row + top;
-        for_tiles(here, [&](std::int64_t m, std::int64_t height) {
-          of_height(height, [&](auto h) {
-            for (std::int64_t i = 0; i < kc; ++i)
-              __builtin_memcpy(block + m * kc + i * h, a + i * whole.a_row + m, h * sizeof(R));
-          });
-        });
-        for (std::int64_t n = first * wide; n < last * wide && n < all; n += wide) {
-          const std::int64_t row = at_most(all - n, wide);
-          copy_panel(whole, k, kc, n, columns, row, panel);
-          if (row < wide) {  // has other tiles
-            const Term<R> part{a, whole.a_row, panel, row, kc};
-            product_of<R, true>(&part, 1, here, row, part_of(result, top, n, begins));
-            continue;
-          }
-          for_tiles(here, [&](std::int64_t m, std::int64_t height) {
-            of_height(height, [&](auto h) {
-              const Term<R> tile{block + m * kc, h, panel, wide, kc};
-              tiles<R, h, panel_vectors, false, true>(&tile, 1, 0, 1, 0, part_of(result, top + m, n, begins));
-            });
-          });
-        }
-      }
+  const std::int64_t all = padded<R>(columns), kc = of.part.depth;
+  for (std::int64_t n = first * wide; n < last * wide && n < all; n += wide) {
+    const std::int64_t row = at_most(all - n, wide);
+    copy_panel(of.part, 0, kc, n, columns, row, panel);
+    if (row < wide) {  // has other tiles
+      const Term<R> part{of.part.a, of.part.a_row, panel, row, kc};
+      product_of<R, true>(&part, 1, of.rows, row, part_of(result, of.top, n, of.begins));
+      continue;
     }
+    for_tiles(of.rows, [&](std::int64_t m, std::int64_t height) {
+      const Result<R> to = part_of(result, of.top + m, n, of.begins);
+      fetch_tile(part_of(result, of.top + m + height, n, of.begins), at_most(of.rows - m - height, height));
+      of_height(height, [&](auto h) {
+        const Term<R> tile{block + m * kc, h, panel, wide, kc};
+        tiles<R, h, panel_vectors, false, true>(&tile, 1, 0, 1, 0, to);
+      });
+    });
   }
 }
 
-// As `product`, or where every A is turned `turned_product`, on so many threads; `copies` has room for each one's panel
-// and, of turned products, block.
-template <class R, bool turned>
+// As `product`, on so many threads; `copies` has room for each one's.
+template <class R>
 void panel_product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
                    const Result<R>& result, int threads, R* copies) {
   constexpr std::int64_t wide = panel_vectors * width<R>;
-  std::int64_t block = 0;
-  for (int t = 0; turned && t < count; ++t) {
-    const std::int64_t size = block_size(rows, terms[t].depth);
-    block = size > block ? size : block;
-  }
   parallel_for((padded<R>(columns) + wide - 1) / wide, threads, [&](std::int64_t first, std::int64_t last, int seat) {
-    R* panel = copies + seat * (panel_size<R>() + block);
-    if constexpr (turned)
-      turned_strips_of(terms, count, rows, columns, result, first, last, panel, panel + panel_size<R>());
-    else
-      strips_of(terms, count, rows, columns, result, first, last, panel);
+    strips_of(terms, count, rows, columns, result, first, last, copies + seat * panel_size<R>);
   });
+}
+
+// The same where every A is turned: block by block, so that threads share the strips of one and each copies it once.
+template <class R>
+void turned_panel_product(const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
+                          const Result<R>& result, int threads, R* copies) {
+  constexpr std::int64_t wide = panel_vectors * width<R>;
+  const std::int64_t strips = (padded<R>(columns) + wide - 1) / wide, blocks = (rows + block_rows - 1) / block_rows;
+  std::int64_t size = 0;
+  for (int t = 0; t < count; ++t) {
+    const std::int64_t needed = copies_size<R>(rows, terms[t].depth);
+    size = needed > size ? needed : size;
+  }
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    Block<R> of{{}, rows * b / blocks, rows * (b + 1) / blocks - rows * b / blocks, true};
+    for (int t = 0; t < count; ++t) {
+      const Term<R>& whole = terms[t];
+      for (std::int64_t k = 0; k < whole.depth; k += panel_depth, of.begins = false) {
+        of.part = whole;
+        of.part.a += k * whole.a_row + of.top;
+        of.part.b += k * whole.b_row;
+        of.part.depth = at_most(whole.depth - k, panel_depth);
+        for (int i = 0; i < threads; ++i) copies[i * size] = R(0);
+        parallel_for(strips, threads, [&](std::int64_t first, std::int64_t last, int seat) {
+          R *copied = copies + seat * size, *panel = copied + width<R>, *block = panel + panel_size<R>;
+          if (*copied == R(0)) copy_block(of, block);
+          *copied = R(1);
+          strips_of(of, columns, result, first, last, panel, block);
+        });
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ Sizes sizes(const void* shape) {
   sizes.saved = l.behind_dz() + (l.turns() ? l.s.out * l.in : 0);
   sizes.saved_dot = l.behind_z_dots() + (l.turns() ? l.s.out * l.in : 0);
   sizes.scratch = l.identity() ? 0 : rows;  // dz_dot
-  sizes.thread_scratch = l.large() ? panel_size<R>() + block_size(l.s.in, l.s.n) : 0;  // the weight's gradient copies x
+  sizes.thread_scratch = l.large() ? copies_size<R>(l.s.in, l.s.n) : 0;  // the weight's gradient copies x
   sizes.weights[0] = l.narrow() ? l.s.out * l.in : l.s.in * l.out;
   sizes.weights[1] = l.s.bias ? l.out : 0;
   sizes.turned = l.turns() ? l.s.out * l.in : 0;
@@ -50,8 +50,12 @@ struct Room {
 template <class R, bool turned>
 void multiply(const Layout<R>& l, const Term<R>* terms, int count, std::int64_t rows, std::int64_t columns,
               const Result<R>& result, const Room<R>& room) {
-  if (l.large()) return panel_product<R, turned>(terms, count, rows, columns, result, room.threads, room.panels);
-  product_of<R, turned>(terms, count, rows, columns, result);
+  if (l.large() && turned)
+    turned_panel_product(terms, count, rows, columns, result, room.threads, room.panels);
+  else if (l.large())
+    panel_product(terms, count, rows, columns, result, room.threads, room.panels);
+  else
+    product_of<R, turned>(terms, count, rows, columns, result);
 }
 
 // out [n, padded(out)] = base + sum of a W^T.

@@ -1,5 +1,5 @@
 #include "../common/curves.h"
-#include "groups.h"
+#include "rows.h"
 
 #ifndef FASTMETA_ISA
 #define FASTMETA_ISA plain
@@ -16,10 +16,6 @@
 
 namespace fastmeta::norm::FASTMETA_ISA {
 namespace {
-
-using executor::Primal;
-using executor::Sizes;
-using executor::Tangent;
 
 // Coefficients of a vector of channels.
 template <class R>
@@ -50,12 +46,6 @@ struct PointDot {
   FASTMETA_INLINE V u(const Point<R>& point, V z, V z_dot) const {
     return (z_dot - mean) * point.a + ((z - point.mean) * e + f);
   }
-};
-
-// A cotangent and its tangent.
-template <class R>
-struct Both {
-  Vector<R> value, dot;
 };
 
 template <class R>
@@ -97,12 +87,6 @@ template <class R>
 void unpack(const void* shape, int, const R* packed, R* tensor) {
   const Layout<R> l(shape);
   for (std::int64_t c = 0; c < l.s.channels; ++c) tensor[c] = packed[c];
-}
-
-template <class R>
-void store_totals(const Scratch<R>& k, R* const* dw) {
-  for (int i = 0; i < 2; ++i)
-    for (std::int64_t c = 0; dw[i] != nullptr && c < k.l.co; ++c) dw[i][c] = static_cast<R>(k.totals[i][c]);
 }
 
 template <class R>
@@ -192,7 +176,7 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
       };
     });
   }
-  store_totals(k, p.dw);
+  k.store_totals(p.dw);
 }
 
 template <class R, class C>
@@ -293,26 +277,38 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
       };
     });
   }
-  store_totals(k, t.dw_dot);
+  k.store_totals(t.dw_dot);
 }
 
 template <class R>
 struct Norm {
   static void forward(const void* shape, const Primal<R>& p, R* scratch) {
     const Layout<R> l(shape);
-    for_curve<R>(l.s.activation, [&](auto curve) { FASTMETA_ISA::forward(l, p, scratch, curve); });
+    for_curve<R>(l.s.activation, [&](auto curve) {
+      if (has_rows(l)) return forward_rows(l, p, scratch, curve);
+      FASTMETA_ISA::forward(l, p, scratch, curve);
+    });
   }
   static void backward(const void* shape, const Primal<R>& p, R* scratch) {
     const Layout<R> l(shape);
-    for_curve<R>(l.s.activation, [&](auto curve) { FASTMETA_ISA::backward(l, p, scratch, curve); });
+    for_curve<R>(l.s.activation, [&](auto curve) {
+      if (has_rows(l)) return backward_rows(l, p, scratch, curve);
+      FASTMETA_ISA::backward(l, p, scratch, curve);
+    });
   }
   static void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
     const Layout<R> l(shape);
-    for_curve<R>(l.s.activation, [&](auto curve) { FASTMETA_ISA::tangent(l, p, t, scratch, curve); });
+    for_curve<R>(l.s.activation, [&](auto curve) {
+      if (has_rows(l)) return tangent_rows(l, p, t, scratch, curve);
+      FASTMETA_ISA::tangent(l, p, t, scratch, curve);
+    });
   }
   static void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
     const Layout<R> l(shape);
-    for_curve<R>(l.s.activation, [&](auto curve) { FASTMETA_ISA::tangent_backward(l, p, t, scratch, curve); });
+    for_curve<R>(l.s.activation, [&](auto curve) {
+      if (has_rows(l)) return tangent_backward_rows(l, p, t, scratch, curve);
+      FASTMETA_ISA::tangent_backward(l, p, t, scratch, curve);
+    });
   }
 
   static constexpr executor::Maps<R> maps{width<R>, sizes<R>, pack<R>, unpack<R>, forward, backward, tangent,

@@ -7,6 +7,10 @@
 namespace fastmeta::norm {
 namespace {
 
+using executor::Primal;
+using executor::Sizes;
+using executor::Tangent;
+
 template <class R>
 struct Layout {
   const Shape& s;
@@ -53,6 +57,12 @@ struct SavedDot : ByGroup<R, 2> {
 template <class R, int count>
 struct Terms {
   Vector<R> of[count];
+};
+
+// A cotangent and its tangent.
+template <class R>
+struct Both {
+  Vector<R> value, dot;
 };
 
 // A channel's number in double, or those of a few neighbours side by side.
@@ -135,6 +145,11 @@ struct Scratch {
       if (out != nullptr) out[g] = result;
       for (c = g * l.per; c < end; ++c) by_channel[c] = result;
     }
+  }
+
+  void store_totals(R* const* dw) const {
+    for (int i = 0; i < sums_of_task; ++i)
+      for (std::int64_t c = 0; dw[i] != nullptr && c < l.co; ++c) dw[i][c] = static_cast<R>(totals[i][c]);
   }
 
   void spread(const R* by_group, R* by_channel) const {

@@ -19,6 +19,11 @@ from fastmeta.engine.work import Plan, Work
 
 LINEAR = ("linear", "gram_block")  # the operations that can keep it as factors
 WEIGHT = 1  # its position among a linear operation's inputs
+# Part of a copy's rate that products reach whose weights come from memory: 5 to 9 of 24 GB/s (AMD Zen 3, two threads).
+REACHED_FAR = 0.25
+# Times of a call, ``Rates.call_s``, of the task-batched executor: a map of an operation, and a pair of factors in each
+# map that it takes part in. Fitted to perceptrons of 1 to 8 layers and 1 to 5 steps, so small that nothing else counts.
+MAP, PAIR = 3.4, 2.8
 
 
 def candidates(program: Program) -> dict[str, Instruction]:
@@ -125,11 +130,18 @@ def plan_of(plan: Plan, name: str) -> str:
 
 def quicker(support: Program, query: Program, work: Work, names: frozenset[str], rates: Rates) -> bool:
     """Whether the task-batched executor with these factors takes less time than weights of each task's own."""
-    costs = [(name in names, c) for name, c in _costs(support, query, work).items()]
+    costs = _costs(support, query, work)
+    left = [c for name, c in costs.items() if name not in names]
     sweeps = work.steps * (2 if work.first_order else 4) + 2
-    with_factors = len(support.instructions) * sweeps * rates.call_s
-    with_factors += sum(c.factored_seconds(rates) if chosen else c.formed_seconds(rates) for chosen, c in costs)
-    return bool(names) and with_factors < sum(c.formed_seconds(rates) for _, c in costs)
+    with_factors = MAP * len(support.instructions) * sweeps * rates.call_s + _formed_seconds(left, rates)
+    with_factors += sum(c.factored_seconds(rates) for name, c in costs.items() if name in names)
+    return bool(names) and with_factors < _formed_seconds(costs.values(), rates)
+
+
+def _formed_seconds(costs: Collection[_Costs], rates: Rates) -> float:
+    """Of the native executor, with these weights formed."""
+    held = sum(c.held for c in costs)
+    return sum(c.formed_seconds(rates, held) for c in costs)
 
 
 def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict[int, tuple[float, float] | str]:
@@ -157,8 +169,10 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
         elif work.has_rate_an_element(slots[instruction.inputs[WEIGHT]]):
             found[id(instruction)] = "one rate an element: its steps are of full rank, so it is formed"
     readers = candidates(support)
-    for name, costs in _costs(support, query, work).items():
-        found[id(readers[name])] = costs.seconds(work.alpha.device, rates)
+    costs = _costs(support, query, work)
+    held = sum(c.held for c in costs.values())
+    for name, own in costs.items():
+        found[id(readers[name])] = own.seconds(work.alpha.device, rates, held)
     return found
 
 
@@ -207,13 +221,13 @@ class _Costs:
         """Whether factors take fewer operations; on a GPU, where calls are what is dear, less time."""
         if device.type == "cpu":
             return self.factored_flops < self.formed_flops
-        formed, factored = self.seconds(device, GPU)
+        formed, factored = self.seconds(device, GPU, self.held)
         return factored < formed
 
-    def seconds(self, device: torch.device, rates: Rates) -> tuple[float, float]:
+    def seconds(self, device: torch.device, rates: Rates, held: int) -> tuple[float, float]:
         """With a weight of each task's own, and with factors; on a GPU by the rates of one."""
         if device.type == "cpu":
-            return self.formed_seconds(rates), self.factored_seconds(rates)
+            return self.formed_seconds(rates, held), self.factored_seconds(rates)
         passes = self._formed_products + 8 * self._steps  # eq. (3), (5) and (6) read five and write three of a size
         moved = self._tasks * self._elements * self._item * passes
         formed = max(self._tasks * self.formed_flops / GPU.flops, moved / GPU.bytes)
@@ -233,17 +247,23 @@ class _Costs:
         """Of one task, with factors."""
         return 2 * (self._shared * self._elements + self._pairs)
 
-    def formed_seconds(self, rates: Rates) -> float:
-        """By the native executor, a task a thread: its weights at all steps lie in one of the caches, or in memory."""
-        size = self._elements * self._item
-        held = size * (self._steps + 1)
-        moved = size * self._formed_products if held > rates.cache else 0
-        return self._tasks * max(
-            self.formed_flops / rates.native, moved / (rates.near if held <= rates.last else rates.bytes)
-        )
+    @property
+    def held(self) -> int:
+        """Bytes of one task's weights at all steps, each as it is and transposed."""
+        return 2 * (self._steps + 1) * self._elements * self._item
+
+    def formed_seconds(self, rates: Rates, held: int) -> float:
+        """By the native executor, a task a thread.
+
+        A sweep meets the weights of all layers before one of them comes again: their bytes, ``held``, lie in one of the
+        caches, or in memory.
+        """
+        moved = self._elements * self._item * self._formed_products if held > rates.cache else 0
+        rate = rates.near if held <= rates.last else REACHED_FAR * rates.bytes
+        return self._tasks * max(self.formed_flops / rates.native, moved / rate)
 
     def factored_seconds(self, rates: Rates) -> float:
-        """By the task-batched executor: each pair of factors is two calls in every map it takes part in."""
+        """By the task-batched executor, beside its maps' calls."""
         moved = self._elements * self._item * self._shared_products
-        calls = 2 * self._pair_products * rates.call_s
+        calls = PAIR * self._pair_products * rates.call_s
         return calls + max(self._tasks * self.factored_flops / rates.flops, moved / rates.bytes)
