@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.core import native
-from tests.engine.test_native import ACTIVATIONS, SETS, both, check_float32, truth
+from tests.engine.test_native import ACTIVATIONS, SETS, batch_of, both, check_float32, truth
 from tests.oracle import maml_loop, relative_error, total_error
 
 pytestmark = [
@@ -134,6 +134,31 @@ def test_residual_rows_by_norm(norm: str) -> None:
     check(model, tasks)
     found = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native").value_and_grad(tasks)[1]
     assert total_error(found, truth(model, F.cross_entropy, tasks, 0.1, 2)[3]) <= EXACT
+
+
+@functools.cache
+def rows_of_whole_vectors(norm: str, activation: str) -> tuple[nn.Module, fm.TaskBatch]:
+    """More rows than are summed at a time, each of whole vectors, and more of those than are summed at a time."""
+    first, last = nn.Linear(4, 96), nn.Linear(96, WAYS)
+    model = scrambled(nn.Sequential(first, ROW_NORMS[norm](96), ACTIVATIONS[activation](), last))
+    return model, batch_of(4, WAYS, "cross entropy", sizes=(40, 35), tasks=2)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    ("norm", "activation"),
+    [("layer", "identity"), ("layer", "gelu"), ("layer, no bias", "tanh"), ("layer, no affine", "relu")],
+)
+def test_layer_norm_of_whole_vectors(norm: str, activation: str, name: str) -> None:
+    extension = native.extension()
+    extension.use_instruction_set(name)
+    try:
+        model, tasks = rows_of_whole_vectors(norm, activation)
+        found = fm.MAML(model, F.cross_entropy, lr=0.1, steps=2, executor="native").value_and_grad(tasks)[1]
+        assert total_error(found, truth(model, F.cross_entropy, tasks, 0.1, 2)[3]) <= EXACT
+        check_float32(model, tasks, 0.1)
+    finally:
+        extension.use_instruction_set("")
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
