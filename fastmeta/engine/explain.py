@@ -299,8 +299,10 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
     if work.learned or work.rule.entrywise:
-        vectors = work.rule.records - ({"phi"} if second_order else set())  # which then is kept already
-        size = len(vectors) * work.packing.size * work.tasks * tape.loss.element_size()
+        each = [work.rule.of(place)[0].records for place in range(len(work.packing.names))]
+        already = {"phi"} if second_order else set()
+        vectors = sum(len(own - already) * size for own, size in zip(each, work.packing.sizes, strict=True))
+        size = vectors * work.tasks * tape.loss.element_size()
         kept["gradients" if work.rule.plain else "vectors of the inner rule"] = size
     return rows, kept, once
 
