@@ -142,12 +142,13 @@ class Work:
         """The inner steps of one group's parameters, at its rates and without its rule."""
         own, rates = (slice(each.start, each.stop) for each in (group.parameters, group.rates))
         packing = Packing(self.packing.names[own], self.packing.shapes[own])
+        shapes = () if self.rate_shapes is None else self.rate_shapes[own]
         return replace(
             self,
             packing=packing,
             alpha=self.alpha[:, rates],
-            segments=None if self.segments is None else packing.segments(self.alpha.device),
-            rate_shapes=None if self.rate_shapes is None else self.rate_shapes[own],
+            segments=None if any(shapes) else packing.segments(self.alpha.device),
+            rate_shapes=shapes if any(shapes) else None,
             rule=PLAIN,
             hyper=None,
         )
