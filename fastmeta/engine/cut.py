@@ -14,6 +14,9 @@ from fastmeta.engine.work import Work
 # called for all; of the generic one, likewise. Measured on small networks, where nothing else counts (AMD Zen 5).
 OWN_BACK, OWN = 5, 5
 GENERIC_BACK, GENERIC = 24, 60
+# Of a native pass of one task alone: times of a call that it takes beside its operations, and passes over its weights
+# that handing them over and collecting their gradients takes.
+ALONE, HANDED_OVER = 10, 20
 PASSES = 1, 2, 2, 4  # over its operands that a map without products takes
 
 
@@ -57,6 +60,23 @@ def reference_seconds(programs: tuple[Program, Program], work: Work, rates: Rate
             total += _flops(instruction, work, steps, maps) / rates.flops
             total += _moved(instruction, work, steps, maps, rates)
     return total
+
+
+def passes_pay(program: Program, work: Work, rates: Rates, threads: int) -> bool:
+    """Whether passes of one task after the other by the native executor take less time than all together.
+
+    Each has one of the threads for its products. What runs once for all steps, together, runs at each of them alone.
+    """
+    weights = work.tasks * work.packing.size * work.theta[0].element_size()
+    native = work.tasks * ALONE * rates.call_s + HANDED_OVER * weights / rates.bytes
+    reference = 0.0
+    for instruction in program.instructions:
+        flops = _flops(instruction, work, 1, 2)
+        native += flops / rates.native * threads
+        call = GENERIC if instruction.op.name == "generic" else OWN
+        together = 2 * call * rates.call_s + flops / rates.flops + _moved(instruction, work, 1, 2, rates)
+        reference += together / max(1, work.steps) if instruction.invariant else together
+    return native < reference
 
 
 def _flops(instruction: Instruction, work: Work, steps: int, maps: int) -> int:
