@@ -15,8 +15,8 @@ from fastmeta.engine.work import Work
 OWN_BACK, OWN = 5, 5
 GENERIC_BACK, GENERIC = 24, 60
 # Of a native pass of one task alone: times of a call that it takes beside its operations, and passes over its weights
-# that handing them over and collecting their gradients takes.
-ALONE, HANDED_OVER = 10, 20
+# that handing them over takes, with their gradients back and without (AMD EPYC, AVX2).
+ALONE, HANDED_OVER, HANDED_IN = 10, 20, 3
 PASSES = 1, 2, 2, 4  # over its operands that a map without products takes
 
 
@@ -67,9 +67,10 @@ def passes_pay(program: Program, work: Work, rates: Rates, threads: int) -> bool
 
     Each has one of the threads for its products. What runs once for all steps, together, runs at each of them alone.
     """
-    weights = work.tasks * work.packing.size * work.theta[0].element_size()
-    native = work.tasks * ALONE * rates.call_s + HANDED_OVER * weights / rates.bytes
-    reference = 0.0
+    own = work.packing.size
+    others = sum(p.numel() for p in work.parameters.values()) - own
+    moved = (HANDED_OVER * own + HANDED_IN * others) * work.theta[0].element_size() / rates.bytes
+    native, reference = work.tasks * (ALONE * rates.call_s + moved), 0.0
     for instruction in program.instructions:
         flops = _flops(instruction, work, 1, 2)
         native += flops / rates.native * threads

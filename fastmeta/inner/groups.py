@@ -31,8 +31,8 @@ class Groups(nn.Module):
 
     Raises:
         TypeError: it is no mapping from strings to rules of ``fastmeta.inner``.
-        ValueError: it is empty; or, from a learner: an adapting parameter that no entry fits, an entry that fits none
-            or is left without one.
+        ValueError: it is empty, or a name is one of ``nn.Module``'s own; or, from a learner: an adapting parameter that
+            no entry fits, an entry that fits none or is left without one.
     """
 
     def __init__(self, rules: Mapping[str, Configuration]) -> None:
@@ -48,8 +48,11 @@ class Groups(nn.Module):
             if not isinstance(rule, Configuration) or isinstance(rule, Curvature):
                 got = type(rule).__name__
                 raise TypeError(f"Groups: rules[{pattern!r}] must be a rule of fastmeta.inner, such as SGD, got {got}")
-            self._places[pattern] = pattern.replace(".", "/")  # a module's name has no dots
-            self.add_module(self._places[pattern], rule)
+            place = pattern.replace(".", "/")  # a module's name has no dots
+            if not place or hasattr(self, place):
+                raise ValueError(f"Groups: names must be free for modules, got {pattern!r}; write it as a pattern")
+            self._places[pattern] = place
+            self.add_module(place, rule)
 
     def __getitem__(self, pattern: str) -> Configuration:
         """The rule of an entry, whose attributes may be set at any time."""

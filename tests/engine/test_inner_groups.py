@@ -437,6 +437,7 @@ SGD = fm.inner.SGD(0.1)
 WRONG: list[tuple[Any, type[Exception], str]] = [
     ({}, ValueError, "Groups: rules must have an entry for some parameter, got none"),
     ({"*": 0.1}, TypeError, r"Groups: rules\['\*'\] must be a rule of fastmeta.inner, such as SGD, got float"),
+    ({"train": SGD}, ValueError, "Groups: names must be free for modules, got 'train'; write it as a pattern"),
     ({0: SGD}, TypeError, "Groups: names must be strings, got int"),
     ({"0.*": SGD}, ValueError, r"a rule for every adapting parameter, got none for \['2.weight', '2.bias'\]; a last"),
     ({"3.*": SGD, "*": SGD}, ValueError, r"MAML: inner must name adapting parameters, got '3.\*'; known: \['0.weight'"),

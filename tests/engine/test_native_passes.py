@@ -233,6 +233,10 @@ def test_passes_are_profiled_by_their_sets(always: None) -> None:
     assert calls == {("support", "forward"): 6, ("support", "backward"): 6, ("query", "forward"): 3}  # of each layer
 
 
+def frozen(body: nn.Module, head: nn.Module) -> nn.Module:
+    return nn.Sequential(body.requires_grad_(False), head)
+
+
 @pytest.mark.parametrize(
     ("build", "tasks", "threads", "pays"),
     [
@@ -240,6 +244,7 @@ def test_passes_are_profiled_by_their_sets(always: None) -> None:
         (lambda: (conv4(1, 5, 32, 28), (1, 28, 28)), 4, 64, False),  # 63 of which would wait
         (lambda: (nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 5)), (1,)), 64, 1, False),  # calls
         (lambda: (nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 5)), (784,)), 16, 1, False),  # copies
+        (lambda: (frozen(nn.Linear(2048, 2048), nn.Linear(2048, 5)), (2048,)), 4, 1, False),  # of what does not adapt
     ],
 )
 def test_they_are_taken_where_they_take_less_time(build: Any, tasks: int, threads: int, pays: bool) -> None:
