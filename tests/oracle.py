@@ -30,7 +30,7 @@ def maml_loop(
     dampening: float | Tensor = 0.0,
     nesterov: bool = False,
     weight_decay: float | Tensor = 0.0,
-    update: Callable[..., tuple[Tensor, Any]] | None = None,
+    update: Callable[..., tuple[Tensor, Any]] | Mapping[str, Callable[..., tuple[Tensor, Any]]] | None = None,
     hyper: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Any, dict[str, Tensor]]:
     """Meta-gradient of the mean query loss after ``steps`` of inner SGD (docs/maths.md, eq. 1-4).
@@ -45,7 +45,8 @@ def maml_loop(
         first_order: treat the inner gradients as constants.
         adapted_names: the parameters that adapt; all that require grad when ``None``.
         momentum, dampening, nesterov, weight_decay: as torch.optim.SGD has them; tensors may require grad.
-        update: another optimizer's step instead, ``(phi, g, state, lr) -> (phi, state)``; the first state is ``None``.
+        update: another optimizer's step instead, ``(phi, g, state, lr) -> (phi, state)``, or one per parameter name;
+            the first state is ``None``.
         hyper: tensors that it reads and whose gradients are wanted, by name.
 
     Returns:
@@ -77,7 +78,8 @@ def maml_loop(
                     alpha = alphas[name] if isinstance(lr, Mapping) else alphas[""]
                     alpha = alpha[k] if isinstance(lr, Tensor) and lr.dim() else alpha
                     if update is not None:
-                        phi[name], buffer[name] = update(phi[name], d, buffer.get(name), alpha)
+                        own = update[name] if isinstance(update, Mapping) else update
+                        phi[name], buffer[name] = own(phi[name], d, buffer.get(name), alpha)
                         continue
                     d = d + weight_decay * phi[name]
                     known = buffer.get(name)

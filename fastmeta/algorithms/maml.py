@@ -47,6 +47,7 @@ from fastmeta.engine.trace import NotTraceable
 from fastmeta.engine.work import Work
 from fastmeta.inner.configuration import Configuration
 from fastmeta.inner.early_stop import EarlyStop
+from fastmeta.inner.groups import Groups
 from fastmeta.inner.rates import Rate, registered
 from fastmeta.tasks.batch import TaskBatch
 
@@ -71,7 +72,9 @@ class MAML(nn.Module):
             without ``inner``.
         steps: K, the number of inner steps.
         inner: a rule for the inner steps, with its own rates, instead of ``lr``: :class:`fastmeta.inner.SGD` with
-            momentum or weight decay, ``RMSprop``, ``Adagrad``, ``Adam`` or ``AdamW`` of the same module.
+            momentum or weight decay, ``RMSprop``, ``Adagrad``, ``Adam`` or ``AdamW`` of the same module. Or a mapping
+            from parameter names or ``fnmatch`` patterns to such rules, of which the first that fits holds
+            (:class:`fastmeta.inner.Groups`).
         first_order: drop the Hessian (FOMAML).
         parameters: which parameters adapt: ``None`` for all that require grad, an iterable of names or ``fnmatch``
             patterns, or a predicate ``(name, parameter) -> bool``. The others still get their exact meta-gradient if
@@ -129,7 +132,7 @@ class MAML(nn.Module):
         lr: Rate | None = None,
         steps: int = 1,
         *,
-        inner: Configuration | None = None,
+        inner: Configuration | Groups | Mapping[str, Configuration] | None = None,
         first_order: bool = False,
         parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
         allow_unused: bool = False,
@@ -159,8 +162,8 @@ class MAML(nn.Module):
         self.model = model
         if isinstance(loss, nn.Module):
             self.loss = loss
-        self.lr = registered(DEFAULT if lr is None and inner is None else lr)
-        self.inner = inner
+        self.lr = None if lr is None and inner is not None else registered(DEFAULT if lr is None else lr)
+        self.inner = Groups(inner) if isinstance(inner, Mapping) else inner
         self.steps = checked_steps(steps)
         self.first_order = first_order
         self.allow_unused = allow_unused
@@ -218,7 +221,7 @@ class MAML(nn.Module):
         Returns:
             The loss ``[]`` and the gradients by parameter name, in the parameters' shapes. Learned rates appear under
             ``lr`` or ``lr.<name>``, those of ``inner`` and its other hyper-parameters under ``inner.lr``,
-            ``inner.momentum`` and so on.
+            ``inner.momentum`` and so on, where there are groups under ``inner.<pattern>.lr``.
 
         Raises:
             As :meth:`forward`.
@@ -483,7 +486,7 @@ class MAML(nn.Module):
         return {name: b.clone() for name, b in buffers.items()} if self._follows else buffers
 
     def _packing(self, parameters: Mapping[str, Tensor]) -> Packing:
-        names = select_parameters(parameters, self._selection)
+        names = self._rule().ordered(select_parameters(parameters, self._selection))
         if not names:
             raise ValueError("MAML: at least one parameter must adapt, got none; check requires_grad and parameters=")
         return Packing.of({name: parameters[name] for name in names})

@@ -86,6 +86,9 @@ class MAMLPlusPlus(MAML):
         for name, value in (("multi_step_epochs", multi_step_epochs), ("first_order_epochs", first_order_epochs)):
             checks.at_least("MAMLPlusPlus", name, value, 0)
         checks.at_least("MAMLPlusPlus", "steps", steps, 1)
+        if inner is not None and not isinstance(inner, Configuration):
+            why = "whose rates are this algorithm's own table"
+            checks.fail(TypeError, "MAMLPlusPlus", "inner", f"one rule of fastmeta.inner, {why}", type(inner).__name__)
         if inner is not None and lr is not None:
             raise ValueError(f"MAMLPlusPlus: lr must be None beside inner, got {lr}; give the rate to inner")
         rate = (DEFAULT if lr is None else lr) if inner is None else inner.lr

@@ -47,7 +47,7 @@ def outputs_of(query: Program, leaves: list[Tensor]) -> Any:
 def gradients_of(work: Work, query: Program, gradient: MetaGradient) -> dict[str, Tensor]:
     """A meta-gradient by the names of ``work.parameters`` that require grad, zero where a parameter is not used."""
     adapted: dict[str, Tensor] = dict(zip(work.packing.names, gradient.adapted, strict=True))
-    if len(adapted) == len(work.parameters):
+    if work.packing.names == tuple(work.parameters):
         return adapted
     known = dict(zip(query.outer, gradient.outer, strict=True)) | adapted
     gradients = {}

@@ -17,6 +17,7 @@ from fastmeta.algorithms.maml import MAML
 from fastmeta.engine.adaptation import Adaptation
 from fastmeta.engine.objective import by_set, call_model, uses_set
 from fastmeta.engine.work import Work, task_of
+from fastmeta.inner.groups import Groups
 from fastmeta.tasks.batch import TaskBatch
 
 
@@ -87,8 +88,11 @@ class ProtoMAML(MAML):
         wrapped = _Prototypical(model, prefix, layer, [n for n in adapting if body[n].requires_grad])
         chosen = ["offset_weight", "offset_bias", *(f"model.{n}" for n in adapting)]
         super().__init__(wrapped, loss, lr, steps, parameters=chosen, **options)
-        decay = getattr(self.inner, "weight_decay", None)
-        if isinstance(decay, Tensor) or decay:
+        rules = [self.inner]
+        if isinstance(self.inner, Groups):
+            rules = [self.inner.rule_of(f"offset_{part}") for part in ("weight", "bias")]
+        decays = [getattr(rule, "weight_decay", None) for rule in rules]
+        if any(isinstance(decay, Tensor) or decay for decay in decays):
             raise ValueError("ProtoMAML: weight_decay must be 0, because it would shrink the offset and not the head")
         self._wrapped = [wrapped]  # in a list, so that what stands for theta is no parameter of this module
         self.model = model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,8 +29,9 @@ class Reptile(MAML):
     No query set is needed. ``loss.backward()`` leaves ``d_theta`` in ``grad``; the *value* of ``loss`` is something to
     watch, not what that is the derivative of: the mean query loss after adaptation where there is a query set, else the
     mean support loss before the last step. Task losses, outputs and support losses cannot be differentiated. Parameters
-    that do not adapt get no gradient, and neither do rates. Weights are formed for each task by the task-batched
-    executor; under ``torch.no_grad()`` meta-steps with a query set run as those of :class:`fastmeta.MAML` do.
+    that do not adapt get no gradient, and neither do rates. Weights are formed for each task. On a CPU the native
+    executor passes over the sets, one task after the other, where it has the kernels and that takes less time, else the
+    task-batched one; under ``torch.no_grad()`` meta-steps with a query set run as those of :class:`fastmeta.MAML` do.
 
     Args:
         model, loss, lr, steps: as :class:`fastmeta.MAML` has them; ``steps`` is at least 1, and more than 1 for
@@ -94,9 +96,19 @@ class Reptile(MAML):
         """As :meth:`fastmeta.MAML.explain`, of the executor that adapts; the adjoint it counts does not run."""
         asked, self.executor = self.executor, "reference"
         try:
-            return super().explain(tasks, steps=steps)
+            table = super().explain(tasks, steps=steps)
         finally:
             self.executor = asked
+        with torch.no_grad():
+            work, programs = self._prepare(tasks, steps, differentiate=False, need_query=False, check_unused=False)
+        if programs is None:
+            return table
+        why = programs.passes.objection(work)
+        if why:
+            return replace(table, executor=f"reference, because {why}")
+        rows = tuple(replace(row, backend="native", saved=0, cotangents=0) for row in table.rows)
+        how = "native, one task's pass after the other"
+        return replace(table, executor=how, rows=rows, kept={}, kept_once=0, peak=0)
 
     def _towards(self, tasks: TaskBatch, steps: int | None) -> tuple[Work, Adaptation, MetaOutput]:
         learned = self._rule().learned()

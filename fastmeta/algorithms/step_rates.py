@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmeta.algorithms.inner_rule import InnerRule, Parts
+from fastmeta.algorithms.inner_rule import InnerRule
 from fastmeta.core.packing import Packing
-from fastmeta.inner.configuration import Configuration
+from fastmeta.inner.configuration import Configuration, Parts
+from fastmeta.inner.groups import Groups
 from fastmeta.inner.rates import RateTable, as_tensor, prolonged
 from fastmeta.inner.sgd_rule import PLAIN
 
@@ -21,9 +22,9 @@ class StepRates(InnerRule):
         inner: a rule whose own ``lr`` is such a table.
     """
 
-    def __init__(self, table: float | Tensor | RateTable | None, inner: Configuration | None) -> None:
+    def __init__(self, table: float | Tensor | RateTable | None, inner: Configuration | Groups | None) -> None:
         super().__init__(table, inner)
-        rates = table if inner is None else inner.lr
+        rates = table if self._inner is None else self._inner.lr
         if not isinstance(rates, Tensor) or rates.dim() != 2:
             raise ValueError(f"MAMLPlusPlus: lr must be the table of rates [K, S], got {type(rates).__name__}")
         self._table = rates

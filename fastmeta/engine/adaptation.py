@@ -57,8 +57,9 @@ def adaptation(work: Work, programs: Programs | None, *, allow_unused: bool) -> 
 def _adaptation(
     work: Work, programs: Programs | None, allow_unused: bool, running: Running | None = None
 ) -> Adaptation:
+    why = "" if programs is None else programs.passes.objection(work)
     if running is not None:
-        running.by("autodiff" if programs is None else "reference", "" if programs is None else "it adapts alone")
+        running.by("autodiff" if programs is None else "reference" if why else "native", why)
     if programs is None:
         result = autodiff.run(work, keep_buffers=False, allow_unused=allow_unused)
         packed, losses = result.phi, result.support_losses
@@ -75,6 +76,7 @@ def _adaptation(
                 keep_tapes=False,
                 keep_records=False,
                 again_from=(),
+                native=None if why else programs.passes,
             )
             for part in map(work.part, programs.chunks(work.tasks))
         ]

@@ -156,10 +156,10 @@ def _step(
     if work.clip_norm is not None:
         norm = torch.cat([d.reshape(-1) for d in along]).norm()
         along = [d * (work.clip_norm / (norm + EPS)).clamp(max=1) for d in along]
-    after = [
-        work.rule.explicit(p, state, d, rate, work.hyper)
-        for p, state, d, rate in zip(phi, states, along, rates, strict=True)
-    ]
+    after = []
+    for place, (p, state, d, rate) in enumerate(zip(phi, states, along, rates, strict=True)):
+        kind, values = work.rule.of(place, work.hyper)
+        after.append(kind.explicit(p, state, d, rate, values))
     return [p for p, _ in after], [state for _, state in after]
 
 

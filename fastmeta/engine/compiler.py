@@ -19,6 +19,7 @@ from fastmeta.engine.factor import choose, factored, plan_of, quicker
 from fastmeta.engine.joined import joined
 from fastmeta.engine.lower import NotLowered
 from fastmeta.engine.native import NativeStep
+from fastmeta.engine.native_passes import NativePasses
 from fastmeta.engine.objective import Objective
 from fastmeta.engine.plan import chunk_size, plan
 from fastmeta.engine.program import Program
@@ -69,6 +70,7 @@ class Programs:
     planned_chunk: int
     captures: Captures
     room: Room
+    passes: NativePasses  # one by one, where weights adapt and nothing goes back
     native: Compiled | str = "there is no query set"  # what runs them, or why nothing does
     rows: Rows | None = None  # the tables of which tasks have rows, where the programs are on such
 
@@ -123,6 +125,7 @@ class Compiler:
         self._blocks: dict[int, Program] = {}  # likewise
         self._captures = Captures()
         self._rooms: dict[tuple[int, int], Room] = {}  # likewise
+        self._passes: dict[tuple[int, int], NativePasses] = {}  # likewise
 
     def clear(self) -> None:
         """Forget every trace."""
@@ -134,6 +137,7 @@ class Compiler:
         self._blocks.clear()
         self._captures.clear()
         self._rooms.clear()
+        self._passes.clear()
 
     def compile(self, work: Work) -> Programs:
         """The programs of ``work``.
@@ -173,7 +177,8 @@ class Compiler:
             chunk_size(p, formed, work.alpha.device) for p in (support, query) if p is not None
         )
         room = self._rooms.setdefault((id(support), id(query)), Room())
-        return Programs(support, query, size, self._captures, room, native, rows)
+        passes = self._passes.setdefault((id(support), id(query)), NativePasses(support, query))
+        return Programs(support, query, size, self._captures, room, passes, native, rows)
 
     def _tables(self, work: Work, support: Program, query: Program, *, tight: bool) -> Rows | None:
         """The programs on rows of the tables that are to be held so; ``None`` where there are none."""

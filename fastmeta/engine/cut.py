@@ -14,6 +14,9 @@ from fastmeta.engine.work import Work
 # called for all; of the generic one, likewise. Measured on small networks, where nothing else counts (AMD Zen 5).
 OWN_BACK, OWN = 5, 5
 GENERIC_BACK, GENERIC = 24, 60
+# Of a native pass of one task alone: times of a call that it takes beside its operations, and passes over its weights
+# that handing them over takes, with their gradients back and without (AMD EPYC, AVX2).
+ALONE, HANDED_OVER, HANDED_IN = 10, 20, 3
 PASSES = 1, 2, 2, 4  # over its operands that a map without products takes
 
 
@@ -57,6 +60,24 @@ def reference_seconds(programs: tuple[Program, Program], work: Work, rates: Rate
             total += _flops(instruction, work, steps, maps) / rates.flops
             total += _moved(instruction, work, steps, maps, rates)
     return total
+
+
+def passes_pay(program: Program, work: Work, rates: Rates, threads: int) -> bool:
+    """Whether passes of one task after the other by the native executor take less time than all together.
+
+    Each has one of the threads for its products. What runs once for all steps, together, runs at each of them alone.
+    """
+    own = work.packing.size
+    others = sum(p.numel() for p in work.parameters.values()) - own
+    moved = (HANDED_OVER * own + HANDED_IN * others) * work.theta[0].element_size() / rates.bytes
+    native, reference = work.tasks * (ALONE * rates.call_s + moved), 0.0
+    for instruction in program.instructions:
+        flops = _flops(instruction, work, 1, 2)
+        native += flops / rates.native * threads
+        call = GENERIC if instruction.op.name == "generic" else OWN
+        together = 2 * call * rates.call_s + flops / rates.flops + _moved(instruction, work, 1, 2, rates)
+        reference += together / max(1, work.steps) if instruction.invariant else together
+    return native < reference
 
 
 def _flops(instruction: Instruction, work: Work, steps: int, maps: int) -> int:

@@ -101,6 +101,7 @@ class Explanation:
         peak: bytes that the meta-step is predicted to hold beside parameters and tasks; 0 where nothing predicts it.
         tasks_at_once: how many tasks run at a time.
         recomputes: whether activations are computed again on the way back instead of being kept.
+        rule: what the inner steps have beside descent along the gradient, and where, if parameters have their own.
     """
 
     engine: str
@@ -115,6 +116,7 @@ class Explanation:
     peak: int = 0
     tasks_at_once: int = 0
     recomputes: bool = False
+    rule: str = ""
 
     @property
     def kept_per_step(self) -> int:
@@ -129,7 +131,7 @@ class Explanation:
     def __str__(self) -> str:
         head = (
             f"{self.engine} engine: {self.tasks} tasks, {self.steps} inner steps, {self.parameters} adapting elements"
-        )
+        ) + (f"\ninner steps have {self.rule}" if self.rule else "")
         if self.engine == "autodiff":
             return f"{head}\nwhy not the program: {self.reason}\nkept: autograd's graph of the whole loop"
         table: list[tuple[str, ...]] = [
@@ -173,7 +175,8 @@ class Explanation:
 
 def explain_autodiff(work: Work, reason: str) -> Explanation:
     """The explanation where no program runs."""
-    return Explanation("autodiff", reason, work.tasks, work.steps, work.packing.size)
+    rule = work.rule.described()
+    return Explanation("autodiff", reason, work.tasks, work.steps, work.packing.size, rule=rule)
 
 
 def rows_of(work: Work, programs: Programs, executor: str) -> list[Row]:
@@ -262,6 +265,7 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         peak,
         at_once,
         recomputes,
+        work.rule.described(),
     )
 
 
@@ -299,8 +303,10 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         formed = work.packing.size - sum(work.parameters[name].numel() for name in program.factored)
         kept["fast weights"] = formed * work.tasks * tape.loss.element_size()
     if work.learned or work.rule.entrywise:
-        vectors = work.rule.records - ({"phi"} if second_order else set())  # which then is kept already
-        size = len(vectors) * work.packing.size * work.tasks * tape.loss.element_size()
+        each = [work.rule.of(place)[0].records for place in range(len(work.packing.names))]
+        already = {"phi"} if second_order else set()
+        vectors = sum(len(own - already) * size for own, size in zip(each, work.packing.sizes, strict=True))
+        size = vectors * work.tasks * tape.loss.element_size()
         kept["gradients" if work.rule.plain else "vectors of the inner rule"] = size
     return rows, kept, once
 

@@ -162,11 +162,13 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
     found: dict[int, tuple[float, float] | str] = dict.fromkeys(
         map(id, linear), "several calls read its weight, so it is formed"
     )
-    why = f"the inner rule has {work.rule.described()}" if work.rule.entrywise else ""
     for instruction in linear:
-        if why:
-            found[id(instruction)] = f"{why}: its steps are of full rank, so it is formed"
-        elif work.has_rate_an_element(slots[instruction.inputs[WEIGHT]]):
+        name = slots[instruction.inputs[WEIGHT]]
+        rule = work.rule_of(name)
+        if rule.entrywise:
+            why = f"the inner rule has {rule.described()}: its steps are of full rank, so it is formed"
+            found[id(instruction)] = why
+        elif work.has_rate_an_element(name):
             found[id(instruction)] = "one rate an element: its steps are of full rank, so it is formed"
     readers = candidates(support)
     costs = _costs(support, query, work)
@@ -178,13 +180,11 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
 
 def _costs(support: Program, query: Program, work: Work) -> dict[str, _Costs]:
     """Of the parameters that can stay factors on support and query alike."""
-    if work.rule.entrywise:
-        return {}
     asked = candidates(query)
     return {
         name: _Costs(i, asked[name], work)
         for name, i in candidates(support).items()
-        if name in asked and not work.has_rate_an_element(name)
+        if name in asked and not work.has_rate_an_element(name) and not work.rule_of(name).entrywise
     }
 
 

@@ -15,7 +15,7 @@ from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work
 from fastmeta.inner.descent import Descent
 from fastmeta.inner.rates import collected, rates_of
-from fastmeta.inner.rule import Back, Entrywise, Forth
+from fastmeta.inner.rule import Back, Entrywise, Forth, Group
 
 Weight = Tensor | LowRank
 
@@ -65,6 +65,8 @@ class FastWeights:
         self._descent = Descent(alpha, segments, self._packing)
         self._alpha = work.alpha
         self._rule = work.rule.rule(work.hyper)
+        self._work, self._support = work, support
+        self._parts: dict[Group, FastWeights] = {}
 
     def start(self) -> Vector:
         """``phi_0``, eq. (1)."""
@@ -176,6 +178,24 @@ class FastWeights:
             own = self._of_formed(d_rate)
             d_rate = torch.cat([own[name].reshape(-1) for name in self._names])
         return [None if x is None else Vector(x, {}) for x in made], d_rate, others
+
+    def part(self, group: Group) -> FastWeights:
+        """Of one group's parameters alone; see :meth:`fastmeta.inner.rule.Space.part`."""
+        if group not in self._parts:
+            self._parts[group] = FastWeights(self._work.group(group), self._support)
+        return self._parts[group]
+
+    def split(self, a: Vector, groups: Sequence[Group]) -> list[Vector]:
+        """What each group has of ``a``: views, and factors."""
+        parts = [self.part(group) for group in groups]
+        pieces = a.packed.split([part._packing.size for part in parts], 1)
+        own = zip(parts, pieces, strict=True)
+        return [Vector(piece, {name: a.factors[name] for name in part._factored}) for part, piece in own]
+
+    def joined(self, pieces: Sequence[Vector]) -> Vector:
+        """The other way round."""
+        factors = {name: part for piece in pieces for name, part in piece.factors.items()}
+        return Vector(torch.cat([piece.packed for piece in pieces], 1), factors)
 
     def less(self, lam: Vector, product: Sequence[Weight], *, alone: bool) -> Vector:
         """``lam - H u``, eq. (6); ``lam`` is overwritten where it is formed.

@@ -114,7 +114,7 @@ class MetaStep(torch.autograd.Function):
         else:
             gradient.scale(d_mean)
         rule = (gradient.alpha, gradient.hyper) if step.learned else ()
-        if len(gradient.adapted) == len(step.work.parameters):  # packed in the parameters' own order
+        if step.work.packing.names == tuple(step.work.parameters):
             return None, *gradient.adapted, *rule
         by_name: dict[str, Tensor | None] = dict(zip(step.work.packing.names, gradient.adapted, strict=True))
         by_name.update(zip(step.programs.both[1].outer, gradient.outer, strict=True))

@@ -14,6 +14,7 @@ from fastmeta.engine import executor
 from fastmeta.engine.evaluation import added
 from fastmeta.engine.executor import Gradients, Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
+from fastmeta.engine.native_passes import NativePasses
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
 
@@ -44,13 +45,14 @@ class InnerPasses:
         work: the meta-step.
         support: its program at the shapes of a micro-batch.
         rule: its fast weights.
+        native: what passes over the support set instead, where nothing goes back; ``None`` for the program.
 
     Attributes:
         support: the program; another with the same operations may take its place between passes.
     """
 
-    def __init__(self, work: Work, support: Program, rule: FastWeights) -> None:
-        self._work, self.support, self._rule = work, support, rule
+    def __init__(self, work: Work, support: Program, rule: FastWeights, native: NativePasses | None = None) -> None:
+        self._work, self.support, self._rule, self._native = work, support, rule, native
         self._sets = [pytree.tree_leaves(batch) for batch in work.micro_sets()]
         self._invariants: list[Invariants | None] = [None] * len(self._sets)  # what is the same at every step
         self._flowing: list[dict[int, Tensor]] = [{} for _ in self._sets]  # cotangents of that
@@ -128,6 +130,8 @@ class InnerPasses:
 
     def _pass(self, phi: Vector, k: int, i: int) -> tuple[Tape, list[Weight]]:
         """Forward and backward pass over one micro-batch, and its part of the gradient."""
+        if self._native is not None:
+            return self._native.over_support(self._work, self._rule.values(phi), first=k == 0)  # type: ignore[arg-type,return-value]  # all formed
         adapted: Sequence[Weight] = self._rule.values(phi) if k else self._rule.first_values(phi)
         tape = self._forward(adapted, k, i, self._invariants[i])
         if self._invariants[i] is None and tape.invariants is not None:

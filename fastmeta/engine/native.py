@@ -264,6 +264,7 @@ class NativeCall:
         callbacks: what the program calls back to, if it does.
         preludes: to support and query, if there are any.
         threads: at most so many; ``None`` for all.
+        phase: what a profile calls the passes over query sets.
     """
 
     step: Any
@@ -277,6 +278,7 @@ class NativeCall:
     callbacks: Callbacks | None
     preludes: list[Prelude] | None
     threads: int | None
+    phase: str = "query"
 
     def run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
         """Run the meta-step; see :func:`fastmeta.engine.meta_step.evaluate`.
@@ -313,7 +315,7 @@ class NativeCall:
                 support_losses,
                 results[0] if results else None,
                 self.threads or torch.get_num_threads(),
-                None if profile is None else profile.part(self.step, *self.operands),
+                None if profile is None else profile.part(self.step, self.operands[0], self.operands[1], self.phase),
             )
         if work.check_finite:
             for k in range(work.steps):

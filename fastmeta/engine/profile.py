@@ -71,7 +71,7 @@ class Profile:
 
     @property
     def meta_steps(self) -> int:
-        """How many the native executor ran."""
+        """How many the native executor ran; a pass by itself, where weights adapt alone, is one."""
         return sum(part.native.meta_steps for part in self._parts.values())
 
     @property
@@ -89,18 +89,19 @@ class Profile:
         native = [record for part in self._parts.values() if part.kind is kind for record in part.records()]
         return native or list(_by_reference(kind))
 
-    def part(self, step: Any, support: Sequence[Operands], query: Sequence[Operands]) -> Any:
+    def part(self, step: Any, support: Sequence[Operands], query: Sequence[Operands], phase: str = "query") -> Any:
         """The native profile that a compiled meta-step adds to.
 
         Args:
             step: ``MetaGradient32`` or ``MetaGradient64`` of the extension, which must outlive the profile's use.
             support: operands of its operations on the support set.
             query: likewise.
+            phase: what passes over the query set are called; those of one step always the same.
         """
         kind = None if self.runs is None else self.runs.current
         part = self._parts.get((id(step), id(kind)))
         if part is None:
-            part = self._parts[id(step), id(kind)] = _Part(step, step.profile(), support, query, kind)
+            part = self._parts[id(step), id(kind)] = _Part(step, step.profile(), support, query, kind, phase)
         return part.native
 
 
@@ -111,9 +112,10 @@ class _Part:
     support: Sequence[Operands]
     query: Sequence[Operands]
     kind: Kind | None
+    phase: str
 
     def records(self) -> Iterator[Record]:
-        phases = (("support", self.native.support, self.support), ("query", self.native.query, self.query))
+        phases = (("support", self.native.support, self.support), (self.phase, self.native.query, self.query))
         for phase, table, operations in phases:
             for operands, tallies in zip(operations, table, strict=True):
                 instruction = operands.instruction

@@ -17,6 +17,7 @@ from fastmeta.engine.evaluation import MetaGradient, added
 from fastmeta.engine.executor import Gradients, Invariants, Tape
 from fastmeta.engine.fast_weights import FastWeights, Vector, Weight
 from fastmeta.engine.inner_passes import InnerPasses
+from fastmeta.engine.native_passes import NativePasses
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, require_finite
 
@@ -91,6 +92,7 @@ def unroll(
     keep_points: bool = False,
     again_from: Sequence[int] | None = None,
     d_loss: Tensor | None = None,
+    native: NativePasses | None = None,
 ) -> Trajectory:
     """Adapt every task by K steps, eq. (2)-(3), and evaluate its query set.
 
@@ -105,11 +107,12 @@ def unroll(
         again_from: where the query pass is computed again from, as in :func:`executor.forward`.
         d_loss: cotangent of each task's loss, ``[T]``, if query losses before the last step count and gradients are
             wanted: they are taken at once, so that no query pass is kept but the last.
+        native: what passes over the sets instead of the programs, where nothing is kept.
     """
     rule = FastWeights(work, support)
     phi, state = rule.start(), None
     losses, trajectory = list[Tensor](), Trajectory(phi, phi.packed)
-    passes = trajectory.passes = InnerPasses(work, support, rule)
+    passes = trajectory.passes = InnerPasses(work, support, rule, native)
     trajectory.weight = None if work.query_weights is None else work.weights[-1]
     trajectory.statistics = running_stats.start(work)
     seen: Invariants | None = None  # of the query's passes
@@ -162,9 +165,12 @@ def unroll(
     if work.stop is not None:
         none = torch.zeros(work.tasks, dtype=torch.int64, device=phi.packed.device)
         trajectory.taken = sum((each[:, 0].long() for each in trajectory.going), none)
-    if query is not None:
+    if query is not None and native is not None and native.answers(work):
+        trajectory.query = native.over_query(work, rule.values(phi), first=not work.steps)  # type: ignore[arg-type]  # all formed
+    elif query is not None:
         adapted = rule.values(phi) if work.steps else work.theta
         trajectory.query = _look(work, query, adapted, work.steps, trajectory.statistics, seen, again_from)
+    if trajectory.query is not None:
         trajectory.mutations.append(trajectory.query.mutations)
         if work.check_finite:
             require_finite(trajectory.query.loss, "query loss")

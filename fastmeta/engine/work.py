@@ -13,7 +13,7 @@ from fastmeta.core.packing import Packing
 from fastmeta.engine.objective import Objective, uses_set
 from fastmeta.inner.early_stop import EarlyStop
 from fastmeta.inner.rates import Shapes
-from fastmeta.inner.rule import RuleKind
+from fastmeta.inner.rule import Group, RuleKind
 from fastmeta.inner.sgd_rule import PLAIN
 
 Plan = str | tuple[tuple[str, str], ...]
@@ -133,6 +133,25 @@ class Work:
 
     def _rate_shape(self, name: str) -> tuple[int, ...]:
         return () if self.rate_shapes is None else self.rate_shapes[self.packing.names.index(name)]
+
+    def rule_of(self, name: str) -> RuleKind:
+        """The inner rule of an adapting parameter."""
+        return self.rule.of(self.packing.names.index(name))[0]
+
+    def group(self, group: Group) -> Work:
+        """The inner steps of one group's parameters, at its rates and without its rule."""
+        own, rates = (slice(each.start, each.stop) for each in (group.parameters, group.rates))
+        packing = Packing(self.packing.names[own], self.packing.shapes[own])
+        shapes = () if self.rate_shapes is None else self.rate_shapes[own]
+        return replace(
+            self,
+            packing=packing,
+            alpha=self.alpha[:, rates],
+            segments=None if any(shapes) else packing.segments(self.alpha.device),
+            rate_shapes=shapes if any(shapes) else None,
+            rule=PLAIN,
+            hyper=None,
+        )
 
     @property
     def outer_names(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastmeta.inner.adaptive import Adagrad, Adam, AdamW, RMSprop
 from fastmeta.inner.early_stop import EarlyStop
+from fastmeta.inner.groups import Groups
 from fastmeta.inner.sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "EarlyStop", "RMSprop"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "EarlyStop", "Groups", "RMSprop"]

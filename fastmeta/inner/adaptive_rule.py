@@ -34,8 +34,12 @@ class AdaptiveKind(RuleKind):
     weight_decay: bool = False
     learned: frozenset[str] = frozenset()
 
-    entrywise: ClassVar[bool] = True
     always: ClassVar[tuple[str, ...]] = ()  # names of the hyper-parameters that a rule of this kind has in any case
+
+    @property
+    def entrywise(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def plain(self) -> bool:

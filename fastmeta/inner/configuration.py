@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.inner.rates import Rate, as_tensor, check_rate, registered
+from fastmeta.inner.rates import Rate, Shapes, as_tensor, check_rate, registered
 from fastmeta.inner.rule import RuleKind
+
+
+class Parts(NamedTuple):
+    """What a meta-step holds of an inner rule; :class:`fastmeta.engine.work.Work` says what each is."""
+
+    alpha: Tensor
+    segments: Tensor | None
+    rate_shapes: Shapes | None
+    rule: RuleKind
+    hyper: Tensor | None
 
 
 class Configuration(nn.Module):

@@ -21,6 +21,7 @@ class Rates:
         lr: a number; a tensor ``[]`` or ``[K]`` (one rate a step); or a mapping from the name of every adapting
             parameter to a number, a tensor ``[]``, or a tensor that broadcasts to the parameter's shape.
         packing: the adapting parameters.
+        of: what has the rates, for messages.
 
     Attributes:
         shapes: of each parameter's own rates, where not every parameter has a single one: ``[]``, or as many axes as
@@ -31,32 +32,35 @@ class Rates:
         ValueError: names are missing or unknown, or a shape does not broadcast.
     """
 
-    def __init__(self, lr: Rate, packing: Packing) -> None:
+    def __init__(self, lr: Rate, packing: Packing, of: str = "") -> None:
         self.lr = lr
         self.packing = packing
+        self.name = f"{of}lr"
         if isinstance(lr, Mapping):
             missing = [name for name in packing.names if name not in lr]
             unknown = [name for name in lr if name not in packing.names]
             if missing or unknown:
                 raise ValueError(
-                    f"MAML: lr must have one entry for every adapting parameter, got none for {missing} "
+                    f"MAML: {self.name} must have one entry for every adapting parameter, got none for {missing} "
                     f"and entries for unknown {unknown}"
                 )
             for name, shape in zip(packing.names, packing.shapes, strict=True):
-                check_rate("MAML", f"lr[{name!r}]", lr[name])
+                check_rate("MAML", f"{self.name}[{name!r}]", lr[name])
                 value = lr[name]
                 if isinstance(value, Tensor) and _broadcast(value.shape, shape) != tuple(shape):
                     raise ValueError(
-                        f"MAML: lr[{name!r}] must broadcast to the parameter's shape {tuple(shape)}, "
+                        f"MAML: {self.name}[{name!r}] must broadcast to the parameter's shape {tuple(shape)}, "
                         f"got {tuple(value.shape)}"
                     )
             own = tuple(_own_shape(lr[n], shape) for n, shape in zip(packing.names, packing.shapes, strict=True))
             self.kind = "tensor" if not any(own) else "mixed"
             self.shapes: Shapes | None = own if any(own) else None
         else:
-            check_rate("MAML", "lr", lr)
+            check_rate("MAML", self.name, lr)
             if isinstance(lr, Tensor) and lr.dim() > 1:
-                raise ValueError(f"MAML: lr must have shape [] or [steps], got {tuple(lr.shape)}; use a mapping")
+                raise ValueError(
+                    f"MAML: {self.name} must have shape [] or [steps], got {tuple(lr.shape)}; use a mapping"
+                )
             self.kind, self.shapes = "scalar", None
 
     def segments(self, device: torch.device) -> Tensor | None:
@@ -89,7 +93,7 @@ class Rates:
         needed = min(steps, max(trained, 1))
         if value.shape[0] < needed:
             raise ValueError(
-                f"MAML: lr with one rate a step must have at least {needed} rates for {needed} steps, "
+                f"MAML: {self.name} with one rate a step must have at least {needed} rates for {needed} steps, "
                 f"got {value.shape[0]}"
             )
         return prolonged(value.unsqueeze(1), steps)
@@ -163,7 +167,7 @@ class RateTable(nn.Module):
         return {name: getattr(self, key) for name, key in self._names.items()}
 
 
-def registered(lr: Rate | None) -> float | Tensor | RateTable | None:
+def registered(lr: Rate) -> float | Tensor | RateTable:
     """Rates as an attribute of a module, which then knows the parameters among them."""
     return RateTable(lr) if isinstance(lr, Mapping) else lr
 

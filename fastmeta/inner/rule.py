@@ -11,8 +11,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 V = TypeVar("V")
@@ -61,6 +62,39 @@ class Space(Protocol[V]):
         For rules of an entrywise kind alone: there must be no factors.
         """
         ...
+
+    def part(self, group: Group) -> Space[V]:
+        """Of vectors of one group's parameters alone, at its own rates."""
+        ...
+
+    def split(self, a: V, groups: Sequence[Group]) -> list[V]:
+        """What each of ``groups``, which are all, has of ``a``."""
+        ...
+
+    def joined(self, pieces: Sequence[V]) -> V:
+        """The other way round."""
+        ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapting parameters that follow each other in the packing's order and have an inner rule of their own.
+
+    Attributes:
+        pattern: by which a user has named them.
+        kind: the rule without values.
+        learned: whether any of its hyper-parameters or rates is.
+        dtype: of its hyper-parameters beside the rates; ``None`` where it has none.
+        parameters: which they are in that order.
+        rates: columns of alpha, which are theirs.
+    """
+
+    pattern: str
+    kind: RuleKind
+    learned: bool
+    dtype: torch.dtype | None
+    parameters: range
+    rates: range
 
 
 @dataclass
@@ -130,9 +164,14 @@ class Rule(ABC):
 class RuleKind(ABC):
     """An inner rule without values: what plans, captured graphs and remembered meta-steps depend on. Hashable."""
 
-    # Whether it takes entries one by one and not vectors as a whole: its steps along factors would be of full rank, so
-    # that weights are formed; and its adjoint needs the record of a step even where nothing is learned.
-    entrywise: ClassVar[bool] = False
+    @property
+    def entrywise(self) -> bool:
+        """Whether it takes entries one by one and not vectors as a whole.
+
+        Its steps along factors would be of full rank, so that weights are formed; and its adjoint needs the record of a
+        step even where nothing is learned.
+        """
+        return False
 
     @property
     @abstractmethod
@@ -153,9 +192,16 @@ class RuleKind(ABC):
     def rule(self, values: Tensor | None) -> Rule:
         """With its hyper-parameters, ``[H]``; ``None`` where it has none."""
 
+    def of(self, place: int, values: Tensor | None = None) -> tuple[RuleKind, Tensor | None]:
+        """The rule of one parameter, by its place in the packing's order, and the hyper-parameters of that rule."""
+        return self, values
+
     @abstractmethod
     def explicit(self, phi: Tensor, state: Any, g: Tensor, rate: Tensor, values: Tensor | None) -> tuple[Tensor, Any]:
-        """One parameter's step of one task in plain torch, for autograd: the parameter and its state after it."""
+        """One parameter's step of one task in plain torch, for autograd: the parameter and its state after it.
+
+        Of the kind and the values that :meth:`of` gives.
+        """
 
     @abstractmethod
     def described(self) -> str:

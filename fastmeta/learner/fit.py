@@ -144,6 +144,7 @@ class Fit:
         stored |= {
             "kind": "fit",
             "period": self.period,
+            "accumulate": self.loop.accumulate,
             "progress": asdict(self.loop.progress),
             "scheduler": None if self.scheduler is None else pack_scheduler(self.scheduler),
             "callbacks": states,
@@ -157,13 +158,19 @@ class Fit:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged, or of another model, optimizer, source, schedule or list of callbacks.
+            ValueError: it is damaged, or of another model, optimizer, source, schedule, list of callbacks or number of
+                batches a meta-step.
         """
         tensors, stored = checkpoint.load(folder, name)
         origin = str(Path(folder) / f"{name}.json")
         with refused(origin):
             if stored["kind"] != "fit" or stored["period"] != self.period:
                 raise ValueError(f"a fit with epochs of {self.period} meta-steps was expected")
+            if stored["accumulate"] != self.loop.accumulate:
+                raise ValueError(
+                    f"accumulate must stay {stored['accumulate']}, got {self.loop.accumulate}; give "
+                    f"accumulate={stored['accumulate']}, or begin a new fit"
+                )
             if (stored["scheduler"] is None) != (self.scheduler is None):
                 raise ValueError("a scheduler must be given where the checkpoint has one, and only there")
             names = [type(callback).__name__ for callback in self.callbacks]

@@ -147,6 +147,8 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captu
     assert "holds a run; go on with --resume" in error_of(capsys, "train", "sinusoid", "--out", tmp_path)
     told = error_of(capsys, "train", "sinusoid", "--out", tmp_path, "--resume", "--shots", 9)
     assert "shots must stay 3" in told
+    told = error_of(capsys, "train", "sinusoid", "--out", tmp_path, "--resume", "--accumulate", 2)
+    assert "accumulate must stay 1" in told
     told = error_of(capsys, "train", "digits", "--out", tmp_path, "--resume")
     assert "problem must stay 'sinusoid'" in told
     assert tensors_of(tmp_path) == before

@@ -11,6 +11,7 @@ import fastmeta as fm
 from fastmeta.engine import meta_step
 from fastmeta.engine.capture import Captures
 from fastmeta.engine.compiler import Programs, Room
+from fastmeta.engine.native_passes import NativePasses
 from tests.oracle import relative_error
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -62,7 +63,7 @@ def test_every_chunk_size_gives_the_same_numbers(chunk_size) -> None:
 def test_chunks_cover_the_tasks_evenly() -> None:
     for tasks in range(1, 12):
         for size in range(1, 13):
-            programs = Programs(None, None, size, Captures(), Room())
+            programs = Programs(None, None, size, Captures(), Room(), NativePasses(None, None))
             lengths = [c.stop - c.start for c in programs.chunks(tasks)]
             assert sum(lengths) == tasks
             assert max(lengths) <= size

@@ -231,6 +231,10 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
         fit(tmp_path / "b")
     for attempt, message in [
         (functools.partial(fit, steps_per_epoch=3), "epochs of 3 meta-steps"),
+        (
+            functools.partial(fitted_with(tmp_path / "a", accumulate=3), steps_per_epoch=2),
+            r"last\.json must be of this run, .*accumulate must stay 1, got 3; give accumulate=1, or begin a new fit",
+        ),
         (functools.partial(fit, callbacks=[]), r"callbacks must be \['Checkpoint'\] as there, got \[\]"),
         (functools.partial(fitted_with(tmp_path / "a", one_by_one())), "state must come from state_dict"),
         (functools.partial(fitted_with(tmp_path / "a", [Sinusoid(2, 4).sample()])), "KeyError"),

@@ -255,6 +255,8 @@ def test_run_folders_are_guarded(tmp_path: Path) -> None:
         open_new(tmp_path / "a", config)
     with pytest.raises(ValueError, match=r"seed must stay 0 when .* is resumed, got 1"):
         open_existing(tmp_path / "a", config.changed(seed=1))
+    with pytest.raises(ValueError, match=r"accumulate must stay 1 when .* is resumed, got 2; leave the option out"):
+        open_existing(tmp_path / "a", config.changed(accumulate=2))
     assert open_existing(tmp_path / "a", config.changed(iterations=5)).read_config().iterations == 5
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         open_existing(tmp_path / "b", config)
