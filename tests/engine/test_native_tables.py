@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.core import native as extension
-from tests.engine.test_native import EXACT, batch_of, network
+from tests.engine.test_native import EXACT, batch_of, network, truth
 from tests.oracle import relative_error
 from tests.process_memory import in_a_process, needs_a_mark
 
@@ -160,6 +160,16 @@ def test_large_weights_have_the_same_bits_with_any_number_of_threads(
     model.float()
     # float32: sums over `width` terms, twice
     assert relative_error(maml.value_and_grad(batch)[1], wanted) <= 4 * torch.finfo(torch.float32).eps * width**0.5
+
+
+@pytest.mark.parametrize("rows", [(3, 2), (300, 420)], ids=["few rows", "rows beyond a panel's depth"])
+def test_large_weights_of_several_blocks_are_exact(set_threads: Callable[[int], None], rows: tuple[int, int]) -> None:
+    """More rows of the weight's gradient than a block, and a last strip that is not whole."""
+    model, batch = network(7, 600, 250, 3, activation="tanh"), batch_of(7, 3, "cross entropy", rows, tasks=2)
+    maml = fm.MAML(model, F.cross_entropy, 0.1, 2, executor="native", plan="dense")
+    same_bits(maml, batch, set_threads)
+    wanted = truth(model, F.cross_entropy, batch, 0.1, 2)[3]
+    assert relative_error(maml.value_and_grad(batch)[1], wanted) <= EXACT
 
 
 def same_bits(maml: fm.MAML, batch: fm.TaskBatch, set_threads: Callable[[int], None]) -> None:
