@@ -16,8 +16,8 @@
 //                      dS' = scale (P' E + P (dP' - <P', dP> - <P, dP'>)),
 //                      dQ' = dS' K + dS K',  dK' = dS'^T Q + dS^T Q'
 //
-// P and P' are kept; the products with V^T are made again. A head's rows are copied to where they lie one behind the
-// other; heads are spread over threads, and each writes its own columns.
+// P and P' are kept; the products with V^T are made again. Heads are spread over threads, and each writes its own
+// columns. Heads of whole vectors are read and written where they lie; others are copied on their way.
 
 namespace fastmeta::attention::FASTMETA_ISA {
 namespace {
@@ -37,6 +37,7 @@ struct Layout {
         dim(padded<R>(s.dim)),
         columns(padded<R>(s.columns)) {}
 
+  bool in_place() const { return dim == s.dim; }
   std::int64_t queries() const { return s.rows * dim; }  // elements of a head
   std::int64_t keys() const { return s.columns * dim; }
   std::int64_t scores() const { return s.rows * columns; }
@@ -60,7 +61,12 @@ template <class R>
 class Head {
  public:
   Head(const Layout<R>& l, std::int64_t number, R* scratch)
-      : l_(l), number_(number), sample_(number / l.s.heads), head_(number % l.s.heads), free_(scratch) {}
+      : l_(l),
+        number_(number),
+        sample_(number / l.s.heads),
+        head_(number % l.s.heads),
+        row_(l.in_place() ? l.row : l.dim),
+        free_(scratch) {}
 
   R* take(std::int64_t elements) {
     R* const place = free_;
@@ -68,11 +74,12 @@ class Head {
     return place;
   }
 
-  // The head's part of values that have `rows` a sample; null where there are none.
+  // The head's part of values that have `rows` a sample, `row` elements apart; null where there are none.
   const R* rows_of(const R* values, std::int64_t rows) {
     if (values == nullptr) return nullptr;
-    R* const out = take(rows * l_.dim);
     const R* in = values + sample_ * rows * l_.row + head_ * l_.s.dim;
+    if (l_.in_place()) return in;
+    R* const out = take(rows * l_.dim);
     for (std::int64_t i = 0; i < rows; ++i, in += l_.row)
       for (std::int64_t j = 0; j < l_.dim; ++j) out[i * l_.dim + j] = j < l_.s.dim ? in[j] : R(0);
     return out;
@@ -84,7 +91,7 @@ class Head {
   const R* turned(const R* keys) {
     if (keys == nullptr) return nullptr;
     R* const out = take(l_.turned());
-    transpose(keys, l_.dim, l_.s.columns, l_.s.dim, out);
+    transpose(keys, row_, l_.s.columns, l_.s.dim, out);
     return out;
   }
 
@@ -96,8 +103,8 @@ class Head {
   void to_scores(const R* a0, const R* b0, const R* a1, const R* b1, R* c) const {
     Term<R> terms[2];
     int count = 0;
-    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, l_.dim, b0, l_.columns, l_.s.dim};
-    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, l_.dim, b1, l_.columns, l_.s.dim};
+    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, row_, b0, l_.columns, l_.s.dim};
+    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, row_, b1, l_.columns, l_.s.dim};
     product(terms, count, l_.s.rows, l_.s.columns, Result<R>{c, l_.columns});
   }
 
@@ -121,12 +128,15 @@ class Head {
         const R* m = mask + sample_ * step[0] + head_ * step[1] + i * step[2];
         for (std::int64_t j = 0; j < l_.s.columns; ++j) row[j] += m[j * step[3]];
       }
-      R most = row[0];
-      for (std::int64_t j = 1; j < l_.s.columns; ++j) most = row[j] > most ? row[j] : most;
+      Vector<R> most = splat<R>(row[0]);
+      for (std::int64_t j = 0; j < l_.columns; j += width<R>) {
+        const Vector<R> here = load(row + j);
+        most = select<R>(present(j) & (here > most), here, most);
+      }
+      most = largest_everywhere<R>(most);
       Vector<R> sums{};
       for (std::int64_t j = 0; j < l_.columns; j += width<R>) {
-        const Vector<R> all = exponential(load(row + j) - splat<R>(most));
-        const Vector<R> e = select<R>(lanes_from<R>(j) < splat_mask<R>(static_cast<int>(l_.s.columns)), all, Vector<R>{});
+        const Vector<R> e = select<R>(present(j), exponential(load(row + j) - most), Vector<R>{});
         store(row + j, e);
         sums += e;
       }
@@ -152,16 +162,22 @@ class Head {
   }
 
  private:
+  // Which lanes of a row of scores, from j on, are no padding.
+  FASTMETA_INLINE Mask<R> present(std::int64_t j) const {
+    return lanes_from<R>(j) < splat_mask<R>(static_cast<int>(l_.s.columns));
+  }
+
   template <bool transposed>
   void put(const R* a0, const R* b0, const R* a1, const R* b1, std::int64_t rows, std::int64_t depth, R* y) {
     if (y == nullptr) return;
     Term<R> terms[2];
     int count = 0;
-    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, l_.columns, b0, l_.dim, depth};
-    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, l_.columns, b1, l_.dim, depth};
+    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, l_.columns, b0, row_, depth};
+    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, l_.columns, b1, row_, depth};
+    R* out = y + sample_ * rows * l_.row + head_ * l_.s.dim;
+    if (l_.in_place()) return product_of<R, transposed>(terms, count, rows, l_.s.dim, Result<R>{out, l_.row});
     R* const block = free_;  // behind all that is taken
     product_of<R, transposed>(terms, count, rows, l_.s.dim, Result<R>{block, l_.dim});
-    R* out = y + sample_ * rows * l_.row + head_ * l_.s.dim;
     const std::int64_t behind = head_ == l_.s.heads - 1 ? l_.row - l_.s.heads * l_.s.dim : 0;  // padding
     for (std::int64_t i = 0; i < rows; ++i, out += l_.row) {
       for (std::int64_t j = 0; j < l_.s.dim; ++j) out[j] = block[i * l_.dim + j];
@@ -170,7 +186,7 @@ class Head {
   }
 
   const Layout<R>& l_;
-  const std::int64_t number_, sample_, head_;
+  const std::int64_t number_, sample_, head_, row_;
   R* free_;
 };
 

@@ -30,6 +30,16 @@ FASTMETA_INLINE Mask<R> lanes_from(std::int64_t first) {
   return m;
 }
 
+// The largest of all lanes, in every lane.
+template <class R>
+FASTMETA_INLINE Vector<R> largest_everywhere(Vector<R> v) {
+  const auto larger = [](Vector<R> a, Vector<R> b) { return select<R>(a > b, a, b); };
+  if constexpr (width<R> >= 16) v = larger(v, swapped<8>(v));
+  if constexpr (width<R> >= 8) v = larger(v, swapped<4>(v));
+  if constexpr (width<R> >= 4) v = larger(v, swapped<2>(v));
+  return larger(v, swapped<1>(v));
+}
+
 // Whole numbers of `bytes` bytes each, one a lane.
 template <class R, int bytes>
 struct Whole {
