@@ -19,8 +19,9 @@ from fastmeta.engine.work import Plan, Work
 
 LINEAR = ("linear", "gram_block")  # the operations that can keep it as factors
 WEIGHT = 1  # its position among a linear operation's inputs
-# Part of a copy's rate that products reach whose weights come from memory: 5 to 9 of 24 GB/s (AMD Zen 3, two threads).
-REACHED_FAR = 0.25
+# Part of a copy's rate that products reach whose weights come from memory, and of the last-level cache that weights
+# find: perceptrons of 1 to 16 layers, 256 to 2048 wide, take 0.9 to 2 times what is predicted (AMD Zen 3, two threads).
+REACHED_FAR, FOUND = 0.25, 0.5
 # Times of a call, ``Rates.call_s``, of the task-batched executor: a map of an operation, and a pair of factors in each
 # map that it takes part in. Fitted to perceptrons of 1 to 8 layers and 1 to 5 steps, so small that nothing else counts.
 MAP, PAIR = 3.4, 2.8
@@ -172,8 +173,9 @@ def compared(support: Program, query: Program, work: Work, rates: Rates) -> dict
             found[id(instruction)] = "one rate an element: its steps are of full rank, so it is formed"
     readers = candidates(support)
     costs = _costs(support, query, work)
-    held = sum(c.held for c in costs.values())
+    formed = sum(c.held for name, c in costs.items() if name not in support.factored)
     for name, own in costs.items():
+        held = formed + (own.held if name in support.factored else 0)
         found[id(readers[name])] = own.seconds(work.alpha.device, rates, held)
     return found
 
@@ -255,12 +257,14 @@ class _Costs:
     def formed_seconds(self, rates: Rates, held: int) -> float:
         """By the native executor, a task a thread.
 
-        A sweep meets the weights of all layers before one of them comes again: their bytes, ``held``, lie in one of the
-        caches, or in memory.
+        A sweep meets the weights of all layers, ``held`` bytes of them, before one of them comes again. The next goes
+        the other way, so that it finds in a cache what the one before met last.
         """
-        moved = self._elements * self._item * self._formed_products if held > rates.cache else 0
-        rate = rates.near if held <= rates.last else REACHED_FAR * rates.bytes
-        return self._tasks * max(self.formed_flops / rates.native, moved / rate)
+        bound, moved = self.formed_flops / rates.native, self._elements * self._item * self._formed_products
+        if held > rates.cache:
+            far = max(0.0, 1 - FOUND * rates.last / held)
+            bound = max(bound, moved * (far / (REACHED_FAR * rates.bytes) + (1 - far) / rates.near))
+        return self._tasks * bound
 
     def factored_seconds(self, rates: Rates) -> float:
         """By the task-batched executor, beside its maps' calls."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.core import rates
 from fastmeta.core.live_bytes import Exceeded, LiveBytes
 from fastmeta.engine import meta_step
 from fastmeta.engine.budget import Peak
@@ -297,7 +298,11 @@ def test_a_task_that_is_too_much_ends_the_count() -> None:
     assert Peak.of(work, programs, run, **options).more == 0
 
 
-def test_wide_weights_are_not_formed_where_the_budget_is_too_small_for_one_task_of_them(extension: object) -> None:
+@pytest.mark.usefixtures("extension")
+def test_wide_weights_are_not_formed_where_the_budget_is_too_small_for_one_task_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rates, "known", lambda: rates.Rates(last=1 << 26))  # else factors take less time
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 3)).double()
     tasks = tasks_of((64,), support=2)

@@ -118,6 +118,15 @@ def test_more_epochs_of_a_finished_fit(tmp_path: Path) -> None:
     assert not all(torch.equal(more[n], once[n]) for n in whole)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Python's own handler, which a process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_signals(tmp_path: Path) -> None:
     usual = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
