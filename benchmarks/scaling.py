@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -103,14 +103,15 @@ def measure(point: Point, effort: Effort, *, memory: bool) -> dict[str, dict[str
     return found
 
 
-def run(axes: Iterable[str], effort: Effort, *, memory: bool = True, path: Path | None = None) -> dict[str, Any]:
+def run(axes: Collection[str], effort: Effort, *, memory: bool = True, path: Path | None = None) -> dict[str, Any]:
     """Measure every point of these axes, each once; with ``path`` what is done is kept there and not done again."""
     data: dict[str, Any] = {"machine": machine_line(), "base": asdict(Point()), "axes": list(axes), "points": {}}
     if path is not None and path.is_file():
         earlier = json.loads(path.read_text())
         if (earlier["machine"], Point(**earlier["base"])) == (data["machine"], Point()):
             data["points"] = earlier["points"]
-    for axis in data["axes"]:
+            data["axes"] = [axis for axis in AXES if axis in {*data["axes"], *earlier["axes"]}]
+    for axis in axes:
         for _, point in points_of(axis):
             if point.name in data["points"]:
                 continue
