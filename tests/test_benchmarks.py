@@ -285,6 +285,10 @@ def test_scaling_is_measured_fitted_and_drawn(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16))})
     data = scaling.run(["width"], BRIEF, memory=False, path=path)
     assert scaling.run(["width"], BRIEF, path=path) == data == json.loads(path.read_text())  # nothing is done again
+    monkeypatch.setattr(scaling, "AXES", {"width": ("width", (8, 16)), "samples": ("samples N", (2,))})
+    both = scaling.run(["samples"], BRIEF, memory=False, path=path)
+    assert both["axes"] == ["width", "samples"]  # what one run does not measure again stays in the document
+    assert len(both["points"]) == 3
     rows = scaling.rows_of(data, "width")
     assert scaling.curve(rows, "peer", "ms") == [
         min(row["found"][n]["ms"] for n in ("loop", "torch.func")) for row in rows

@@ -12,13 +12,13 @@
 namespace fastmeta {
 namespace {
 
-// As wide as the widest tile: 96 KiB of the second-level cache, or 24 KiB (12 KiB with vectors of 16 bytes) of the first.
+// As wide as the widest tile: 96 KiB, or with vectors of 32 bytes 36 KiB and of 16 bytes 18 KiB.
 constexpr std::int64_t panel_vectors = vector_registers >= 32 ? 4 : 3;
 constexpr std::int64_t panel_depth = 384;
 
 // A turned left factor is copied as well, a block of its rows at a time, in the order in which tiles read it: where it
-// lies, a tile's elements are a row apart for each step of the depth. At most 512 or 768 KiB, which a thread copies once
-// for all its strips; before its copies lies a vector that says whether it did.
+// lies, a tile's elements are a row apart for each step of the depth. At most 768 KiB in float, which a thread copies
+// once for all its strips; before its copies lies a vector that says whether it did.
 constexpr std::int64_t block_rows = 512;
 constexpr int block_tile = Columns<panel_vectors, false>::tile_rows();
 

@@ -20,7 +20,7 @@ from fastmeta.engine.work import Plan, Work
 LINEAR = ("linear", "gram_block")  # the operations that can keep it as factors
 WEIGHT = 1  # its position among a linear operation's inputs
 # Part of a copy's rate that products reach whose weights come from memory, and of the last-level cache that weights
-# find: perceptrons of 1 to 16 layers, 256 to 2048 wide, take 0.9 to 2 times what is predicted (AMD Zen 3, two threads).
+# find: perceptrons of 1 to 16 layers, 64 to 2048 wide, take 0.8 to 2 times what is predicted (AMD Zen 3, two threads).
 REACHED_FAR, FOUND = 0.25, 0.5
 # Times of a call, ``Rates.call_s``, of the task-batched executor: a map of an operation, and a pair of factors in each
 # map that it takes part in. Fitted to perceptrons of 1 to 8 layers and 1 to 5 steps, so small that nothing else counts.

@@ -13,8 +13,9 @@ import fastmeta as fm
 from fastmeta.core import rates
 from tests.engine.cases import WAYS
 
-# One machine (AMD Zen 3, two threads, AVX2): its rates by `fastmeta doctor --calibrate`, and milliseconds of
-# meta-gradients with formed weights on the native executor and with factors, `python -m benchmarks.scaling`.
+# One kind of machine (AMD Zen 3, two threads, AVX2): its rates as `fastmeta doctor --calibrate` measures them, and, of
+# another day, milliseconds of meta-gradients with formed weights on the native executor and with factors, as `python -m
+# benchmarks.scaling` does.
 RATES = rates.Rates(
     flops=8.1e10, native=1.27e11, bytes=2.4e10, near=2.88e10, cache=1 << 19, last=1 << 24, call_s=5e-5, measured=True
 )
