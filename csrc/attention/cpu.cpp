@@ -1,3 +1,4 @@
+#include "../common/kept_rows.h"
 #include "../common/product.h"
 #include "../common/threads.h"
 #include "../common/transpose.h"
@@ -18,6 +19,7 @@
 //
 // P and P' are kept; the products with V^T are made again. Heads are spread over threads, and each writes its own
 // columns. Heads of whole vectors are read and written where they lie; others are copied on their way.
+// Of a sample's rows that are kept alone there are as many scores as these make, in the first part of the place for all.
 
 namespace fastmeta::attention::FASTMETA_ISA {
 namespace {
@@ -29,10 +31,12 @@ using executor::Tangent;
 template <class R>
 struct Layout {
   const Shape& s;
+  const void* kept;                // the list; null where all rows are
   std::int64_t row, dim, columns;  // padded: of values; of a head; of scores
 
-  explicit Layout(const void* shape)
+  explicit Layout(const void* shape, const void* list = nullptr)
       : s(*static_cast<const Shape*>(shape)),
+        kept(list),
         row(padded<R>(s.heads * s.dim)),
         dim(padded<R>(s.dim)),
         columns(padded<R>(s.columns)) {}
@@ -66,7 +70,21 @@ class Head {
         sample_(number / l.s.heads),
         head_(number % l.s.heads),
         row_(l.in_place() ? l.row : l.dim),
-        free_(scratch) {}
+        rows_(l.s.rows),
+        columns_(l.s.columns),
+        first_query_(sample_ * rows_),
+        first_key_(sample_ * columns_),
+        free_(scratch) {
+    if (l.kept != nullptr) {
+      const KeptRows list(l.kept, l.s.n);
+      first_query_ = first_key_ = list.before(sample_);
+      rows_ = columns_ = list.before(sample_ + 1) - first_query_;
+    }
+    score_row_ = padded<R>(columns_);
+  }
+
+  std::int64_t rows() const { return rows_; }
+  std::int64_t score_row() const { return score_row_; }
 
   R* take(std::int64_t elements) {
     R* const place = free_;
@@ -74,24 +92,24 @@ class Head {
     return place;
   }
 
-  // The head's part of values that have `rows` a sample, `row` elements apart; null where there are none.
-  const R* rows_of(const R* values, std::int64_t rows) {
+  // The head's part of the sample's rows of values, `row` elements apart; null where there are none.
+  const R* rows_of(const R* values, std::int64_t first, std::int64_t rows) {
     if (values == nullptr) return nullptr;
-    const R* in = values + sample_ * rows * l_.row + head_ * l_.s.dim;
+    const R* in = values + first * l_.row + head_ * l_.s.dim;
     if (l_.in_place()) return in;
     R* const out = take(rows * l_.dim);
     for (std::int64_t i = 0; i < rows; ++i, in += l_.row)
       for (std::int64_t j = 0; j < l_.dim; ++j) out[i * l_.dim + j] = j < l_.s.dim ? in[j] : R(0);
     return out;
   }
-  const R* queries_of(const R* values) { return rows_of(values, l_.s.rows); }
-  const R* keys_of(const R* values) { return rows_of(values, l_.s.columns); }
+  const R* queries_of(const R* values) { return rows_of(values, first_query_, rows_); }
+  const R* keys_of(const R* values) { return rows_of(values, first_key_, columns_); }
 
   // Keys or values as [dim, columns].
   const R* turned(const R* keys) {
     if (keys == nullptr) return nullptr;
     R* const out = take(l_.turned());
-    transpose(keys, row_, l_.s.columns, l_.s.dim, out);
+    transpose(keys, row_, columns_, l_.s.dim, out);
     return out;
   }
 
@@ -103,60 +121,60 @@ class Head {
   void to_scores(const R* a0, const R* b0, const R* a1, const R* b1, R* c) const {
     Term<R> terms[2];
     int count = 0;
-    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, row_, b0, l_.columns, l_.s.dim};
-    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, row_, b1, l_.columns, l_.s.dim};
-    product(terms, count, l_.s.rows, l_.s.columns, Result<R>{c, l_.columns});
+    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, row_, b0, score_row_, l_.s.dim};
+    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, row_, b1, score_row_, l_.s.dim};
+    product(terms, count, rows_, columns_, Result<R>{c, score_row_});
   }
 
   // The sum of a b, with a [rows, columns] and b [columns, dim], to the head's columns of y.
   void to_queries(const R* a0, const R* b0, const R* a1, const R* b1, R* y) {
-    put<false>(a0, b0, a1, b1, l_.s.rows, l_.s.columns, y);
+    put<false>(a0, b0, a1, b1, rows_, columns_, first_query_, y);
   }
   // The sum of a^T b, with a [rows, columns] and b [rows, dim].
   void to_keys(const R* a0, const R* b0, const R* a1, const R* b1, R* y) {
-    put<true>(a0, b0, a1, b1, l_.s.columns, l_.s.rows, y);
+    put<true>(a0, b0, a1, b1, columns_, rows_, first_key_, y);
   }
 
   // P of S, in its place.
   void softmax(const R* mask, R* scores) const {
     const R scale = static_cast<R>(l_.s.scale);
     const std::int64_t* step = l_.s.mask;
-    for (std::int64_t i = 0; i < l_.s.rows; ++i) {
-      R* row = scores + i * l_.columns;
-      for (std::int64_t j = 0; j < l_.columns; j += width<R>) store(row + j, scale * load(row + j));
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      R* row = scores + i * score_row_;
+      for (std::int64_t j = 0; j < score_row_; j += width<R>) store(row + j, scale * load(row + j));
       if (l_.s.masked) {
-        const R* m = mask + sample_ * step[0] + head_ * step[1] + i * step[2];
-        for (std::int64_t j = 0; j < l_.s.columns; ++j) row[j] += m[j * step[3]];
+        const R* m = mask + sample_ * step[0] + head_ * step[1] + place(i) * step[2];
+        for (std::int64_t j = 0; j < columns_; ++j) row[j] += m[place(j) * step[3]];
       }
       Vector<R> most = splat<R>(row[0]);
-      for (std::int64_t j = 0; j < l_.columns; j += width<R>) {
+      for (std::int64_t j = 0; j < score_row_; j += width<R>) {
         const Vector<R> here = load(row + j);
         most = select<R>(present(j) & (here > most), here, most);
       }
       most = largest_everywhere<R>(most);
       Vector<R> sums{};
-      for (std::int64_t j = 0; j < l_.columns; j += width<R>) {
+      for (std::int64_t j = 0; j < score_row_; j += width<R>) {
         const Vector<R> e = select<R>(present(j), exponential(load(row + j) - most), Vector<R>{});
         store(row + j, e);
         sums += e;
       }
       const Vector<R> total = sum_everywhere<R>(sums);
-      for (std::int64_t j = 0; j < l_.columns; j += width<R>) store(row + j, load(row + j) / total);
+      for (std::int64_t j = 0; j < score_row_; j += width<R>) store(row + j, load(row + j) / total);
     }
   }
 
   // <a, b> of a row, in every lane.
   Vector<R> dot(const R* a, const R* b, std::int64_t row) const {
     Vector<R> sums{};
-    for (std::int64_t j = row * l_.columns; j < (row + 1) * l_.columns; j += width<R>) sums += load(a + j) * load(b + j);
+    for (std::int64_t j = row * score_row_; j < (row + 1) * score_row_; j += width<R>) sums += load(a + j) * load(b + j);
     return sum_everywhere<R>(sums);
   }
 
   // out = factor p (v - <p, v>): the derivative of softmax applied to v, its own transpose.
   void derivative(const R* p, const R* v, R factor, R* out) const {
-    for (std::int64_t i = 0; i < l_.s.rows; ++i) {
+    for (std::int64_t i = 0; i < rows_; ++i) {
       const Vector<R> mean = dot(p, v, i);
-      for (std::int64_t j = i * l_.columns; j < (i + 1) * l_.columns; j += width<R>)
+      for (std::int64_t j = i * score_row_; j < (i + 1) * score_row_; j += width<R>)
         store(out + j, factor * load(p + j) * (load(v + j) - mean));
     }
   }
@@ -164,17 +182,23 @@ class Head {
  private:
   // Which lanes of a row of scores, from j on, are no padding.
   FASTMETA_INLINE Mask<R> present(std::int64_t j) const {
-    return lanes_from<R>(j) < splat_mask<R>(static_cast<int>(l_.s.columns));
+    return lanes_from<R>(j) < splat_mask<R>(static_cast<int>(columns_));
+  }
+
+  // Where among all rows of the sample the i-th of those at work is.
+  std::int64_t place(std::int64_t i) const {
+    return l_.kept == nullptr ? i : KeptRows(l_.kept, l_.s.n).row(first_query_ + i) - sample_ * l_.s.rows;
   }
 
   template <bool transposed>
-  void put(const R* a0, const R* b0, const R* a1, const R* b1, std::int64_t rows, std::int64_t depth, R* y) {
+  void put(const R* a0, const R* b0, const R* a1, const R* b1, std::int64_t rows, std::int64_t depth,
+           std::int64_t first, R* y) {
     if (y == nullptr) return;
     Term<R> terms[2];
     int count = 0;
-    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, l_.columns, b0, row_, depth};
-    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, l_.columns, b1, row_, depth};
-    R* out = y + sample_ * rows * l_.row + head_ * l_.s.dim;
+    if (a0 != nullptr && b0 != nullptr) terms[count++] = {a0, score_row_, b0, row_, depth};
+    if (a1 != nullptr && b1 != nullptr) terms[count++] = {a1, score_row_, b1, row_, depth};
+    R* out = y + first * l_.row + head_ * l_.s.dim;
     if (l_.in_place()) return product_of<R, transposed>(terms, count, rows, l_.s.dim, Result<R>{out, l_.row});
     R* const block = free_;  // behind all that is taken
     product_of<R, transposed>(terms, count, rows, l_.s.dim, Result<R>{block, l_.dim});
@@ -187,6 +211,8 @@ class Head {
 
   const Layout<R>& l_;
   const std::int64_t number_, sample_, head_, row_;
+  std::int64_t rows_, columns_, score_row_;  // of scores: those at work, and elements of a row
+  std::int64_t first_query_, first_key_;     // of the sample, among rows of values
   R* free_;
 };
 
@@ -202,7 +228,7 @@ void for_heads(const Layout<R>& l, int threads, R* scratch, F f) {
 
 template <class R>
 void forward(const void* shape, const Primal<R>& p, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
     const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
     R* scores = head.scores_in(p.saved);
@@ -214,7 +240,7 @@ void forward(const void* shape, const Primal<R>& p, R* scratch) {
 
 template <class R>
 void backward(const void* shape, const Primal<R>& p, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
     const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
     const R *d = head.queries_of(p.dy), *probabilities = head.scores_in(p.saved);
@@ -229,7 +255,7 @@ void backward(const void* shape, const Primal<R>& p, R* scratch) {
 
 template <class R>
 void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
     const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
     const R *q_dot = head.queries_of(t.x_dot[0]), *k_dot = head.keys_of(t.x_dot[1]), *v_dot = head.keys_of(t.x_dot[2]);
@@ -243,7 +269,7 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scra
 
 template <class R>
 void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   const R scale = static_cast<R>(l.s.scale);
   for_heads<R>(l, p.threads, scratch, [&](Head<R>& head) {
     const R *q = head.queries_of(p.x[0]), *k = head.keys_of(p.x[1]), *v = head.keys_of(p.x[2]);
@@ -255,10 +281,10 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     head.to_scores(d, turned, nullptr, nullptr, dp);
     head.derivative(probabilities, dp, scale, ds);
     head.to_scores(d_dot, turned, d, head.turned(v_dot), ds_dot);
-    for (std::int64_t i = 0; i < l.s.rows; ++i) {
+    for (std::int64_t i = 0; i < head.rows(); ++i) {
       const Vector<R> mean = head.dot(probabilities, dp, i);
       const Vector<R> mean_dot = head.dot(dots, dp, i) + head.dot(probabilities, ds_dot, i);
-      for (std::int64_t j = i * l.columns; j < (i + 1) * l.columns; j += width<R>) {
+      for (std::int64_t j = i * head.score_row(); j < (i + 1) * head.score_row(); j += width<R>) {
         const Vector<R> bent = load(dots + j) * (load(dp + j) - mean);
         store(ds_dot + j, scale * (bent + load(probabilities + j) * (load(ds_dot + j) - mean_dot)));
       }

@@ -10,7 +10,7 @@ namespace fastmeta::attention {
 
 // Inputs: queries [n * rows, heads * dim], keys and values [n * columns, heads * dim], in that order, and perhaps a mask
 // of a task's data that is added to the scores: elements of [n, heads, rows, columns], so many apart; 0 where an axis
-// repeats.
+// repeats. Where a list says which rows of the samples are kept (common/kept_rows.h), queries and keys have the same ones.
 struct Shape {
   std::int64_t n, rows, columns, heads, dim;
   double scale;

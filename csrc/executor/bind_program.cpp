@@ -17,6 +17,7 @@
 #include "../data/kernels.h"
 #include "../embedding/kernels.h"
 #include "../flatten/kernels.h"
+#include "../kept_rows/kernels.h"
 #include "../linear_block/kernels.h"
 #include "../loss/kernels.h"
 #include "../norm/kernels.h"
@@ -48,11 +49,15 @@ T get(const py::dict& d, const char* key) {
   return d[key].cast<T>();
 }
 
+// Of operations on rows: how many sequences have them, where a list says which are kept; else none.
+std::int64_t sequences_of(const py::dict& d) { return d.contains("sequences") ? get<std::int64_t>(d, "sequences") : 0; }
+
 void describe_linear(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<linear_block::Shape>();
   shape->n = get<std::int64_t>(d, "n");
   shape->in = get<std::int64_t>(d, "in");
   shape->out = get<std::int64_t>(d, "out");
+  shape->sequences = sequences_of(d);
   shape->activation = activation_of(get<std::string>(d, "activation"));
   shape->slope = get<double>(d, "slope");
   shape->bias = operation.w[1] != absent;
@@ -97,6 +102,17 @@ void describe_flatten(const py::dict& d, Operation& operation) {
   operation.f64 = [](Isa isa) { return flatten::table_of(isa).f64; };
 }
 
+void describe_kept_rows(const py::dict& d, Operation& operation) {
+  auto shape = std::make_shared<kept_rows::Shape>();
+  shape->n = get<std::int64_t>(d, "n");
+  shape->features = get<std::int64_t>(d, "features");
+  shape->sequences = sequences_of(d);
+  shape->back = get<bool>(d, "back");
+  operation.shape = shape;
+  operation.f32 = [](Isa isa) { return kept_rows::table_of(isa).f32; };
+  operation.f64 = [](Isa isa) { return kept_rows::table_of(isa).f64; };
+}
+
 void describe_data(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<data::Shape>();
   shape->n = get<std::int64_t>(d, "n");
@@ -111,6 +127,7 @@ void describe_pointwise(const py::dict& d, Operation& operation) {
   auto shape = std::make_shared<pointwise::Shape>();
   shape->rows = get<std::int64_t>(d, "rows");
   shape->features = get<std::int64_t>(d, "features");
+  shape->sequences = sequences_of(d);
   int i = 0;
   for (const double factor : get<std::vector<double>>(d, "factors")) shape->factors[i++] = factor;
   shape->activation = activation_of(get<std::string>(d, "activation"));
@@ -126,6 +143,7 @@ void describe_norm(const py::dict& d, Operation& operation) {
   shape->pixels = get<std::int64_t>(d, "pixels");
   shape->channels = get<std::int64_t>(d, "channels");
   shape->groups = get<std::int64_t>(d, "groups");
+  shape->sequences = sequences_of(d);
   shape->eps = get<double>(d, "eps");
   shape->activation = activation_of(get<std::string>(d, "activation"));
   shape->slope = get<double>(d, "slope");
@@ -294,6 +312,7 @@ Operation operation_of(const py::dict& d) {
   else if (name == "loss") describe_loss(d, operation);
   else if (name == "embedding") describe_embedding(d, operation);
   else if (name == "attention") describe_attention(d, operation);
+  else if (name == "kept_rows") describe_kept_rows(d, operation);
   else if (name == "callback") describe_callback(d, operation);
   else throw std::invalid_argument("executor: operation must be one of csrc's, got " + name);
   return operation;

@@ -62,7 +62,9 @@ struct Past {
 template <class R>
 struct Primal {
   const R* x[max_inputs];
-  const void* target;  // of a loss: labels [n] of 64 bits or floats, as the caller has them
+  // As the caller has them, of a loss: labels [n] of 64 bits or floats; of operations on rows: a list of those that are
+  // kept (common/kept_rows.h), whose values then have all others' places behind them, of which nothing is read.
+  const void* target;
   const R* w[max_weights];
   const R* turned;  // w[0] in its second form, where it is at hand: that of the shared weights
   R* y;

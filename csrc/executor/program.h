@@ -23,7 +23,7 @@ struct Operation {
   Maps<float> (*f32)(Isa);
   Maps<double> (*f64)(Isa);
   Source x[max_inputs];
-  int target = absent;  // data tensor, for losses
+  int target = absent;  // data tensor, for losses and for operations on some of the rows
   int w[max_weights] = {absent, absent, absent, absent, absent, absent};
   int y = absent;  // value
   // Of a loss of labels: `label_rows` of them, each in [0, classes) or `ignored`.

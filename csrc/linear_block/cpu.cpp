@@ -61,15 +61,15 @@ void multiply(const Layout<R>& l, const Term<R>* terms, int count, std::int64_t 
 // out [n, padded(out)] = base + sum of a W^T.
 template <class R>
 void to_outputs(const Layout<R>& l, const Term<R>* terms, int count, const R* base, R* out, const Room<R>& room) {
-  if (l.narrow()) return dot_products(terms, count, l.s.n, l.s.out, base, out);
-  multiply<R, false>(l, terms, count, l.s.n, l.s.out, Result<R>{out, l.out, base}, room);
+  if (l.narrow()) return dot_products(terms, count, l.n, l.s.out, base, out);
+  multiply<R, false>(l, terms, count, l.n, l.s.out, Result<R>{out, l.out, base}, room);
 }
 
 // A term of the weight's gradient: the outer products of the rows of dz and x.
 template <class R>
 Term<R> outer_products(const Layout<R>& l, const R* x, std::int64_t x_row, const R* dz) {
-  if (l.narrow()) return {dz, l.out, x, l.in, l.s.n};
-  return {x, x_row, dz, l.out, l.s.n};
+  if (l.narrow()) return {dz, l.out, x, l.in, l.n};
+  return {x, x_row, dz, l.out, l.n};
 }
 
 template <class R>
@@ -93,7 +93,7 @@ Term<R> to_input(const Layout<R>& l, const R* dz, const R* weight, R* place) {
 
 template <class R>
 void forward(const void* shape, const Primal<R>& p, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   const Term<R> term{p.x[0], l.x_row, p.w[0], l.weight_row(), l.s.in};
   to_outputs(l, &term, 1, l.s.bias ? p.w[1] : nullptr, p.y, Room<R>(l, p, scratch));
   activate(l, p);
@@ -101,14 +101,14 @@ void forward(const void* shape, const Primal<R>& p, R* scratch) {
 
 template <class R>
 void backward(const void* shape, const Primal<R>& p, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   const Room<R> room(l, p, scratch);
   descend(l, p);
   const R* dz = l.dz_of(p);
   if (p.dx[0] != nullptr) {
     Term<R> term{dz, l.out, p.turned, l.in, l.s.out};
     if (p.turned == nullptr) term = to_input(l, dz, p.w[0], p.saved + l.behind_dz());
-    multiply<R, false>(l, &term, 1, l.s.n, l.s.in, Result<R>{p.dx[0], l.in}, room);
+    multiply<R, false>(l, &term, 1, l.n, l.s.in, Result<R>{p.dx[0], l.in}, room);
   }
   if (p.dw[0] != nullptr) {  // where the weight lies, perhaps
     const Term<R> term = outer_products(l, p.x[0], l.x_row, dz);
@@ -119,7 +119,7 @@ void backward(const void* shape, const Primal<R>& p, R* scratch) {
 
 template <class R>
 void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   Term<R> terms[2];
   int count = 0;
   if (t.x_dot[0] != nullptr) terms[count++] = {t.x_dot[0], l.in, p.w[0], l.weight_row(), l.s.in};
@@ -130,7 +130,7 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scra
 
 template <class R>
 void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   const Room<R> room(l, p, scratch);
   const R* dz = l.dz_of(p);
   const R* dz_dot = descend_tangent(l, p, t, scratch);
@@ -142,7 +142,7 @@ void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t
     else
       terms[count++] = to_input<R>(l, dz_dot, p.w[0], nullptr);
     if (t.w_dot[0] != nullptr) terms[count++] = to_input(l, dz, t.w_dot[0], t.saved_dot + l.behind_z_dots());
-    multiply<R, false>(l, terms, count, l.s.n, l.s.in, Result<R>{t.dx_dot[0], l.in}, room);
+    multiply<R, false>(l, terms, count, l.n, l.s.in, Result<R>{t.dx_dot[0], l.in}, room);
   }
   if (t.dw_dot[0] != nullptr) {  // where the direction lies, perhaps
     Term<R> terms[2];

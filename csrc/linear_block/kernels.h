@@ -12,6 +12,7 @@ namespace fastmeta::linear_block {
 // Weights in order: weight [out, in], bias [out].
 struct Shape {
   std::int64_t n, in, out;  // rows of one task
+  std::int64_t sequences;   // whose rows they are, where a list says which are kept (common/kept_rows.h)
   Activation activation;
   double slope;  // of leaky_relu below 0
   bool bias;

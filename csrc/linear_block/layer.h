@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/curves.h"
+#include "../common/kept_rows.h"
 #include "../common/panels.h"
 #include "../common/transpose.h"
 #include "kernels.h"
@@ -17,10 +18,14 @@ using executor::Tangent;
 template <class R>
 struct Layout {
   const Shape& s;
-  std::int64_t in, out, x_row;  // padded; distance between rows of x
+  std::int64_t n, in, out, x_row;  // rows at work; padded; distance between rows of x
 
-  explicit Layout(const void* shape)
-      : s(*static_cast<const Shape*>(shape)), in(padded<R>(s.in)), out(padded<R>(s.out)), x_row(s.data ? s.in : in) {}
+  explicit Layout(const void* shape, const void* kept = nullptr)
+      : s(*static_cast<const Shape*>(shape)),
+        n(rows_at_work(kept, s.sequences, s.n)),
+        in(padded<R>(s.in)),
+        out(padded<R>(s.out)),
+        x_row(s.data ? s.in : in) {}
 
   // A weight from which on products copy it in panels, and threads share them.
   static constexpr std::int64_t large_bytes = std::int64_t{1} << 19;
@@ -93,7 +98,7 @@ FASTMETA_INLINE void in_parts(std::int64_t count, int threads, F f) {
 // y = f(z), where z lies; z itself is kept where the slope needs it.
 template <class R>
 void activate(const Layout<R>& l, const Primal<R>& p) {
-  const std::int64_t count = l.s.n * l.out;
+  const std::int64_t count = l.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
   const int threads = l.large() ? p.threads : 1;
   R *y = p.y, *kept = p.saved + l.z();
@@ -106,13 +111,13 @@ void activate(const Layout<R>& l, const Primal<R>& p) {
       }
     });
   });
-  clear_padding(l.s.activation, p.y, l.s.n, l.s.out, l.out);
+  clear_padding(l.s.activation, p.y, l.n, l.s.out, l.out);
 }
 
 // dz = f' dy, kept.
 template <class R>
 void descend(const Layout<R>& l, const Primal<R>& p) {
-  const std::int64_t count = l.s.n * l.out;
+  const std::int64_t count = l.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
   const int threads = l.large() ? p.threads : 1;
   const R *y = p.y, *dy = p.dy, *kept = p.saved + l.z();
@@ -131,7 +136,7 @@ void descend(const Layout<R>& l, const Primal<R>& p) {
 // y_dot = f' z_dot, where z_dot lies; z_dot is kept where the curve bends.
 template <class R>
 void activate_tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t) {
-  const std::int64_t elements = l.s.n * l.out;
+  const std::int64_t elements = l.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
   const int threads = l.large() ? p.threads : 1;
   const R *y = p.y, *kept = p.saved + l.z();
@@ -153,7 +158,7 @@ void activate_tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
 template <class R>
 const R* descend_tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* dz_dot) {
   if (l.identity()) return t.dy_dot;
-  const std::int64_t elements = l.s.n * l.out;
+  const std::int64_t elements = l.n * l.out;
   const R slope = static_cast<R>(l.s.slope);
   const int threads = l.large() ? p.threads : 1;
   const R *ys = p.y, *dy = p.dy, *dy_dot = t.dy_dot, *z_dots = t.saved_dot, *kept = p.saved + l.z();
@@ -177,7 +182,7 @@ template <class R>
 void to_bias(const Layout<R>& l, const R* dz, const Step<R>& step, R* db) {
   for (std::int64_t j = 0; j < l.out; j += width<R>) {
     Vector<R> total{};
-    for (std::int64_t i = 0; i < l.s.n; ++i) total += load(dz + i * l.out + j);
+    for (std::int64_t i = 0; i < l.n; ++i) total += load(dz + i * l.out + j);
     if (step.from[1] != nullptr) total = load(step.from[1] + j) - *step.rate[1] * total;
     store(db + j, total);
   }

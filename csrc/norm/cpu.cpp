@@ -119,7 +119,7 @@ template <class R, class C>
 void forward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
   const Scratch<R> k(l, scratch);
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const R* z = p.x[0] + i * l.size;
     R* y = p.y + i * l.size;
     const Saved<R> saved(l, p.saved, i);
@@ -142,7 +142,7 @@ void backward(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
   const Scratch<R> k(l, scratch);
   const R* weight = l.s.weight ? p.w[0] : k.ones;
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const R *z = p.x[0] + i * l.size, *y = p.y + i * l.size, *dy = p.dy + i * l.size;
     const Saved<R> saved(l, p.saved, i);
     k.spread(saved.mean(), k.mean);
@@ -183,7 +183,7 @@ template <class R, class C>
 void tangent(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scratch, C curve) {
   const Scratch<R> k(l, scratch);
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const R *z = p.x[0] + i * l.size, *y = p.y + i * l.size;
     const R* z_dot = t.x_dot[0] == nullptr ? nullptr : t.x_dot[0] + i * l.size;
     R* y_dot = t.y_dot + i * l.size;
@@ -220,7 +220,7 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
   const R* weight = l.s.weight ? p.w[0] : k.ones;
   const R* weight_dot = t.w_dot[0] != nullptr ? t.w_dot[0] : k.zeros;
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const R *z = p.x[0] + i * l.size, *y = p.y + i * l.size, *dy = p.dy + i * l.size, *dy_dot = t.dy_dot + i * l.size;
     const R* z_dot = t.x_dot[0] == nullptr ? nullptr : t.x_dot[0] + i * l.size;
     const Saved<R> saved(l, p.saved, i);
@@ -283,28 +283,28 @@ void tangent_backward(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& 
 template <class R>
 struct Norm {
   static void forward(const void* shape, const Primal<R>& p, R* scratch) {
-    const Layout<R> l(shape);
+    const Layout<R> l(shape, p.target);
     for_curve<R>(l.s.activation, [&](auto curve) {
       if (has_rows(l)) return forward_rows(l, p, scratch, curve);
       FASTMETA_ISA::forward(l, p, scratch, curve);
     });
   }
   static void backward(const void* shape, const Primal<R>& p, R* scratch) {
-    const Layout<R> l(shape);
+    const Layout<R> l(shape, p.target);
     for_curve<R>(l.s.activation, [&](auto curve) {
       if (has_rows(l)) return backward_rows(l, p, scratch, curve);
       FASTMETA_ISA::backward(l, p, scratch, curve);
     });
   }
   static void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
-    const Layout<R> l(shape);
+    const Layout<R> l(shape, p.target);
     for_curve<R>(l.s.activation, [&](auto curve) {
       if (has_rows(l)) return tangent_rows(l, p, t, scratch, curve);
       FASTMETA_ISA::tangent(l, p, t, scratch, curve);
     });
   }
   static void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R* scratch) {
-    const Layout<R> l(shape);
+    const Layout<R> l(shape, p.target);
     for_curve<R>(l.s.activation, [&](auto curve) {
       if (has_rows(l)) return tangent_backward_rows(l, p, t, scratch, curve);
       FASTMETA_ISA::tangent_backward(l, p, t, scratch, curve);

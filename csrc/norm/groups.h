@@ -1,6 +1,7 @@
 // Sums over the pixels of one sample, and what follows from them by group and by channel.
 #pragma once
 
+#include "../common/kept_rows.h"
 #include "../common/vectors.h"
 #include "kernels.h"
 
@@ -14,11 +15,12 @@ using executor::Tangent;
 template <class R>
 struct Layout {
   const Shape& s;
-  std::int64_t co, size, per;  // padded channels; elements of a sample; channels of a group
+  std::int64_t samples, co, size, per;  // at work; padded channels; elements of a sample; channels of a group
   double share;                // 1 / values of a group; 0 where statistics do not depend on them
 
-  explicit Layout(const void* shape)
+  explicit Layout(const void* shape, const void* kept = nullptr)
       : s(*static_cast<const Shape*>(shape)),
+        samples(rows_at_work(kept, s.sequences, s.samples)),
         co(padded<R>(s.channels)),
         size(s.pixels * co),
         per(s.channels / s.groups),

@@ -43,7 +43,7 @@ struct WeightSums {
 
   // Behind a row.
   void pass(std::int64_t row) const {
-    if ((row + 1) % few != 0 && row + 1 < k.l.s.samples) return;
+    if ((row + 1) % few != 0 && row + 1 < k.l.samples) return;
     for (std::int64_t c = 0; c < k.l.co; c += width<R>) {
       accumulate<R>(k.totals[0] + c, load(weight + c));
       accumulate<R>(k.totals[1] + c, load(bias + c));
@@ -72,7 +72,7 @@ template <class R, class C>
 void forward_rows(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) {
   const Scratch<R> k(l, scratch);
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const Saved<R> saved(l, p.saved, i);
     Row<R> row(k, p, i);
     double sums[1];
@@ -91,7 +91,7 @@ void backward_rows(const Layout<R>& l, const Primal<R>& p, R* scratch, C curve) 
   const Scratch<R> k(l, scratch);
   const WeightSums<R> totals(k);
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const R *y = p.y + i * l.size, *dy = p.dy + i * l.size;
     const Saved<R> saved(l, p.saved, i);
     Row<R> row(k, p, i);
@@ -143,7 +143,7 @@ template <class R, class C>
 void tangent_rows(const Layout<R>& l, const Primal<R>& p, const Tangent<R>& t, R* scratch, C curve) {
   const Scratch<R> k(l, scratch);
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     Row<R> row(k, p, i);
     row.take(Saved<R>(l, p.saved, i));
     RowDot<R> turn(k, t, i);
@@ -165,7 +165,7 @@ void tangent_backward_rows(const Layout<R>& l, const Primal<R>& p, const Tangent
   const Scratch<R> k(l, scratch);
   const WeightSums<R> totals(k);
   const R slope = static_cast<R>(l.s.slope);
-  for (std::int64_t i = 0; i < l.s.samples; ++i) {
+  for (std::int64_t i = 0; i < l.samples; ++i) {
     const R *y = p.y + i * l.size, *dy = p.dy + i * l.size, *dy_dot = t.dy_dot + i * l.size;
     const Saved<R> saved(l, p.saved, i);
     Row<R> row(k, p, i);

@@ -1,4 +1,5 @@
 #include "../common/curves.h"
+#include "../common/kept_rows.h"
 #include "kernels.h"
 
 #ifndef FASTMETA_ISA
@@ -17,13 +18,14 @@ using executor::Tangent;
 template <class R>
 struct Layout {
   const Shape& s;
-  std::int64_t row, elements;
+  std::int64_t rows, row, elements;
   R slope, factors[executor::max_inputs];
 
-  explicit Layout(const void* shape)
+  explicit Layout(const void* shape, const void* kept = nullptr)
       : s(*static_cast<const Shape*>(shape)),
+        rows(rows_at_work(kept, s.sequences, s.rows)),
         row(padded<R>(s.features)),
-        elements(s.rows * row),
+        elements(rows * row),
         slope(static_cast<R>(s.slope)),
         factors{static_cast<R>(s.factors[0]), static_cast<R>(s.factors[1])} {}
 
@@ -50,16 +52,16 @@ Sizes sizes(const void* shape) {
 
 template <class R>
 void forward(const void* shape, const Primal<R>& p, R*) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>) store(p.y + i, curve.value(l.sum_at(p.x, i), l.slope));
   });
-  clear_padding(l.s.activation, p.y, l.s.rows, l.s.features, l.row);
+  clear_padding(l.s.activation, p.y, l.rows, l.s.features, l.row);
 }
 
 template <class R>
 void backward(const void* shape, const Primal<R>& p, R*) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>)
       l.share(p.dx, i, curve.slope(load(p.y + i), l.sum_at(p.x, i), l.slope) * load(p.dy + i));
@@ -68,7 +70,7 @@ void backward(const void* shape, const Primal<R>& p, R*) {
 
 template <class R>
 void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>)
       store(t.y_dot + i, curve.slope(load(p.y + i), l.sum_at(p.x, i), l.slope) * l.sum_at(t.x_dot, i));
@@ -77,7 +79,7 @@ void tangent(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
 
 template <class R>
 void tangent_backward(const void* shape, const Primal<R>& p, const Tangent<R>& t, R*) {
-  const Layout<R> l(shape);
+  const Layout<R> l(shape, p.target);
   for_curve<R>(l.s.activation, [&](auto curve) __attribute__((always_inline)) {
     for (std::int64_t i = 0; i < l.elements; i += width<R>) {
       const Vector<R> y = load(p.y + i), z = l.sum_at(p.x, i);

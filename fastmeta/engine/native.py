@@ -16,7 +16,8 @@ from fastmeta.engine.callback import Callbacks, Failures, Prelude
 from fastmeta.engine.cut import native_seconds, pays
 from fastmeta.engine.evaluation import Cotangents, Evaluation, MetaGradient
 from fastmeta.engine.factor import WEIGHT, plan_of
-from fastmeta.engine.lower import NotLowered, in_gram_form, lower, with_gram, with_tables_apart
+from fastmeta.engine.kept_rows import KeptRows
+from fastmeta.engine.lower import NotLowered, alike, in_gram_form, lower, with_gram, with_tables_apart
 from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.profile import collecting
 from fastmeta.engine.program import Instruction, Program
@@ -33,6 +34,7 @@ class NativeStep:
     Attributes:
         cuts: of support and query, the instructions without kernels, which it calls back for, and why.
         preludes: likewise those that read the tasks' data alone, and run before.
+        kept_rows: which rows of padded sequences its operations go through, where that is said.
 
     Raises:
         NotLowered: the programs have an operation without native kernels, or the extension is missing.
@@ -47,6 +49,10 @@ class NativeStep:
             raise NotLowered(f"the loss is of {graph.values[graph.loss].dtype}")
         self._both, self._failures = (support, query), Failures()
         lowered = [lower(program, query.outer, self._failures) for program in (support, query)]
+        kept = [one.kept for one in lowered if one.kept is not None]
+        if len(kept) == 2 and alike(*kept):
+            lowered = kept
+        self.kept_rows = [one.rows for one in lowered]
         self._lowered = lowered[1]
         self.cuts = [one.cuts for one in lowered]
         self.preludes = [one.prelude for one in lowered]
@@ -72,6 +78,9 @@ class NativeStep:
         slots = [(*p.graph.data, *one.prelude_slots) for p, one in zip(self._both, lowered, strict=True)]
         sets = [[p.graph.values[slot] for slot in of_set] for p, of_set in zip(self._both, slots, strict=True)]
         self._bytes = [[math.prod(v.shape) * v.dtype.itemsize for v in values] for values in sets]
+        for sizes, rows in zip(self._bytes, self.kept_rows, strict=True):
+            if rows is not None:
+                sizes.append(8 * rows.numbers)
         self._mutates = bool(graph.mutations)
 
     @property
@@ -243,6 +252,7 @@ class NativeStep:
                 self._operands,
                 self._callbacks,
                 self._preludes if any(self.preludes) else None,
+                self.kept_rows if all(self.kept_rows) else None,
                 limit,
             )
         return call
@@ -263,6 +273,7 @@ class NativeCall:
         operands: of the operations on support and query.
         callbacks: what the program calls back to, if it does.
         preludes: to support and query, if there are any.
+        rows: of support and query, which are gone through, if not all are.
         threads: at most so many; ``None`` for all.
         phase: what a profile calls the passes over query sets.
     """
@@ -277,6 +288,7 @@ class NativeCall:
     operands: list[tuple[Operands, ...]]
     callbacks: Callbacks | None
     preludes: list[Prelude] | None
+    rows: list[KeptRows | None] | None
     threads: int | None
     phase: str = "query"
 
@@ -293,6 +305,11 @@ class NativeCall:
                 support, query = (
                     p.run(data, work.buffers) for p, data in zip(self.preludes, (support, query), strict=True)
                 )
+        if self.rows is not None:
+            support, query = (
+                data if rows is None else [*data, rows.list_of(data)]
+                for rows, data in zip(self.rows, (support, query), strict=True)
+            )
         losses, support_losses, results = _NONE, _NONE, []  # no elements: not wanted
         if self.outputs is not None or work.check_finite:
             losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((work.steps, tasks))

@@ -6,15 +6,18 @@ kernel: the executor calls back to its own maps; what reads the task's data alon
 way raises :class:`NotLowered` with the reason, and the reference executor runs the program.
 """
 
+from dataclasses import replace
+
 from fastmeta.engine.callback import Failures
 from fastmeta.engine.lower import layers, losses, norms
 from fastmeta.engine.lower.callbacks import Cutter
 from fastmeta.engine.lower.gram import in_gram_form, with_gram
+from fastmeta.engine.lower.kept_rows import alike, with_kept_rows
 from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
 from fastmeta.engine.lower.tables import with_tables_apart
 from fastmeta.engine.program import Program
 
-__all__ = ["Lowered", "NotLowered", "in_gram_form", "lower", "with_gram", "with_tables_apart"]
+__all__ = ["Lowered", "NotLowered", "alike", "in_gram_form", "lower", "with_gram", "with_tables_apart"]
 
 
 def lower(program: Program, outer: tuple[str, ...], failures: Failures) -> Lowered:
@@ -29,4 +32,6 @@ def lower(program: Program, outer: tuple[str, ...], failures: Failures) -> Lower
         NotLowered: an operation, a shape or a dtype without native kernels.
     """
     handlers = {**layers.HANDLERS, **norms.HANDLERS, **losses.HANDLERS}
-    return Lowering(program, outer).run(handlers, Cutter(failures))
+    lowering = Lowering(program, outer)
+    lowered = lowering.run(handlers, Cutter(failures))
+    return replace(lowered, kept=with_kept_rows(lowering, lowered))

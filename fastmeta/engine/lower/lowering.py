@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from fastmeta.core.task_op import Output
+from fastmeta.engine.kept_rows import KeptRows
 from fastmeta.engine.lower.operands import ABSENT, Operands, Sizes, operands
 from fastmeta.engine.program import Instruction, Program
 
@@ -61,6 +62,8 @@ class Lowered:
         cuts: the instructions without kernels, whose own maps are called back, and why.
         prelude: the instructions that read the task's data alone and run before, and why.
         prelude_slots: of the results of those, which are further data.
+        rows: which rows the operations go through whose list is the last of the data; ``None`` where there is none.
+        kept: the same with such a list, where there can be one.
     """
 
     program: dict[str, Any]
@@ -71,6 +74,8 @@ class Lowered:
     cuts: tuple[tuple[Instruction, str], ...]
     prelude: tuple[tuple[Instruction, str], ...]
     prelude_slots: tuple[int, ...]
+    rows: KeptRows | None = None
+    kept: Lowered | None = None
 
 
 @dataclass(frozen=True)
