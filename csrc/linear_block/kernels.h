@@ -12,7 +12,6 @@ namespace fastmeta::linear_block {
 // Weights in order: weight [out, in], bias [out].
 struct Shape {
   std::int64_t n, in, out;  // rows of one task
-  std::int64_t sequences;   // whose rows they are, where a list says which are kept (common/kept_rows.h)
   Activation activation;
   double slope;  // of leaky_relu below 0
   bool bias;
@@ -20,6 +19,7 @@ struct Shape {
   // In the Gram form (gram.h): rows of a support and of a query set, and whether this is the query's call.
   std::int64_t support, query;
   bool asks;
+  std::int64_t sequences = 0;  // whose rows they are, where a list says which are kept (common/kept_rows.h)
 };
 
 struct Table {

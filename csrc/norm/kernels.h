@@ -16,12 +16,12 @@ namespace fastmeta::norm {
 // Weights in order: weight, bias, running mean and running variance, each [channels]; the last two are constants.
 struct Shape {
   std::int64_t samples, pixels, channels, groups;
-  std::int64_t sequences;  // whose rows the samples are, where a list says which are kept (common/kept_rows.h)
   double eps;
   Activation activation;
   double slope;  // of leaky_relu below 0
   bool weight, bias;
   bool running;  // statistics are the running ones; one sample, as many groups as channels
+  std::int64_t sequences = 0;  // whose rows the samples are, where a list says which are kept (common/kept_rows.h)
 };
 
 struct Table {

@@ -11,10 +11,10 @@ namespace fastmeta::pointwise {
 
 struct Shape {
   std::int64_t rows, features;  // images are rows of one pixel's channels
-  std::int64_t sequences;       // whose rows they are, where a list says which are kept (common/kept_rows.h)
   double factors[executor::max_inputs];
   Activation activation;
   double slope;  // of leaky_relu below 0
+  std::int64_t sequences = 0;  // whose rows they are, where a list says which are kept (common/kept_rows.h)
 };
 
 struct Table {

@@ -252,6 +252,10 @@ def explain_programs(work: Work, programs: Programs) -> Explanation:
         executor = f"native, instruction set {native.instruction_set}, {sharing}"
         if native.cuts[0]:
             executor += f", cut at operations without kernels: {len(native.cuts[0])}"
+        shares = native.row_shares(work)
+        if shares is not None:
+            of_support, of_query = (f"{1 - share:.0%}" for share in shares)
+            executor += f", rows of padding left out: {of_support} of the support's and {of_query} of the query's"
     return Explanation(
         "program",
         "",

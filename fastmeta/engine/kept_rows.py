@@ -87,6 +87,10 @@ class KeptRows:
     readers: tuple[Weighted | Picked, ...]
     attentions: tuple[Attended, ...]
 
+    def share(self, lists: Tensor) -> float:
+        """The part of all rows that the lists of some tasks keep."""
+        return float(lists[:, self.sequences].double().mean()) / (self.sequences * self.length)
+
     @property
     def numbers(self) -> int:
         """Of a task's list."""
@@ -96,7 +100,7 @@ class KeptRows:
         """Each task's list, ``[T, numbers]`` of int64, as csrc/common/kept_rows.h has it.
 
         With r the rows that are read from outside and A(q, k) whether any attention gives key k weight for query q,
-        those that are kept are the least set that holds r, with q also every k with A(q, k), and a row of each sequence.
+        those that are kept are the least set that holds r, with q also every k with A(q, k), and of each sequence one.
         """
         tasks, whole = data[0].shape[0], (data[0].shape[0], self.sequences, self.length)
         kept = torch.stack([reader.rows(data) for reader in self.readers]).any(0).reshape(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ class NativeStep:
         self._lowered = lowered[1]
         self.cuts = [one.cuts for one in lowered]
         self.preludes = [one.prelude for one in lowered]
-        self._preludes = [Prelude(p, one.prelude_slots) for p, one in zip(self._both, lowered, strict=True)]
+        preludes = [Prelude(p, one.prelude_slots) for p, one in zip(self._both, lowered, strict=True)]
+        self._further = Further(preludes, self.kept_rows)
         if lowered[0].buffers != lowered[1].buffers:
             raise NotLowered("support and query do not read the same buffers")
         double = graph.values[graph.loss].dtype == torch.float64
@@ -87,6 +89,10 @@ class NativeStep:
     def operands(self) -> tuple[Operands, ...]:
         """Of the operations on a support set, in execution order."""
         return self._operands[0]
+
+    def row_shares(self, work: Work) -> tuple[float, ...] | None:
+        """Of support and query, the part of padded sequences' rows that is gone through; ``None`` where all are."""
+        return tuple(share for _, share in self._further.of(work)) if any(self.kept_rows) else None
 
     @property
     def instruction_set(self) -> str:
@@ -251,11 +257,33 @@ class NativeStep:
                 self._outputs if outputs else None,
                 self._operands,
                 self._callbacks,
-                self._preludes if any(self.preludes) else None,
-                self.kept_rows if all(self.kept_rows) else None,
+                self._further if any(self.preludes) or any(self.kept_rows) else None,
                 limit,
             )
         return call
+
+
+@dataclass(frozen=True)
+class Further:
+    """What follows the data of support and query, as they are known from these alone.
+
+    Attributes:
+        preludes: to support and query.
+        rows: which of their rows are gone through; ``None`` where all are.
+    """
+
+    preludes: Sequence[Prelude]
+    rows: Sequence[KeptRows | None]
+
+    def of(self, work: Work) -> list[tuple[list[Tensor], float]]:
+        """Of support and query the data and what follows, and the part of padded sequences' rows that is kept."""
+        found = []
+        for prelude, rows, batch in zip(self.preludes, self.rows, (work.support, work.query), strict=True):
+            with torch.no_grad():
+                data = prelude.run(leaves(batch), work.buffers)
+                lists = None if rows is None else rows.list_of(data)
+            found.append((data, 1.0) if rows is None or lists is None else ([*data, lists], rows.share(lists)))
+        return found
 
 
 @dataclass
@@ -272,8 +300,7 @@ class NativeCall:
         outputs: where the losses of each task and the query outputs are wanted, the outputs of a task.
         operands: of the operations on support and query.
         callbacks: what the program calls back to, if it does.
-        preludes: to support and query, if there are any.
-        rows: of support and query, which are gone through, if not all are.
+        further: what follows the tasks' data, if anything does.
         threads: at most so many; ``None`` for all.
         phase: what a profile calls the passes over query sets.
     """
@@ -287,8 +314,7 @@ class NativeCall:
     outputs: list[Output] | None
     operands: list[tuple[Operands, ...]]
     callbacks: Callbacks | None
-    preludes: list[Prelude] | None
-    rows: list[KeptRows | None] | None
+    further: Further | None
     threads: int | None
     phase: str = "query"
 
@@ -300,16 +326,10 @@ class NativeCall:
         alpha = work.alpha
         support, query = leaves(work.support), leaves(work.query)
         tasks = support[0].shape[0]
-        if self.preludes is not None:
-            with torch.no_grad():
-                support, query = (
-                    p.run(data, work.buffers) for p, data in zip(self.preludes, (support, query), strict=True)
-                )
-        if self.rows is not None:
-            support, query = (
-                data if rows is None else [*data, rows.list_of(data)]
-                for rows, data in zip(self.rows, (support, query), strict=True)
-            )
+        shares = (1.0, 1.0)
+        if self.further is not None:
+            (support, of_support), (query, of_query) = self.further.of(work)
+            shares = of_support, of_query
         losses, support_losses, results = _NONE, _NONE, []  # no elements: not wanted
         if self.outputs is not None or work.check_finite:
             losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((work.steps, tasks))
@@ -318,6 +338,7 @@ class NativeCall:
         loss = torch.empty_like(self.loss)
         d_alpha = alpha.new_zeros(alpha.shape) if self.learned else None  # in rows, however alpha lies
         profile = collecting()
+        operands = self.operands[0], self.operands[1]
         with nullcontext() if self.callbacks is None else self.callbacks.of_one_meta_step():
             gradients = self.native(
                 tasks,
@@ -332,7 +353,7 @@ class NativeCall:
                 support_losses,
                 results[0] if results else None,
                 self.threads or torch.get_num_threads(),
-                None if profile is None else profile.part(self.step, self.operands[0], self.operands[1], self.phase),
+                None if profile is None else profile.part(self.step, *operands, self.phase, shares),
             )
         if work.check_finite:
             for k in range(work.steps):

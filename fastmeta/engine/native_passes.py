@@ -17,7 +17,7 @@ from fastmeta.core import rates
 from fastmeta.engine.cut import passes_pay
 from fastmeta.engine.evaluation import MEAN, Cotangents, Evaluation
 from fastmeta.engine.executor import Tape
-from fastmeta.engine.lower import NotLowered
+from fastmeta.engine.lower import ONCE, NotLowered
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, leaves
@@ -113,7 +113,7 @@ def _lowered(program: Program) -> NativeStep | str:
         step = NativeStep(program, program)
     except NotLowered as reason:
         return str(reason)
-    cuts = [reason for _, reason in (*step.cuts[1], *step.preludes[1])]
+    cuts = [reason for _, reason in (*step.cuts[1], *step.preludes[1]) if reason != ONCE]
     return cuts[0] if cuts else step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class Record:
             readers of a value, and steps along a gradient, count with the map that they follow; the gradient of a
             weight that no task forms is summed up behind all maps and counts with none.
         flops: floating-point operations of the products, convolutions counted directly;
-            :func:`fastmeta.engine.cost.flops_by_map`.
-        bytes: of operands and results, each once a call; :func:`fastmeta.engine.cost.bytes_by_map`.
+            :func:`fastmeta.engine.cost.flops_by_map`. Where rows of padding are left out, of the others.
+        bytes: of operands and results, each once a call; :func:`fastmeta.engine.cost.bytes_by_map`; likewise.
         threads: that worked on each call, in the last meta-step.
         part: of the meta-step: ``inner loop``, ``query`` or ``adjoint``. Of the native executor the support's tangents
             are the adjoint, and a backward pass that runs once for all steps counts with the inner loop.
@@ -89,7 +89,14 @@ class Profile:
         native = [record for part in self._parts.values() if part.kind is kind for record in part.records()]
         return native or list(_by_reference(kind))
 
-    def part(self, step: Any, support: Sequence[Operands], query: Sequence[Operands], phase: str = "query") -> Any:
+    def part(
+        self,
+        step: Any,
+        support: Sequence[Operands],
+        query: Sequence[Operands],
+        phase: str = "query",
+        rows: tuple[float, float] = (1.0, 1.0),
+    ) -> Any:
         """The native profile that a compiled meta-step adds to.
 
         Args:
@@ -97,11 +104,13 @@ class Profile:
             support: operands of its operations on the support set.
             query: likewise.
             phase: what passes over the query set are called; those of one step always the same.
+            rows: of support and query, the part of padded sequences' rows that is gone through.
         """
         kind = None if self.runs is None else self.runs.current
         part = self._parts.get((id(step), id(kind)))
         if part is None:
             part = self._parts[id(step), id(kind)] = _Part(step, step.profile(), support, query, kind, phase)
+        part.rows.append(rows)
         return part.native
 
 
@@ -113,12 +122,17 @@ class _Part:
     query: Sequence[Operands]
     kind: Kind | None
     phase: str
+    rows: list[tuple[float, float]] = field(default_factory=list)  # one a meta-step
 
     def records(self) -> Iterator[Record]:
-        phases = (("support", self.native.support, self.support), (self.phase, self.native.query, self.query))
-        for phase, table, operations in phases:
+        of_support, of_query = (sum(share) / len(self.rows) for share in zip(*self.rows, strict=True))
+        phases = (
+            ("support", self.native.support, self.support, of_support),
+            (self.phase, self.native.query, self.query, of_query),
+        )
+        for phase, table, operations, kept in phases:
             for operands, tallies in zip(operations, table, strict=True):
-                instruction = operands.instruction
+                instruction, share = operands.instruction, kept if operands.kept_rows else 1.0
                 flops, size = cost.flops_by_map(instruction), cost.bytes_by_map(operands)
                 for i, (calls, seconds) in enumerate(tallies):
                     if calls:
@@ -129,8 +143,8 @@ class _Part:
                             cost.MAPS[i],
                             calls,
                             seconds,
-                            calls * flops[i],
-                            calls * size[i],
+                            round(calls * flops[i] * share),
+                            round(calls * size[i] * share),
                             self.native.within,
                             QUERY if phase == "query" else INNER_LOOP if i < 2 else ADJOINT,
                             instruction,

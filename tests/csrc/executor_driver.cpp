@@ -24,7 +24,7 @@ struct Problem {
   std::vector<std::vector<R>> weights, gradients;
   std::vector<R> inputs[2], numbers[2], alpha{R(0.1), R(0.05), R(0.2)}, d_alpha{0, 0, 0};
   std::vector<R> losses, support_losses, outputs;
-  std::vector<std::int64_t> labels[2];
+  std::vector<std::int64_t> labels[2], lists[2];  // the latter of rows that are kept, of two sequences each
   const Case& which;
 
   explicit Problem(const Case& c, unsigned seed) : which(c) {
@@ -47,6 +47,7 @@ struct Problem {
       for (R& x : numbers[s]) x = static_cast<R>(0.5 + 0.2 * normal(random));
       for (std::int64_t i = 0; i < tasks * n[s]; ++i)
         labels[s].push_back(static_cast<std::int64_t>(random() % classes));
+      for (int t = 0; t < tasks; ++t) list_rows(n[s], random() % (n[s] / 2), lists[s]);
     }
     if (c.ignores) labels[0][1] = -100;
     losses.resize(tasks);
@@ -57,8 +58,17 @@ struct Problem {
   std::vector<Leaf> leaves(int s) const {
     const auto bytes = static_cast<std::int64_t>(sizeof(R));
     const Leaf input{reinterpret_cast<const char*>(inputs[s].data()), n[s] * which.input * bytes};
-    if (which.labels) return {input, {reinterpret_cast<const char*>(labels[s].data()), n[s] * 8}};
-    return {input, {reinterpret_cast<const char*>(numbers[s].data()), n[s] * classes * bytes}};
+    const Leaf list{reinterpret_cast<const char*>(lists[s].data()), (3 + n[s]) * 8};
+    if (which.labels) return {input, {reinterpret_cast<const char*>(labels[s].data()), n[s] * 8}, list};
+    return {input, {reinterpret_cast<const char*>(numbers[s].data()), n[s] * classes * bytes}, list};
+  }
+
+  // All of n rows but those from `first` to the middle and the last one.
+  static void list_rows(std::int64_t n, std::int64_t first, std::vector<std::int64_t>& list) {
+    const std::int64_t before = first == 0 ? 1 : first, all = before + n / 2 - 1;
+    list.insert(list.end(), {0, before, all});
+    for (std::int64_t i = 0; i < all; ++i) list.push_back(i < before ? i : n / 2 + i - before);
+    list.insert(list.end(), n - all, -1);
   }
 
   // Where rates are not learned, operations that can take their steps along with their gradients.

@@ -21,7 +21,7 @@ from fastmeta.engine.callback import Callbacks
 from fastmeta.ops.activation.op import Activation
 from fastmeta.ops.generic.op import GenericOp
 from tests.engine.test_native import batch_of, both, truth
-from tests.oracle import relative_error, total_error
+from tests.oracle import maml_loop, relative_error, total_error
 
 pytestmark = [
     pytest.mark.skipif(native.extension() is None, reason=f"no extension: {native.missing_reason()}"),
@@ -410,3 +410,29 @@ def test_attention_is_native(instruction_set: str, heads: int, dim: int, dtype: 
     explained = maml.explain(tasks)
     assert f"instruction set {instruction_set}" in explained.executor
     assert {row.backend for row in explained.rows if row.op in ("matmul", "softmax")} == {"native"}
+
+
+@pytest.mark.parametrize("executor", ["native", "reference"])
+def test_what_is_computed_of_data_alone_runs_before(executor: str) -> None:
+    """Scaled inputs: once a meta-step, for all tasks; the layer behind them may still hold products with its data."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(torch.tanh(2 * x - 1))
+
+    torch.manual_seed(0)
+    model = Scaled().double()
+    made = [(torch.rand(4, n, 64, dtype=torch.float64), torch.randint(3, (4, n))) for n in (2, 3)]
+    tasks = fm.TaskBatch(*made)
+    maml = fm.MAML(model, F.cross_entropy, lr=0.1, steps=4, executor=executor)
+    truth = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.1, 4)[3]
+    assert relative_error(maml.value_and_grad(tasks)[1], truth) <= 1e-11
+    if executor == "native":
+        rows = maml.explain(tasks).rows
+        assert [row.backend for row in rows[:3]] == ["reference"] * 3
+        first = next(row for row in rows if row.op == "linear")
+        assert first.plan == "factored"

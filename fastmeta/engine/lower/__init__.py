@@ -13,11 +13,11 @@ from fastmeta.engine.lower import layers, losses, norms
 from fastmeta.engine.lower.callbacks import Cutter
 from fastmeta.engine.lower.gram import in_gram_form, with_gram
 from fastmeta.engine.lower.kept_rows import alike, with_kept_rows
-from fastmeta.engine.lower.lowering import Lowered, Lowering, NotLowered
+from fastmeta.engine.lower.lowering import ONCE, Lowered, Lowering, NotLowered
 from fastmeta.engine.lower.tables import with_tables_apart
 from fastmeta.engine.program import Program
 
-__all__ = ["Lowered", "NotLowered", "alike", "in_gram_form", "lower", "with_gram", "with_tables_apart"]
+__all__ = ["ONCE", "Lowered", "NotLowered", "alike", "in_gram_form", "lower", "with_gram", "with_tables_apart"]
 
 
 def lower(program: Program, outer: tuple[str, ...], failures: Failures) -> Lowered:

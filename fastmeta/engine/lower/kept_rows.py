@@ -1,8 +1,8 @@
 """Operations on rows, part of which nothing reads: they go through the others alone, which lie one behind the other.
 
 Where sequences are padded to one length, models multiply what they have computed of the padding by zero, and their
-attention gives it no weight. Around the operations that stay among rows, one operation takes the rows that are kept from
-each value that comes in, and another puts them back, between zeros, into each that goes out.
+attention gives it no weight. Around the operations that stay among rows, one operation takes the rows that are kept
+from each value that comes in, and another puts them back, between zeros, into each that goes out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmeta.engine.lower.lowering import ABSENT, Data, Lowered, Lowering, Valu
 from fastmeta.engine.lower.operands import Operands
 from fastmeta.engine.program import Instruction
 
-WORTH = 64  # multiply-adds of the layers for each element that is moved in or out
+WORTH = 16  # multiply-adds of the layers for each element that is moved in or out
 
 
 def with_kept_rows(lowering: Lowering, whole: Lowered) -> Lowered | None:
@@ -90,19 +90,19 @@ def _kept(lowering: Lowering, program: dict[str, Any], region: set[int]) -> Kept
     if len(shapes) > 1 or program["output"] in region or len(operations) - 1 in region:
         return None
     readers: list[Weighted | Picked] = []
-    moved = 0
+    moved: dict[int, int] = {}  # elements of a row of each value that comes in or goes out
     for i, one in enumerate(operations):
         for value in {index for is_data, index in one["x"] if not is_data}:
             if i in region and value not in region:
-                moved += _features(one)[0]
+                moved[value] = _features(one)[0]
             elif value in region and i not in region:
                 found = _readers(lowering, one, value, count)
                 if found is None:
                     return None
                 readers += found
-                moved += _features(operations[value])[1]
+                moved[value] = _features(operations[value])[1]
     products = sum(operations[i]["in"] * operations[i]["out"] for i in region if "in" in operations[i])
-    if products < WORTH * moved or all(isinstance(one, Picked) and all(one.flags) for one in readers):
+    if products < WORTH * sum(moved.values()) or all(isinstance(one, Picked) and all(one.flags) for one in readers):
         return None
     (sequences, length), *_ = shapes
     return KeptRows(sequences, length, tuple(readers), tuple(_attended(one) for one in attentions))
@@ -187,7 +187,7 @@ def _rewritten(lowered: Lowered, region: set[int], rows: KeptRows, target: int) 
             if not is_data and value not in kept:
                 kept[value] = move(value, whole[value], reads, back=False)
         among = {**one, "x": sources(one, kept.__getitem__), "sequences": rows.sequences, "target": target}
-        kept[i] = emit(among, lowered.operands[i])
+        kept[i] = emit(among, dataclasses.replace(lowered.operands[i], kept_rows=True))
         if i in read_outside:
             whole[i] = move(i, kept[i], makes, back=True)
     output = whole.get(lowered.program["output"], ABSENT)
@@ -200,4 +200,4 @@ def _of_move(maker: Operands) -> Operands:
     y = maker.y
     varies = y if maker.x_varies or maker.w_varies else 0
     active = y if maker.x_active or maker.w_active else 0
-    return Operands("kept_rows", None, x=y, w=0, y=y, x_varies=varies, w_varies=0, x_active=active, w_active=0)
+    return Operands("kept_rows", None, y, 0, y, varies, 0, active, 0, kept_rows=True)

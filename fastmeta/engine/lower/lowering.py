@@ -23,6 +23,9 @@ RENAMES = frozenset(
         *("squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int", "alias.default", "clone.default"),
     )
 )
+# What these compute of the tasks' data alone runs before.
+ELEMENTWISE = frozenset({"sum", "product", "quotient", "activation"})
+ONCE = "each inner step would compute it again"
 
 
 class NotLowered(Exception):
@@ -156,6 +159,10 @@ class Lowering:
                 continue
             rest.provide(self, instruction.inputs)
             if self._renames(instruction):
+                continue
+            from_data = all(isinstance(self.held.get(slot), Data) for slot in instruction.inputs)
+            if from_data and instruction.op.name in ELEMENTWISE:
+                rest.take(self, instruction, ONCE)
                 continue
             self._at = instruction
             before = self._state()

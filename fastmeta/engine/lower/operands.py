@@ -23,6 +23,7 @@ class Operands:
         y: its result.
         x_varies, w_varies: of ``x`` and ``w`` what depends on adapted parameters.
         x_active, w_active: of ``x`` and ``w`` what gets a cotangent.
+        kept_rows: whether it goes through those rows alone that are kept; all are counted here.
     """
 
     operation: str
@@ -34,6 +35,7 @@ class Operands:
     w_varies: int
     x_active: int
     w_active: int
+    kept_rows: bool = False
 
 
 @dataclass(frozen=True)
