@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "../common/kept_rows.h"
 #include "../common/product.h"
 #include "../common/threads.h"
@@ -138,20 +140,20 @@ class Head {
   // P of S, in its place.
   void softmax(const R* mask, R* scores) const {
     const R scale = static_cast<R>(l_.s.scale);
-    const std::int64_t* step = l_.s.mask;
     for (std::int64_t i = 0; i < rows_; ++i) {
       R* row = scores + i * score_row_;
       for (std::int64_t j = 0; j < score_row_; j += width<R>) store(row + j, scale * load(row + j));
-      if (l_.s.masked) {
-        const R* m = mask + sample_ * step[0] + head_ * step[1] + place(i) * step[2];
-        for (std::int64_t j = 0; j < columns_; ++j) row[j] += m[place(j) * step[3]];
-      }
+      add_mask(mask, i, row);
       Vector<R> most = splat<R>(row[0]);
       for (std::int64_t j = 0; j < score_row_; j += width<R>) {
         const Vector<R> here = load(row + j);
         most = select<R>(present(j) & (here > most), here, most);
       }
       most = largest_everywhere<R>(most);
+      if (l_.s.safe && most[0] == closed) {
+        for (std::int64_t j = 0; j < score_row_; j += width<R>) store(row + j, Vector<R>{});
+        continue;
+      }
       Vector<R> sums{};
       for (std::int64_t j = 0; j < score_row_; j += width<R>) {
         const Vector<R> e = select<R>(present(j), exponential(load(row + j) - most), Vector<R>{});
@@ -183,6 +185,23 @@ class Head {
   // Which lanes of a row of scores, from j on, are no padding.
   FASTMETA_INLINE Mask<R> present(std::int64_t j) const {
     return lanes_from<R>(j) < splat_mask<R>(static_cast<int>(columns_));
+  }
+
+  static constexpr R closed = -std::numeric_limits<R>::infinity();
+
+  // What the mask adds to the scores of query i, or which of them it closes.
+  void add_mask(const R* mask, std::int64_t i, R* row) const {
+    const std::int64_t* step = l_.s.mask;
+    const std::int64_t from = sample_ * step[0] + head_ * step[1] + place(i) * step[2];
+    if (l_.s.masked && l_.s.boolean) {
+      const char* open = reinterpret_cast<const char*>(mask) + from;
+      for (std::int64_t j = 0; j < columns_; ++j)
+        if (open[place(j) * step[3]] == 0) row[j] = closed;
+    } else if (l_.s.masked) {
+      for (std::int64_t j = 0; j < columns_; ++j) row[j] += mask[from + place(j) * step[3]];
+    }
+    for (std::int64_t j = 0; l_.s.causal && j < columns_; ++j)
+      if (place(j) > place(i)) row[j] = closed;
   }
 
   // Where among all rows of the sample the i-th of those at work is.

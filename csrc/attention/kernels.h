@@ -16,6 +16,9 @@ struct Shape {
   double scale;
   bool masked;
   std::int64_t mask[4];
+  bool boolean = false;  // the mask has a byte a score instead: zero where a key has no weight
+  bool causal = false;   // no key has weight for an earlier query
+  bool safe = false;     // a query without a key that has weight gives zeros
 };
 
 struct Table {

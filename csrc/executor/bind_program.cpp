@@ -243,6 +243,9 @@ void describe_attention(const py::dict& d, Operation& operation) {
   shape->scale = get<double>(d, "scale");
   const auto mask = get<std::vector<std::int64_t>>(d, "mask");
   shape->masked = !mask.empty();
+  shape->boolean = get<bool>(d, "boolean");
+  shape->causal = get<bool>(d, "causal");
+  shape->safe = get<bool>(d, "safe");
   std::copy(mask.begin(), mask.end(), shape->mask);
   operation.shape = shape;
   operation.f32 = [](Isa isa) { return attention::table_of(isa).f32; };

@@ -53,10 +53,12 @@ class Attended:
     Attributes:
         index: of the mask among a task's data; ``None`` where there is none.
         shape: of the mask as the attention sees it, without the task axis.
+        causal: whether no key has weight for an earlier query.
     """
 
     index: int | None
     shape: tuple[int, ...] = ()
+    causal: bool = False
 
     def reached(self, data: Sequence[Tensor], sequences: int, length: int) -> Tensor:
         """Whether the softmax gives a key any weight: ``[T, sequences, queries, keys]``.
@@ -64,13 +66,15 @@ class Attended:
         A score that the smallest number of its dtype was added to has none, unless a query's scores all have.
         """
         tasks = data[0].shape[0]
-        if self.index is None:
-            return torch.ones(tasks, sequences, length, length, dtype=torch.bool)
-        mask = data[self.index]
-        aligned = (1,) * (4 - len(self.shape)) + self.shape  # sequences, heads, queries, keys
-        open_ = (mask > torch.finfo(mask.dtype).min / 2).reshape(tasks, *aligned)
-        open_ = open_ | ~open_.any(-1, keepdim=True)
-        return open_.any(2).expand(tasks, sequences, length, length)
+        ways = torch.ones(1, 1, 1, length, length, dtype=torch.bool)  # tasks, sequences, heads, queries, keys
+        if self.causal:
+            ways = ways.tril()
+        if self.index is not None:
+            mask = data[self.index]
+            open_ = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            ways = ways & open_.reshape(tasks, *(1,) * (4 - len(self.shape)), *self.shape)
+        ways = ways | ~ways.any(-1, keepdim=True)
+        return ways.any(2).expand(tasks, sequences, length, length)
 
 
 @dataclass(frozen=True)

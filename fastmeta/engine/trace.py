@@ -222,10 +222,10 @@ def _untouched(objective: Objective) -> Iterator[None]:
 
 
 def keeps_attention(tensors: Sequence[Any]) -> bool:
-    """Whether attention stays one call: on a GPU with kernels for it. A CPU's executor recognises the parts itself."""
+    """Whether attention stays one call: on a CPU, and on a GPU with kernels for it."""
     floating = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-    kinds = {(t.device, t.dtype) for t in floating}
-    return any(d.type == "cuda" for d, _ in kinds) and not any(triton_support.missing_reason(*kind) for kind in kinds)
+    kinds = {(t.device, t.dtype) for t in floating if t.device.type != "cpu"}
+    return not any(triton_support.missing_reason(*kind) for kind in kinds)
 
 
 def _decompositions(keeps: bool) -> dict[Any, Any]:

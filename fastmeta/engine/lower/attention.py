@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from fastmeta.engine.lower.lowering import Data, Lowering, Value, is_rename
 from fastmeta.engine.program import Instruction
 
@@ -27,8 +29,10 @@ class Scores:
     q: Heads
     k: Heads
     scale: float
-    mask: int | None = None  # a slot of data
+    mask: int | None = None  # a slot of data: added, or where it is boolean and false a key has no weight
     normalised: bool = False
+    causal: bool = False  # no key has weight for an earlier query
+    safe: bool = False  # a query whose keys all have no weight gives zeros
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,13 @@ def lower_attention(lowering: Lowering, part: Sequence[Instruction], slot: int) 
     n, rows, heads, dim = scores.q.shape
     described: dict[str, Any] = {"n": n, "rows": rows, "columns": scores.k.shape[1], "heads": heads, "dim": dim}
     sources = [(False, each.value) for each in (scores.q, scores.k, v)]
-    described |= {"scale": scores.scale, "mask": ()}
+    described |= {"scale": scores.scale, "mask": (), "boolean": False, "causal": scores.causal, "safe": scores.safe}
     if scores.mask is not None:
         held = lowering.held[scores.mask]
         sources.append((True, held.index))
-        described["mask"] = _strides(lowering.graph.values[scores.mask].shape)
-    softmax = next(i for i in part if i.op.name == "softmax")
+        mask = lowering.graph.values[scores.mask]
+        described |= {"mask": _strides(mask.shape), "boolean": mask.dtype == torch.bool}
+    softmax = next(i for i in part if i.op.name in ("softmax", "attention"))
     index = lowering.emit("attention", described, sources, of=softmax)
     lowering.held[slot] = Value(index, n * rows, heads * dim)
     return True
@@ -81,6 +86,8 @@ def _meaning(lowering: Lowering, instruction: Instruction, meanings: dict[int, M
         return _product(read[0], read[1])
     if op.name == "softmax" and isinstance(read[0], Scores) and op.dim == -1 and not read[0].normalised:
         return replace(read[0], normalised=True)
+    if op.name == "attention":
+        return _attention(lowering, instruction, read)
     if op.name == "dropout" and not op.random:
         return read[0]
     if op.name in ("product", "quotient") and op.number is not None and len(read) == 1:
@@ -160,9 +167,32 @@ def _masked(lowering: Lowering, instruction: Instruction, read: list[Meaning]) -
     whole = lowering.graph.values[instruction.outputs[0]].shape == lowering.graph.values[instruction.inputs[at]].shape
     if not isinstance(scores, Scores) or scores.mask is not None or scores.normalised or not whole:
         return None
-    if not isinstance(lowering.held.get(slot), Data) or mask.dtype != lowering.dtype:
+    if not _is_mask(lowering, slot) or mask.dtype == torch.bool:
         return None
     return replace(scores, mask=slot)
+
+
+def _attention(lowering: Lowering, instruction: Instruction, read: list[Meaning]) -> Meaning:
+    """PyTorch's own operation: the same, but that a query may be left without a key."""
+    op: Any = instruction.op
+    q, k, v = read[:3]
+    if not (isinstance(q, Heads) and isinstance(k, Heads) and isinstance(v, Heads)):
+        return None
+    if {q.axes, k.axes, v.axes} != {"nhsd"} or v.scale != 1 or not _fit(q, k) or v.shape != k.shape:
+        return None
+    position = op.call.position("attn_mask")
+    mask = None if position is None else instruction.inputs[position]
+    if mask is not None and not _is_mask(lowering, mask):
+        return None
+    scale = q.scale * k.scale * op.setting.scale
+    return Mixed(Scores(q, k, scale, mask, normalised=True, causal=op.setting.causal, safe=True), v, "nhsd")
+
+
+def _is_mask(lowering: Lowering, slot: int) -> bool:
+    return isinstance(lowering.held.get(slot), Data) and lowering.graph.values[slot].dtype in (
+        torch.bool,
+        lowering.dtype,
+    )
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

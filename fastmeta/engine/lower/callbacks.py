@@ -16,7 +16,9 @@ from fastmeta.engine.program import Instruction
 
 MAX_INPUTS, MAX_WEIGHTS = 4, 6  # csrc/executor/operation.h
 # Small operations go with one before them that has no kernel: every call back costs more than they do.
-SMALL = frozenset({"sum", "product", "quotient", "activation", "reduction", "view", "softmax", "matmul", "dropout"})
+SMALL = frozenset(
+    {"sum", "product", "quotient", "activation", "reduction", "view", "softmax", "matmul", "attention", "dropout"}
+)
 
 
 class Cutter:

@@ -110,10 +110,10 @@ def _kept(lowering: Lowering, program: dict[str, Any], region: set[int]) -> Kept
 
 def _attended(operation: dict[str, Any]) -> Attended:
     if not operation["mask"]:
-        return Attended(None)
+        return Attended(None, causal=operation["causal"])
     sizes = (operation["n"], operation["heads"], operation["rows"], operation["columns"])
     shape = tuple(size if step else 1 for size, step in zip(sizes, operation["mask"], strict=True))
-    return Attended(operation["x"][3][1], shape)
+    return Attended(operation["x"][3][1], shape, operation["causal"])
 
 
 def _readers(lowering: Lowering, operation: dict[str, Any], value: int, count: int) -> list[Weighted | Picked] | None:
