@@ -11,23 +11,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Weighted:
-    """A reader that multiplies rows by data: those times zero are not read.
+    """A reader that multiplies rows by data, or fills them by a mask: those times zero are not read, nor those filled.
 
     Attributes:
         index: of the data among a task's.
         shape: of the data as the reader sees them, without the task axis; it broadcasts to that of the values.
         values: shape of the values as the reader sees them; the last axis is a row's.
+        zeros: whether rows are read where the data are zero, instead of where they are not.
     """
 
     index: int
     shape: tuple[int, ...]
     values: tuple[int, ...]
+    zeros: bool = False
 
     def rows(self, data: Sequence[Tensor]) -> Tensor:
         """Whether each row is read, ``[T, rows]``."""
         tasks = data[self.index].shape[0]
         aligned = (1,) * (len(self.values) - len(self.shape)) + self.shape
-        read = (data[self.index].reshape(tasks, *aligned) != 0).any(-1)
+        read = ((data[self.index].reshape(tasks, *aligned) != 0) != self.zeros).any(-1)
         return read.expand(tasks, *self.values[:-1]).reshape(tasks, -1)
 
 

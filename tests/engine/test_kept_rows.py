@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,8 @@ def mean(states: Tensor, mask: Tensor) -> Tensor:
 POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": mean,
     "first": lambda states, mask: states[:, 0],
+    "largest": lambda states, mask: states.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1),
+    "chosen": lambda states, mask: torch.where(mask.unsqueeze(-1), states, 0.5).sum(1),
     "unmasked": lambda states, mask: states.mean(1),
 }
 
@@ -144,8 +147,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize(("pool", "mask"), [("mean", "additive"), ("first", "additive"), ("mean", "boolean")])
-@pytest.mark.parametrize(("width", "heads"), [(8, 2), (12, 4), (32, 2)])
+@pytest.mark.parametrize(
+    ("pool", "mask", "width", "heads"),
+    [
+        *[(pool, mask, 8, 2) for pool, mask in itertools.product(("mean", "first"), ("additive", "boolean"))],
+        *[("largest", "boolean", 12, 4), ("chosen", "additive", 12, 4), ("mean", "boolean", 32, 2)],
+    ],
+)
 def test_the_gradient_is_exact(choice: str, pool: str, mask: str, width: int, heads: int) -> None:
     model, tasks = encoder(width, heads, pool=pool, mask=mask), sentences()
     options = dict(CHOICES[choice])

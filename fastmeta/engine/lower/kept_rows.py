@@ -140,12 +140,14 @@ def _reader(lowering: Lowering, instruction: Instruction, slot: int, count: int)
     shape = lowering.graph.values[slot].shape
     if math.prod(shape[:-1]) != count:
         return None
-    if op.name == "product" and op.number is None and len(instruction.inputs) == 2:
-        other = instruction.inputs[1 - instruction.inputs.index(slot)]
+    at = instruction.inputs.index(slot)
+    deciding = _deciding(op, at)
+    if deciding is not None and instruction.inputs.count(slot) == 1:
+        other, zeros = instruction.inputs[deciding[0]], deciding[1]
         weights = lowering.held.get(other)
         if not isinstance(weights, Data) or op.call.outputs[0].shape != shape:
             return None
-        return Weighted(weights.index, lowering.graph.values[other].shape, shape)
+        return Weighted(weights.index, lowering.graph.values[other].shape, shape, zeros)
     if op.name == "view":
         numbers = torch.arange(count, dtype=lowering.dtype).reshape(1, *shape[:-1], 1).expand(1, *shape)
         (taken,), _ = op.forward([numbers])
@@ -153,6 +155,17 @@ def _reader(lowering: Lowering, instruction: Instruction, slot: int, count: int)
         flags[taken.flatten().long()] = True
         return Picked(tuple(flags.tolist()))
     return None
+
+
+def _deciding(op: Any, at: int) -> tuple[int, bool] | None:
+    """Which input says of the one ``at`` what is read of it, and whether by zeros."""
+    target = str(op.call.target)
+    if op.name == "product" and op.number is None and len(op.call.inputs) == 2:
+        return 1 - at, False
+    if target == "aten.masked_fill.Scalar" and at == 0:
+        return 1, True
+    condition = op.call.position("condition") if target.startswith("aten.where.") else None
+    return None if condition in (None, at) else (condition, at == op.call.position("other"))
 
 
 def _rewritten(lowered: Lowered, region: set[int], rows: KeptRows, target: int) -> Lowered:
