@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MetaOutput
+from fastmeta.compat.descent import descended, times
 from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
 from fastmeta.compat.learn2learn.algorithms.engine import Engine, Loss, Tasks
 from fastmeta.compat.learn2learn.gradients import gradients
@@ -88,17 +89,25 @@ class MAML(BaseLearner):
         Raises:
             RuntimeError: a parameter is unused by the loss or does not require grad, and that is not allowed.
         """
-        parameters = list(self.module.parameters())
+        parameters, lr = list(self.module.parameters()), self.lr
+        second_order = not _chosen(first_order, self.first_order)
+        allow_unused = _chosen(allow_unused, self.allow_unused)
+        if second_order and not isinstance(lr, Tensor):
+            moved = descended(loss, parameters, lr, lambda old, found: _moved(old, lr, found))
+            if moved is not None and (allow_unused or all(new is not None for new in moved)):
+                pairs = [(old, new) for old, new in zip(parameters, moved, strict=True) if new is not None]
+                replace_parameters(self.module, pairs)
+                return
         found = gradients(
             "MAML.adapt",
             loss,
             parameters,
-            create_graph=not _chosen(first_order, self.first_order),
-            allow_unused=_chosen(allow_unused, self.allow_unused),
+            create_graph=second_order,
+            allow_unused=allow_unused,
             allow_nograd=_chosen(allow_nograd, self.allow_nograd),
             names=lambda: [name for name, _ in self.module.named_parameters()],
         )
-        _descended(self.module, parameters, self.lr, found)
+        _descended(self.module, parameters, lr, found)
 
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
@@ -160,9 +169,13 @@ def _descended(
     if not moving:
         return model
     old, found = map(list, zip(*moving, strict=True))
-    # Two operations in the graph, not two a parameter, with the bits of p + (-lr * g).
-    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else torch._foreach_mul(found, -lr)
-    return replace_parameters(model, zip(old, torch._foreach_add(old, updates), strict=True))
+    return replace_parameters(model, zip(old, _moved(old, lr, found), strict=True))
+
+
+def _moved(old: Sequence[Tensor], lr: float | Tensor, found: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Two operations, not two a parameter, with the bits of ``p + (-lr * g)``."""
+    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else times(found, -lr)
+    return torch._foreach_add(old, updates)
 
 
 def _chosen(here: bool | None, otherwise: bool) -> bool:
