@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastmeta.compat.perceptron import Perceptron, Recognised, Sweep, recognised
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+Step = Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]]
 
 # What a node computes itself need not pass autograd's own kernels, which record nothing there and take their time.
 _unrecorded = torch._C._AutoDispatchBelowAutograd
@@ -24,7 +24,7 @@ class _Node(Function):
     def forward(ctx: Any, found: Recognised, rate: float, step: Step | None, *own: Tensor) -> Any:
         with _unrecorded():
             gradients, sweep = found.net.gradient(len(own), *found.tensors)
-            results = gradients if step is None else step(own, gradients)
+            results = gradients if step is None else step(list(own), gradients)
         inputs, transposed, last, ds, kept = sweep
         ctx.net, ctx.rate, ctx.step, ctx.number = found.net, rate, step, len(own)
         ctx.set_materialize_grads(False)
@@ -52,7 +52,7 @@ def _by_autograd(
     """What :class:`_Node` pulls back, differentiable once more."""
     own = [p.view_as(p) for p in own]  # apart from what they may have been made of
     results: Sequence[Tensor] = torch.autograd.grad(net.value(own, sweep), own, create_graph=True)
-    results = results if step is None else step(own, results)
+    results = results if step is None else step(own, list(results))
     pairs = [(r, v) for r, v in zip(results, along, strict=True) if v is not None and r.requires_grad]
     if not pairs:
         return [None] * len(own)
@@ -66,11 +66,17 @@ def _times(tensors: Sequence[Tensor | None], factor: float) -> list[Tensor | Non
     return [None if t is None else next(made) for t in tensors]
 
 
-def times(tensors: Sequence[Tensor], factor: float) -> Sequence[Tensor]:
+def times(tensors: list[Tensor], factor: float) -> Sequence[Tensor]:
     """``torch._foreach_mul`` by a number, which on a CPU takes half the time outside a graph."""
     first = tensors[0]
-    plain = first.is_cpu and first.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
-    return torch._foreach_mul(tensors, torch.tensor(factor, dtype=first.dtype) if plain else factor)
+    if first.is_cpu and first.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled():
+        return torch._foreach_mul(tensors, torch.tensor(factor, dtype=first.dtype, device="cpu"))
+    return torch._foreach_mul(tensors, factor)
+
+
+def fused(rate: float, parameters: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
+    """``torch.sub(p, g, alpha=rate)`` of each, whose product is not rounded by itself."""
+    return torch._foreach_sub(parameters, gradients, alpha=rate)
 
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -76,7 +76,7 @@ class Layer(NamedTuple):
 
 
 class SquaredError(NamedTuple):
-    """``torch.nn.functional.mse_loss``. Its second derivative needs nothing; the targets are kept for the third."""
+    """``torch.nn.functional.mse_loss``; keeps the targets."""
 
     reduction: int
 
@@ -146,11 +146,13 @@ class Perceptron(NamedTuple):
             out = out if curve is None else curve.value(out)
         return self.loss.value(out, sweep.kept)
 
-    def gradient(self, number: int, of_loss: Tensors, inputs: Tensors, transposed: Tensors, last: Any) -> Any:
+    def gradient(
+        self, number: int, of_loss: Tensors, inputs: Tensors, transposed: Tensors, last: Tensor | None
+    ) -> tuple[list[Any], Sweep]:
         """By each of ``number`` parameters, and the sweep."""
         gradients: list[Any] = [None] * number
         d, kept = self.loss.gradient(*of_loss)
-        ds, results = list[Any](inputs), [*inputs[1:], last]
+        ds, results = list(inputs), list[Any]([*inputs[1:], last])
         for i in range(len(self.layers) - 1, -1, -1):
             weight, bias, curve = self.layers[i]
             if curve is not None:
@@ -169,27 +171,27 @@ class Perceptron(NamedTuple):
         A result is ``None`` where it is 0.
         """
         inputs, transposed, last, ds, kept = sweep
-        results = [*inputs[1:], last]
+        results: list[Any] = [*inputs[1:], last]
         dot: Tensor | None = None
-        dots, bent = [], []
+        dots, z_dots = [], []
         for i, (weight, bias, curve) in enumerate(self.layers):
             dots.append(dot)
             dot = _affine_tangent(
                 inputs[i], transposed[i - 1] if i else None, dot, along[weight], None if bias is None else along[bias]
             )
-            bent.append(dot)
+            z_dots.append(dot)
             if curve is not None and dot is not None:
-                dot = curve.slope(dot, results[i])  # type: ignore[arg-type]
+                dot = curve.slope(dot, results[i])
         found = list(onto)
         d_dot = None if dot is None else self.loss.second(dot, kept)
         for i in range(len(self.layers) - 1, -1, -1):
             weight, bias, curve = self.layers[i]
             d = ds[i]
             if curve is not None:
-                result: Any = results[i]
-                d_dot = None if d_dot is None else curve.slope(d_dot, result)
-                if curve.bend is not None and bent[i] is not None:
-                    d_dot = _sum(d_dot, curve.bend(d, result, bent[i]))
+                d_dot = None if d_dot is None else curve.slope(d_dot, results[i])
+                z_dot = z_dots[i]
+                if curve.bend is not None and z_dot is not None:
+                    d_dot = _sum(d_dot, curve.bend(d, results[i], z_dot))
             if dots[i] is not None:
                 found[weight] = _product(found[weight], d.t(), dots[i])
             if d_dot is not None:
@@ -236,16 +238,17 @@ def recognised(loss: Tensor, parameters: Sequence[Tensor]) -> Recognised | None:
 
     It has been computed on a matrix of rows by ``torch``'s own operations, all its weights and biases are among the
     parameters, once each, and none of these depends on another. Neither the parameters nor, as far as the graph shows
-    them, the results in between have hooks or retain their gradients.
+    them, the results in between have hooks or retain their gradients: those that an activation is applied to are not
+    seen, nor is the argument of a cross entropy.
 
     Raises:
         RuntimeError: the graph has been freed, or a tensor in it was changed in place, as autograd raises.
     """
-    if type(loss) is not Tensor or _watched(loss) or torch._C._are_functorch_transforms_active():
+    if type(loss) is not Tensor or _watched(loss) or not torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return None
-    places = None if torch.is_anomaly_enabled() else _places(parameters)
-    head = None if places is None else _head(loss.grad_fn)
-    if head is None:
+    head = None if torch._C._are_functorch_transforms_active() else _head(loss.grad_fn)
+    places = None if head is None else _places(parameters)
+    if head is None or places is None:
         return None
     measure, tensors, node = head
     layers, inputs, transposed = list[Layer](), Tensors(), Tensors()
@@ -285,7 +288,7 @@ def recognised(loss: Tensor, parameters: Sequence[Tensor]) -> Recognised | None:
         node = before
     used = [place for layer in layers for place in layer[:2] if place is not None]
     order = sorted(set(used))
-    if len(order) != len(used):
+    if len(order) != len(used) or tensors[0].dtype != inputs[0].dtype:
         return None
     if len(order) != len(parameters):
         layers = [Layer(order.index(w), None if b is None else order.index(b), curve) for w, b, curve in layers]
@@ -334,11 +337,15 @@ def _places(parameters: Sequence[Tensor]) -> dict[Any, int] | None:
     for i, p in enumerate(parameters):
         if type(p) not in _OWN or p._backward_hooks is not None:
             return None
-        edge = p.grad_fn, p.output_nr
-        places[id(p) if edge[0] is None else edge] = i
-        while type(edge[0]).__name__ == "CloneBackward0":
-            edge = edge[0].next_functions[0]  # type: ignore[union-attr]
-        leaf = p if edge[0] is None else edge[0].variable if type(edge[0]).__name__ == "AccumulateGrad" else None
-        origins.add(edge if leaf is None else id(leaf))
-        sources.add(edge[0] if leaf is None else None)
+        node: Any = p.grad_fn
+        edge: Any = id(p) if node is None else (node, p.output_nr)
+        places[edge] = i
+        if node is not None and node not in sources:  # the source of the one before needs no second look
+            while type(node).__name__ == "CloneBackward0":
+                edge = node.next_functions[0]
+                node = edge[0]
+            if type(node).__name__ == "AccumulateGrad":
+                edge, node = id(node.variable), None
+        origins.add(edge)
+        sources.add(node)
     return places if len(sources) == 1 and len(origins) == len(parameters) else None

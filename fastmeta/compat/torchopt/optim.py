@@ -168,8 +168,7 @@ def _at_once(impl: GradientTransformation, loss: Tensor, params: Sequence[Tensor
     if rate is None:
         return None
     places = [i for i, p in enumerate(params) if p.requires_grad]
-    step = lambda p, g: torch._foreach_sub(p, g, alpha=rate)  # noqa: E731
-    moved = descent.descended(loss, [params[i] for i in places], rate, step)
+    moved = descent.descended(loss, [params[i] for i in places], rate, functools.partial(descent.fused, rate))
     if moved is None:
         return None
     spread: list[Tensor | None] = [None] * len(params)

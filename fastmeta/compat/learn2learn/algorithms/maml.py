@@ -172,9 +172,9 @@ def _descended(
     return replace_parameters(model, zip(old, _moved(old, lr, found), strict=True))
 
 
-def _moved(old: Sequence[Tensor], lr: float | Tensor, found: Sequence[Tensor]) -> Sequence[Tensor]:
+def _moved(old: list[Tensor], lr: float | Tensor, found: list[Tensor]) -> Sequence[Tensor]:
     """Two operations, not two a parameter, with the bits of ``p + (-lr * g)``."""
-    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else times(found, -lr)
+    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else list(times(found, -lr))
     return torch._foreach_add(old, updates)
 
 
