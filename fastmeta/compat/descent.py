@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,14 +37,15 @@ class _Node(Function):
         saved, n, depth = ctx.saved_tensors, ctx.number, len(ctx.net.layers)
         own, rest, last, ds = saved[:n], n + depth, n + 2 * depth - 1, n + 2 * depth
         sweep = Sweep(saved[n:rest], saved[rest:last], saved[last], saved[ds : ds + depth], saved[ds + depth :])
-        if torch.is_grad_enabled():
-            return None, None, None, *_by_autograd(ctx.net, sweep, ctx.step, own, along)
-        with _unrecorded():
-            if ctx.step is None:
-                found = ctx.net.pullback(sweep, along, [None] * n)
-            else:
-                found = ctx.net.pullback(sweep, _times(along, -ctx.rate), along)
-        return None, None, None, *found
+        with (
+            torch.autocast(own[0].device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
+        ):
+            if torch.is_grad_enabled():
+                return None, None, None, *_by_autograd(ctx.net, sweep, ctx.step, own, along)
+            with _unrecorded():
+                scaled = along if ctx.step is None else _times(along, -ctx.rate)
+                onto = [None] * n if ctx.step is None else along
+                return None, None, None, *ctx.net.pullback(sweep, scaled, onto)
 
 
 def _by_autograd(
@@ -62,7 +64,7 @@ def _by_autograd(
 
 def _times(tensors: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
     given = [t for t in tensors if t is not None]
-    made = iter(times(given, factor))
+    made = iter(times(given, factor) if given else ())
     return [None if t is None else next(made) for t in tensors]
 
 

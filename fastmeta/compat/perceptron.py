@@ -246,7 +246,8 @@ def recognised(loss: Tensor, parameters: Sequence[Tensor]) -> Recognised | None:
     """
     if type(loss) is not Tensor or _watched(loss) or not torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return None
-    head = None if torch._C._are_functorch_transforms_active() else _head(loss.grad_fn)
+    special = torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled()
+    head = None if special else _head(loss.grad_fn)
     places = None if head is None else _places(parameters)
     if head is None or places is None:
         return None
