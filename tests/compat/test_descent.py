@@ -378,6 +378,22 @@ def test_loops(loop: Callable[..., list[Tensor]], activation: type[nn.Module], s
         close(a, b, 1e-11)
 
 
+def spare(requires_grad: bool) -> nn.Sequential:
+    net = network()
+    net[0].register_parameter("spare", nn.Parameter(torch.ones(2).double(), requires_grad))
+    return net
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_parameters_beside_a_perceptrons(requires_grad: bool) -> None:
+    x, y = batch()[0]
+    learner = l2l.algorithms.MAML(spare(requires_grad), lr=0.1).clone()
+    with pytest.raises(RuntimeError, match=r"0\.spare"):
+        learner.adapt(F.mse_loss(learner(x), y), allow_unused=not requires_grad)
+    for _ in range(2):
+        learner.adapt(F.mse_loss(learner(x), y), allow_unused=requires_grad, allow_nograd=not requires_grad)
+
+
 def test_a_meta_gradient_that_is_differentiated() -> None:
     net = network()
     p = list(net.parameters())

@@ -92,10 +92,12 @@ class MAML(BaseLearner):
         parameters, lr = list(self.module.parameters()), self.lr
         second_order = not _chosen(first_order, self.first_order)
         allow_unused = _chosen(allow_unused, self.allow_unused)
-        if second_order and not isinstance(lr, Tensor):
-            moved = descended(loss, parameters, lr, lambda old, found: _moved(old, lr, found))
+        allow_nograd = _chosen(allow_nograd, self.allow_nograd)
+        wanted = [p for p in parameters if p.requires_grad]
+        if second_order and not isinstance(lr, Tensor) and (allow_nograd or len(wanted) == len(parameters)):
+            moved = descended(loss, wanted, lr, lambda old, found: _moved(old, lr, found))
             if moved is not None and (allow_unused or all(new is not None for new in moved)):
-                pairs = [(old, new) for old, new in zip(parameters, moved, strict=True) if new is not None]
+                pairs = [(old, new) for old, new in zip(wanted, moved, strict=True) if new is not None]
                 replace_parameters(self.module, pairs)
                 return
         found = gradients(
@@ -104,7 +106,7 @@ class MAML(BaseLearner):
             parameters,
             create_graph=second_order,
             allow_unused=allow_unused,
-            allow_nograd=_chosen(allow_nograd, self.allow_nograd),
+            allow_nograd=allow_nograd,
             names=lambda: [name for name, _ in self.module.named_parameters()],
         )
         _descended(self.module, parameters, lr, found)
