@@ -12,22 +12,22 @@ from torch.autograd import Function
 
 from fastmeta.compat.perceptron import Perceptron, Recognised, Sweep, recognised
 
-Step = Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]]
+Step = Callable[[float, list[Tensor], list[Tensor]], Sequence[Tensor]]
 
 # What a node computes itself need not pass autograd's own kernels, which record nothing there and take their time.
 _unrecorded = torch._C._AutoDispatchBelowAutograd
 
 
 class _Node(Function):
-    """Of parameters ``p`` the gradient ``g`` of their loss, or ``p - rate g``."""
+    """Of parameters ``p`` the gradient ``g`` of their loss, or with ``step`` what it makes of them, ``p - rate g``."""
 
     @staticmethod
     def forward(ctx: Any, found: Recognised, rate: float, step: Step | None, *own: Tensor) -> Any:
         with _unrecorded():
             gradients, sweep = found.net.gradient(len(own), *found.tensors)
-            results = gradients if step is None else step(list(own), gradients)
+            results = gradients if step is None else step(rate, list(own), gradients)
         inputs, transposed, last, ds, kept = sweep
-        ctx.net, ctx.rate, ctx.step, ctx.number = found.net, rate, step, len(own)
+        ctx.net, ctx.rate, ctx.steps, ctx.number = found.net, rate, step is not None, len(own)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*own, *inputs, *transposed, last, *ds, *kept)
         return tuple(results)
@@ -37,24 +37,23 @@ class _Node(Function):
         saved, n, depth = ctx.saved_tensors, ctx.number, len(ctx.net.layers)
         own, rest, last, ds = saved[:n], n + depth, n + 2 * depth - 1, n + 2 * depth
         sweep = Sweep(saved[n:rest], saved[rest:last], saved[last], saved[ds : ds + depth], saved[ds + depth :])
-        with (
-            torch.autocast(own[0].device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
-        ):
+        cast = torch._C._is_any_autocast_enabled()
+        with torch.autocast(own[0].device.type, enabled=False) if cast else nullcontext():
             if torch.is_grad_enabled():
-                return None, None, None, *_by_autograd(ctx.net, sweep, ctx.step, own, along)
+                return None, None, None, *_by_autograd(ctx.net, sweep, ctx.rate if ctx.steps else None, own, along)
             with _unrecorded():
-                scaled = along if ctx.step is None else _times(along, -ctx.rate)
-                onto = [None] * n if ctx.step is None else along
-                return None, None, None, *ctx.net.pullback(sweep, scaled, onto)
+                onto, rate = (along, -ctx.rate) if ctx.steps else ([None] * n, 1.0)
+                return None, None, None, *ctx.net.pullback(sweep, along, onto, rate)
 
 
 def _by_autograd(
-    net: Perceptron, sweep: Sweep, step: Step | None, own: Sequence[Tensor], along: Sequence[Tensor | None]
+    net: Perceptron, sweep: Sweep, rate: float | None, own: Sequence[Tensor], along: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
-    """What :class:`_Node` pulls back, differentiable once more."""
+    """What :class:`_Node` pulls back, differentiable once more; with a ``rate`` where it steps."""
     own = [p.view_as(p) for p in own]  # apart from what they may have been made of
     results: Sequence[Tensor] = torch.autograd.grad(net.value(own, sweep), own, create_graph=True)
-    results = results if step is None else step(own, list(results))
+    if rate is not None:
+        results = [torch.sub(p, g, alpha=rate) for p, g in zip(own, results, strict=True)]
     pairs = [(r, v) for r, v in zip(results, along, strict=True) if v is not None and r.requires_grad]
     if not pairs:
         return [None] * len(own)
@@ -62,18 +61,14 @@ def _by_autograd(
     return torch.autograd.grad(outputs, own, cotangents, create_graph=True, allow_unused=True)
 
 
-def _times(tensors: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
-    given = [t for t in tensors if t is not None]
-    made = iter(times(given, factor) if given else ())
-    return [None if t is None else next(made) for t in tensors]
-
-
-def times(tensors: list[Tensor], factor: float) -> Sequence[Tensor]:
-    """``torch._foreach_mul`` by a number, which on a CPU takes half the time outside a graph."""
-    first = tensors[0]
-    if first.is_cpu and first.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled():
-        return torch._foreach_mul(tensors, torch.tensor(factor, dtype=first.dtype, device="cpu"))
-    return torch._foreach_mul(tensors, factor)
+def rounded(rate: float, parameters: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
+    """``p + (-rate * g)`` of each, the product rounded; gradients are overwritten."""
+    first = gradients[0]
+    if first.is_cpu and first.dtype in (torch.float32, torch.float64):  # by a tensor it takes half the time
+        torch._foreach_mul_(gradients, torch.tensor(-rate, dtype=first.dtype, device="cpu"))
+    else:
+        torch._foreach_mul_(gradients, -rate)
+    return torch._foreach_add(parameters, gradients)
 
 
 def fused(rate: float, parameters: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
@@ -90,9 +85,16 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | N
 
 
 def descended(loss: Tensor, parameters: Sequence[Tensor], rate: float, step: Step) -> list[Tensor | None] | None:
-    """``step(p, g)``, which is ``p - rate g``, for each of the parameters that the loss uses, ``None`` for others.
+    """``step(rate, p, g)``, which is ``p - rate g``, for each parameter that the loss uses, and ``None`` for others.
 
-    Returns ``None`` where the loss is no perceptron's.
+    Args:
+        loss: ``[]``.
+        parameters: each requires grad.
+        rate: of the step.
+        step: :func:`rounded` or :func:`fused`.
+
+    Returns:
+        The parameters after the step; ``None`` where the loss is no perceptron's.
     """
     found = recognised(loss, parameters)
     if found is None:

@@ -165,8 +165,8 @@ class Perceptron(NamedTuple):
                 d = torch.mm(d, transposed[i - 1].t())
         return gradients, Sweep(inputs, transposed, last, ds, kept)
 
-    def pullback(self, sweep: Sweep, along: Partial, onto: Partial) -> list[Tensor | None]:
-        """``onto`` plus the second derivative of the loss times ``along``, both one for each parameter.
+    def pullback(self, sweep: Sweep, along: Partial, onto: Partial, rate: float) -> list[Tensor | None]:
+        """``onto`` plus ``rate`` times the second derivative of the loss times ``along``, each one for each parameter.
 
         A result is ``None`` where it is 0.
         """
@@ -191,17 +191,17 @@ class Perceptron(NamedTuple):
                 d_dot = None if d_dot is None else curve.slope(d_dot, results[i])
                 z_dot = z_dots[i]
                 if curve.bend is not None and z_dot is not None:
-                    d_dot = _sum(d_dot, curve.bend(d, results[i], z_dot))
+                    d_dot = _sum(d_dot, curve.bend(d, results[i], z_dot), 1.0)
             if dots[i] is not None:
-                found[weight] = _product(found[weight], d.t(), dots[i])
+                found[weight] = _product(found[weight], d.t(), dots[i], rate)
             if d_dot is not None:
-                found[weight] = _product(found[weight], d_dot.t(), inputs[i])
+                found[weight] = _product(found[weight], d_dot.t(), inputs[i], rate)
                 if bias is not None:
-                    found[bias] = _sum(d_dot.sum(0), onto[bias])
+                    found[bias] = _sum(onto[bias], d_dot.sum(0), rate)
             if i:
                 d_dot = None if d_dot is None else torch.mm(d_dot, transposed[i - 1].t())
                 if along[weight] is not None:
-                    d_dot = _product(d_dot, d, along[weight])
+                    d_dot = _product(d_dot, d, along[weight], 1.0)
         return found
 
 
@@ -217,12 +217,18 @@ def _affine_tangent(
     return z if weight is None else z.addmm_(x, weight.t())
 
 
-def _product(base: Tensor | None, a: Tensor, b: Any) -> Tensor:
-    return torch.mm(a, b) if base is None else torch.addmm(base, a, b)
+def _product(base: Tensor | None, a: Tensor, b: Any, rate: float) -> Tensor:
+    """``base + rate a b``."""
+    if base is not None:
+        return torch.addmm(base, a, b, alpha=rate)
+    return torch.mm(a, b) if rate == 1 else torch.mm(a, b).mul_(rate)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+def _sum(base: Tensor | None, x: Tensor, rate: float) -> Tensor:
+    """``base + rate x``."""
+    if base is not None:
+        return torch.add(base, x, alpha=rate)
+    return x if rate == 1 else x * rate
 
 
 class Recognised(NamedTuple):

@@ -48,7 +48,11 @@ def directions(parameters: list[Any], seed: int = 2) -> list[Tensor]:
 
 
 def stepped(p: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    return [a - 0.1 * b for a, b in zip(p, g, strict=True)]
+    return [a + (-0.1 * b) for a, b in zip(p, g, strict=True)]
+
+
+def at_once(p: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [torch.sub(a, b, alpha=0.1) for a, b in zip(p, g, strict=True)]
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -73,17 +77,18 @@ def test_gradients_to_the_third_order(activation: type[nn.Module], loss: Loss, b
         assert (a - b).norm() <= 1e-11 * (1 + b.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_has_autograds_bits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("step", "known"), [(descent.rounded, stepped), (descent.fused, at_once)])
+def test_a_step_has_autograds_bits(step: Any, known: Any, dtype: torch.dtype) -> None:
     net, x = network(nn.ReLU).to(dtype), inputs(dtype)
     p, loss = list(net.parameters()), LOSSES["mean of squares"]
-    ours = descent.descended(loss(net(x)), p, 0.1, stepped)
-    theirs = stepped(p, list(torch.autograd.grad(loss(net(x)), p, create_graph=True)))
+    ours = descent.descended(loss(net(x)), p, 0.1, step)
+    theirs = known(p, list(torch.autograd.grad(loss(net(x)), p, create_graph=True)))
     assert ours is not None
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     v = directions(p)
     for a, b in zip(torch.autograd.grad(ours, p, v), torch.autograd.grad(theirs, p, v), strict=True):
-        close(a, b, 1e-5 if dtype == torch.float32 else 1e-12)
+        close(a, b, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype])
 
 
 @pytest.mark.parametrize("loss", ["mean of squares", "cross entropy"])
@@ -94,7 +99,7 @@ def test_derivatives_by_differences(activation: type[nn.Module], loss: str) -> N
 
     def step(*p: Tensor) -> tuple[Tensor, ...]:
         out = torch.func.functional_call(net, dict(zip(names, p, strict=True)), x)
-        found = descent.descended(LOSSES[loss](out), p, 0.1, stepped)
+        found = descent.descended(LOSSES[loss](out), p, 0.1, descent.fused)
         assert found is not None
         return tuple(q for q in found if q is not None)
 
@@ -118,7 +123,7 @@ def test_some_cotangents_are_absent() -> None:
 def test_parameters_that_the_loss_does_not_use() -> None:
     net, spare = network(), nn.Parameter(torch.ones(2, dtype=torch.float64))
     p = [spare, *net.parameters()]
-    found = descent.descended(F.mse_loss(net(inputs()), torch.zeros(6, 3).double()), p, 0.1, stepped)
+    found = descent.descended(F.mse_loss(net(inputs()), torch.zeros(6, 3).double()), p, 0.1, descent.fused)
     assert found is not None
     assert [q is None for q in found] == [True] + [False] * 6
 

@@ -232,7 +232,7 @@ class DifferentiableSGD(_Elementwise):
         if isinstance(lr, Tensor) or not all(_plain(group, lr) for group in self.param_groups):
             return None
         places = [i for own in self._places for i in own if before[i].requires_grad]
-        moved = descent.descended(loss, [before[i] for i in places], lr, functools.partial(descent.fused, lr))
+        moved = descent.descended(loss, [before[i] for i in places], lr, descent.fused)
         if moved is None:
             return None
         after = before[:]

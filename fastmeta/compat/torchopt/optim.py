@@ -168,7 +168,7 @@ def _at_once(impl: GradientTransformation, loss: Tensor, params: Sequence[Tensor
     if rate is None:
         return None
     places = [i for i, p in enumerate(params) if p.requires_grad]
-    moved = descent.descended(loss, [params[i] for i in places], rate, functools.partial(descent.fused, rate))
+    moved = descent.descended(loss, [params[i] for i in places], rate, descent.fused)
     if moved is None:
         return None
     spread: list[Tensor | None] = [None] * len(params)

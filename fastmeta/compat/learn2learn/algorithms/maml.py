@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MetaOutput
-from fastmeta.compat.descent import descended, times
+from fastmeta.compat.descent import descended, rounded
 from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
 from fastmeta.compat.learn2learn.algorithms.engine import Engine, Loss, Tasks
 from fastmeta.compat.learn2learn.gradients import gradients
@@ -95,7 +95,7 @@ class MAML(BaseLearner):
         allow_nograd = _chosen(allow_nograd, self.allow_nograd)
         wanted = [p for p in parameters if p.requires_grad]
         if second_order and not isinstance(lr, Tensor) and (allow_nograd or len(wanted) == len(parameters)):
-            moved = descended(loss, wanted, lr, lambda old, found: _moved(old, lr, found))
+            moved = descended(loss, wanted, lr, rounded)
             if moved is not None and (allow_unused or all(new is not None for new in moved)):
                 pairs = [(old, new) for old, new in zip(wanted, moved, strict=True) if new is not None]
                 replace_parameters(self.module, pairs)
@@ -171,13 +171,9 @@ def _descended(
     if not moving:
         return model
     old, found = map(list, zip(*moving, strict=True))
-    return replace_parameters(model, zip(old, _moved(old, lr, found), strict=True))
-
-
-def _moved(old: list[Tensor], lr: float | Tensor, found: list[Tensor]) -> Sequence[Tensor]:
-    """Two operations, not two a parameter, with the bits of ``p + (-lr * g)``."""
-    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else list(times(found, -lr))
-    return torch._foreach_add(old, updates)
+    # Two operations in the graph, not two a parameter, with the bits of p + (-lr * g).
+    updates = [-lr * g for g in found] if isinstance(lr, Tensor) else torch._foreach_mul(found, -lr)
+    return replace_parameters(model, zip(old, torch._foreach_add(old, updates), strict=True))
 
 
 def _chosen(here: bool | None, otherwise: bool) -> bool:
