@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import collections
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastmeta.compat import descent
 from fastmeta.compat.higher.patch import PatchedModule
 from fastmeta.compat.higher.trainable import apply_trainable_opt_params, get_trainable_opt_params, per_group
 from fastmeta.compat.higher.utils import copied, mapped
@@ -133,10 +135,16 @@ class DifferentiableOptimizer(abc.ABC):
         before = list(params)
         if len(before) != self._count:
             fail(ValueError, type(self).__name__, "params", f"{self._count} tensors", str(len(before)))
-        gradients = self._gradients(loss, before)
         callback = grad_callback or self._grad_callback
-        if callback is not None:
-            gradients = list(callback(gradients))
+        after = self._at_once(loss, before) if callback is None and self._track_higher_grads else None
+        if after is None:
+            gradients = self._gradients(loss, before)
+            after = self._updated(before, gradients if callback is None else list(callback(gradients)))
+        if self._fmodel is not None:
+            self._fmodel.update_params(after)
+        return after
+
+    def _updated(self, before: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
         grouped = []
         for group, places in zip(self.param_groups, self._places, strict=True):
             group["params"] = [before[i] for i in places]
@@ -148,15 +156,18 @@ class DifferentiableOptimizer(abc.ABC):
             for i, p in zip(places, group["params"], strict=True):
                 tracked = self._track_higher_grads
                 after[i] = p if tracked else p.detach().requires_grad_(before[i].requires_grad)
-        if self._fmodel is not None:
-            self._fmodel.update_params(after)
         return after
+
+    def _at_once(self, loss: Tensor, before: list[Tensor]) -> list[Tensor] | None:
+        """All parameters after the step where it can be taken without gradients of its own; otherwise ``None``."""
+        return None
 
     def _gradients(self, loss: Tensor, params: list[Tensor]) -> list[Tensor | None]:
         """Of ``loss``, by each of ``params``; ``None`` where it is frozen or the loss does not depend on it."""
         places = [i for i, p in enumerate(params) if p.requires_grad]
         wanted, graph = [params[i] for i in places], self._track_higher_grads
-        found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True) if wanted else ()
+        take = descent.gradients if graph else functools.partial(torch.autograd.grad, allow_unused=True)
+        found = take(loss, wanted) if wanted else ()
         if all(g is None for g in found):
             raise ValueError(
                 f"{type(self).__name__}: the loss must depend on a parameter that requires grad; compute it by the "
@@ -215,6 +226,28 @@ class DifferentiableSGD(_Elementwise):
 
     _kind, _state = steps.sgd, steps.SGDState
     _options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+    def _at_once(self, loss: Tensor, before: list[Tensor]) -> list[Tensor] | None:
+        lr = self.param_groups[0]["lr"]
+        if isinstance(lr, Tensor) or not all(_plain(group, lr) for group in self.param_groups):
+            return None
+        places = [i for own in self._places for i in own if before[i].requires_grad]
+        moved = descent.descended(loss, [before[i] for i in places], lr, descent.fused)
+        if moved is None:
+            return None
+        after = before[:]
+        for i, p in zip(places, moved, strict=True):
+            after[i] = before[i] if p is None else p
+        for group, own in zip(self.param_groups, self._places, strict=True):
+            group["params"] = [after[i] for i in own]
+        return after
+
+
+def _plain(group: dict[str, Any], lr: float) -> bool:
+    """Whether a group of SGD takes ``p - lr g``."""
+    without = (group[name] for name in ("momentum", "weight_decay", "maximize"))
+    same = not isinstance(group["lr"], Tensor) and group["lr"] == lr
+    return same and not any(isinstance(value, Tensor) or value for value in without)
 
 
 class DifferentiableAdam(_Elementwise):

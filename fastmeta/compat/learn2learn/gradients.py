@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastmeta.compat import descent
 from fastmeta.core.checks import fail
 
 Names = Callable[[], Sequence[str]]
@@ -54,13 +55,11 @@ def gradients(
     if isinstance(loss, Tensor) and not loss.requires_grad:
         mend = "compute it by a forward pass of this learner, with gradients enabled"
         fail(RuntimeError, op, "loss", "a tensor that depends on the parameters", "one that requires no grad", mend)
-    found = torch.autograd.grad(
-        loss,
-        [parameters[i] for i in wanted],
-        create_graph=create_graph,
-        retain_graph=retain_graph or create_graph,
-        allow_unused=True,
-    )
+    differentiated = [parameters[i] for i in wanted]
+    if create_graph:
+        found = descent.gradients(loss, differentiated)
+    else:
+        found = torch.autograd.grad(loss, differentiated, retain_graph=retain_graph, allow_unused=True)
     unused = [i for i, g in zip(wanted, found, strict=True) if g is None]
     if unused and not allow_unused:
         mend = "pass allow_unused=True to leave unused ones as they are"

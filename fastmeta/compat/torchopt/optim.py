@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastmeta.compat import descent
 from fastmeta.compat.torchopt import transform
 from fastmeta.compat.torchopt.transform import Elementwise, GradientTransformation, Mask, Rate, apply_updates
 from fastmeta.core.checks import fail
@@ -66,15 +68,20 @@ class MetaOptimizer:
         Raises:
             ValueError: the loss depends on none of the parameters.
         """
-        groups = [list(_distinct(containers)) for containers in self.param_containers_groups]
-        gradients = iter(_gradients(type(self).__name__, loss, [p for group in groups for p in group]))
+        groups = [tuple(_distinct(containers)) for containers in self.param_containers_groups]
+        params = [p for group in groups for p in group]
+        at_once = _at_once(self.impl, loss, params)
+        gradients = iter(_gradients(type(self).__name__, loss, params) if at_once is None else at_once)
         for i, (containers, group) in enumerate(zip(self.param_containers_groups, groups, strict=True)):
-            params = tuple(group)
-            grads = [next(gradients) for _ in params]
+            found = [next(gradients) for _ in group]
             state = self.state_groups[i]
-            state = self.impl.init(params) if isinstance(state, UninitializedState) else state
-            moved, self.state_groups[i] = _advanced(self.impl, grads, state, params, params)
-            after = dict(zip(map(id, params), moved, strict=True))
+            state = self.impl.init(group) if isinstance(state, UninitializedState) else state
+            if at_once is None:
+                moved, self.state_groups[i] = _advanced(self.impl, found, state, group, group)
+            else:
+                moved = [p if new is None else new for p, new in zip(group, found, strict=True)]
+                self.state_groups[i] = transform.counted(state, found)
+            after = dict(zip(map(id, group), moved, strict=True))
             for container in containers:
                 container.update({name: after[id(p)] for name, p in container.items() if isinstance(p, Tensor)})
 
@@ -155,6 +162,21 @@ def _advanced(
     return pytree.tree_leaves(apply_updates(params, updates, inplace=False)), state
 
 
+def _at_once(impl: GradientTransformation, loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None] | None:
+    """The parameters that one step moves, where it can be taken without gradients of its own; otherwise ``None``."""
+    rate = impl.rate if isinstance(impl, Elementwise) else None
+    if rate is None:
+        return None
+    places = [i for i, p in enumerate(params) if p.requires_grad]
+    moved = descent.descended(loss, [params[i] for i in places], rate, descent.fused)
+    if moved is None:
+        return None
+    spread: list[Tensor | None] = [None] * len(params)
+    for i, p in zip(places, moved, strict=True):
+        spread[i] = p
+    return spread
+
+
 def _check_transformation(name: str, impl: object) -> None:
     if not isinstance(impl, GradientTransformation):
         fail(TypeError, name, "impl", "a GradientTransformation, such as adam()", type(impl).__name__)
@@ -169,7 +191,8 @@ def _gradients(name: str, loss: Tensor, params: Sequence[Tensor], graph: bool = 
     """Of ``loss``, by each of ``params``; ``None`` where it is frozen or the loss does not depend on it."""
     places = [i for i, p in enumerate(params) if p.requires_grad]
     wanted = [params[i] for i in places]
-    found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True) if wanted else ()
+    take = descent.gradients if graph else functools.partial(torch.autograd.grad, allow_unused=True)
+    found = take(loss, wanted) if wanted else ()
     if all(g is None for g in found):
         raise ValueError(f"{name}: the loss must depend on a parameter that requires grad; it depends on none")
     gradients: list[Tensor | None] = [None] * len(params)

@@ -146,7 +146,11 @@ def sgd(
     def step(p: Tensor, g: Tensor, state: Any, rate: Scalar) -> tuple[Tensor, Any]:
         return steps.sgd(p, g, state, lr=rate, momentum=momentum, dampening=dampening, nesterov=nesterov)
 
-    return _elementwise("sgd", step, lambda p: steps.SGDState(), lr, weight_decay, maximize)
+    transformation = _elementwise("sgd", step, lambda p: steps.SGDState(), lr, weight_decay, maximize)
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    if not (has["momentum"] or decays or maximize or callable(lr) or isinstance(lr, Tensor)):
+        transformation.rate = lr
+    return transformation
 
 
 def adam(
@@ -365,9 +369,10 @@ class Elementwise(GradientTransformation):
     """A transformation that can also take the whole step at once.
 
     ``advance(gradients, state, leaves, params)`` gives the leaves of ``params`` plus updates, as a list, never in
-    place, and the next state.
+    place, and the next state. ``rate`` is that of a step which is no more than ``p - rate g``, otherwise ``None``.
     """
 
+    rate: float | None
     advance: Callable[[Sequence[Tensor | None], Any, Sequence[Tensor], Any], tuple[list[Tensor], Any]]
 
 
@@ -424,10 +429,16 @@ def _elementwise(
         return pytree.tree_unflatten(new, tree), after
 
     transformation = Elementwise(init, update)
+    transformation.rate = None
     transformation.advance = lambda gradients, state, leaves, params: run(
         gradients, leaves, state, params, inplace=False, onto=True
     )
     return transformation
+
+
+def counted(state: Sequence[ParameterState], moved: Sequence[Tensor | None]) -> tuple[ParameterState, ...]:
+    """The state after an update of what moved, by a rule that keeps nothing else."""
+    return tuple(s if p is None else s._replace(updates=s.updates + 1) for s, p in zip(state, moved, strict=True))
 
 
 def _chosen(name: str, mask: Mask | None, params: Any, number: int) -> list[bool]:

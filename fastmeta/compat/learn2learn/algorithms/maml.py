@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.maml import MetaOutput
+from fastmeta.compat.descent import descended, rounded
 from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
 from fastmeta.compat.learn2learn.algorithms.engine import Engine, Loss, Tasks
 from fastmeta.compat.learn2learn.gradients import gradients
@@ -88,17 +89,27 @@ class MAML(BaseLearner):
         Raises:
             RuntimeError: a parameter is unused by the loss or does not require grad, and that is not allowed.
         """
-        parameters = list(self.module.parameters())
+        parameters, lr = list(self.module.parameters()), self.lr
+        second_order = not _chosen(first_order, self.first_order)
+        allow_unused = _chosen(allow_unused, self.allow_unused)
+        allow_nograd = _chosen(allow_nograd, self.allow_nograd)
+        wanted = [p for p in parameters if p.requires_grad]
+        if second_order and not isinstance(lr, Tensor) and (allow_nograd or len(wanted) == len(parameters)):
+            moved = descended(loss, wanted, lr, rounded)
+            if moved is not None and (allow_unused or all(new is not None for new in moved)):
+                pairs = [(old, new) for old, new in zip(wanted, moved, strict=True) if new is not None]
+                replace_parameters(self.module, pairs)
+                return
         found = gradients(
             "MAML.adapt",
             loss,
             parameters,
-            create_graph=not _chosen(first_order, self.first_order),
-            allow_unused=_chosen(allow_unused, self.allow_unused),
-            allow_nograd=_chosen(allow_nograd, self.allow_nograd),
+            create_graph=second_order,
+            allow_unused=allow_unused,
+            allow_nograd=allow_nograd,
             names=lambda: [name for name, _ in self.module.named_parameters()],
         )
-        _descended(self.module, parameters, self.lr, found)
+        _descended(self.module, parameters, lr, found)
 
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None

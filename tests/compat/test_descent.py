@@ -1,0 +1,429 @@
+"""A perceptron's gradient as one node of the graph: the values, its derivatives, and what goes through autograd."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fastmeta.compat.higher as higher
+import fastmeta.compat.learn2learn as l2l
+import fastmeta.compat.torchopt as torchopt
+from fastmeta.compat import descent
+from fastmeta.compat.perceptron import recognised
+from tests.compat.models import close
+
+Loss = Callable[[Tensor], Tensor]
+
+LABELS = torch.tensor([0, 2, 1, 1, 0, -100])
+ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity]
+LOSSES: dict[str, Loss] = {
+    "mean of squares": lambda o: F.mse_loss(o, torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)),
+    "sum of squares": lambda o: F.mse_loss(o, torch.ones_like(o).detach(), reduction="sum"),
+    "cross entropy": lambda o: F.cross_entropy(o, LABELS),
+    "sum of cross entropies": lambda o: F.cross_entropy(o, LABELS.clamp_min(0), reduction="sum"),
+}
+
+
+def network(activation: type[nn.Module] = nn.Tanh, *, bias: bool = True, last: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 5, bias=bias), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 3, bias=bias)]
+    return nn.Sequential(*layers, *([activation()] if last else [])).double()
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def directions(parameters: list[Any], seed: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in parameters]
+
+
+def stepped(p: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [a + (-0.1 * b) for a, b in zip(p, g, strict=True)]
+
+
+def at_once(p: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [torch.sub(a, b, alpha=0.1) for a, b in zip(p, g, strict=True)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_to_the_third_order(activation: type[nn.Module], loss: Loss, bias: bool, last: bool) -> None:
+    net = network(activation, bias=bias, last=last)
+    p, x = list(net.parameters()), inputs()
+    v, w = directions(p), directions(p, 3)
+    assert recognised(loss(net(x)), p) is not None
+    ours, theirs = descent.gradients(loss(net(x)), p), torch.autograd.grad(loss(net(x)), p, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    once = torch.autograd.grad(ours, p, v, retain_graph=True)
+    thrice = torch.autograd.grad(ours, p, v, create_graph=True)
+    expected = torch.autograd.grad(theirs, p, v, create_graph=True)
+    for a, b, c in zip(once, thrice, expected, strict=True):
+        close(a, c, 1e-12)
+        close(b, c, 1e-12)
+    third, known = (torch.autograd.grad(g, p, w, materialize_grads=True) for g in (thrice, expected))
+    for a, b in zip(third, known, strict=True):
+        assert (a - b).norm() <= 1e-11 * (1 + b.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("step", "known"), [(descent.rounded, stepped), (descent.fused, at_once)])
+def test_a_step_has_autograds_bits(step: Any, known: Any, dtype: torch.dtype) -> None:
+    net, x = network(nn.ReLU).to(dtype), inputs(dtype)
+    p, loss = list(net.parameters()), LOSSES["mean of squares"]
+    ours = descent.descended(loss(net(x)), p, 0.1, step)
+    theirs = known(p, list(torch.autograd.grad(loss(net(x)), p, create_graph=True)))
+    assert ours is not None
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    v = directions(p)
+    for a, b in zip(torch.autograd.grad(ours, p, v), torch.autograd.grad(theirs, p, v), strict=True):
+        close(a, b, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype])
+
+
+@pytest.mark.parametrize("loss", ["mean of squares", "cross entropy"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
+def test_derivatives_by_differences(activation: type[nn.Module], loss: str) -> None:
+    net, x = network(activation), inputs()
+    names = [name for name, _ in net.named_parameters()]
+
+    def step(*p: Tensor) -> tuple[Tensor, ...]:
+        out = torch.func.functional_call(net, dict(zip(names, p, strict=True)), x)
+        found = descent.descended(LOSSES[loss](out), p, 0.1, descent.fused)
+        assert found is not None
+        return tuple(q for q in found if q is not None)
+
+    start = tuple(net.parameters())
+    assert torch.autograd.gradcheck(step, start)
+    assert torch.autograd.gradgradcheck(step, start)
+
+
+def test_some_cotangents_are_absent() -> None:
+    net, x = network(), inputs()
+    p, loss = list(net.parameters()), LOSSES["cross entropy"]
+    ours, theirs = descent.gradients(loss(net(x)), p), torch.autograd.grad(loss(net(x)), p, create_graph=True)
+    for i in range(len(p)):
+        v = directions(p)[i]
+        found = torch.autograd.grad(ours[i], p, v, retain_graph=True, materialize_grads=True)
+        known = torch.autograd.grad(theirs[i], p, v, retain_graph=True, materialize_grads=True)
+        for a, b in zip(found, known, strict=True):
+            close(a, b, 1e-11)
+
+
+def test_parameters_that_the_loss_does_not_use() -> None:
+    net, spare = network(), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    p = [spare, *net.parameters()]
+    found = descent.descended(F.mse_loss(net(inputs()), torch.zeros(6, 3).double()), p, 0.1, descent.fused)
+    assert found is not None
+    assert [q is None for q in found] == [True] + [False] * 6
+
+
+class Plain(nn.Module):
+    """A perceptron with a ``forward`` of its own, and whatever a case does to it."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 5).double(), nn.Linear(5, 3).double()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.change(self.first(x))))
+
+
+def test_a_module_with_a_forward_of_its_own() -> None:
+    net = Plain()
+    assert recognised(LOSSES["mean of squares"](net(inputs())), list(net.parameters())) is not None
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def square(o: Tensor) -> Tensor:
+    return F.mse_loss(o, torch.zeros_like(o).detach())
+
+
+def frozen() -> nn.Module:
+    net = Plain()
+    net.first.weight.requires_grad_(False)
+    return net
+
+
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+OTHERWISE: dict[str, Callable[[], tuple[nn.Module, Tensor, Loss]]] = {
+    "convolution": lambda: (nn.Conv1d(3, 2, 1).double(), inputs()[..., None], square),
+    "a frozen weight": lambda: (frozen(), inputs(), square),
+    "a tied weight": lambda: (Tied(), inputs(), square),
+    "a computed weight": lambda: (parametrizations.weight_norm(nn.Linear(3, 2).double()), inputs(), square),
+    "more axes": lambda: (Plain(), inputs()[None], square),
+    "an input that is differentiated": lambda: (Plain(), inputs().requires_grad_(), square),
+    "another activation": lambda: (Plain(F.silu), inputs(), square),
+    "a residual": lambda: (Plain(lambda h: h + h.tanh()), inputs(), square),
+    "a penalty": lambda: (Plain(), inputs(), lambda o: square(o) + o.sum()),
+    "another loss": lambda: (Plain(), inputs(), lambda o: o.square().mean()),
+    "losses of rows": lambda: (Plain(), inputs(), lambda o: F.mse_loss(o, o.detach() + 1, reduction="none").sum()),
+    "targets that are differentiated": lambda: (Plain(), inputs(), lambda o: F.mse_loss(o, o.tanh())),
+    "weights of classes": lambda: (Plain(), inputs(), lambda o: F.cross_entropy(o, LABELS, WEIGHTS)),
+    "smoothed labels": lambda: (Plain(), inputs(), lambda o: F.cross_entropy(o, LABELS, label_smoothing=0.1)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE.values(), ids=OTHERWISE)
+def test_whatever_else_goes_through_autograd(case: Callable[[], tuple[nn.Module, Tensor, Loss]]) -> None:
+    net, x, loss = case()
+    p = [q for q in net.parameters() if q.requires_grad]
+    assert recognised(loss(net(x)), p) is None
+    expected = torch.autograd.grad(loss(net(x)), p, create_graph=True)
+    for a, b in zip(descent.gradients(loss(net(x)), p), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_that_depend_on_one_another() -> None:
+    weight = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    other = weight.new_ones(3, 2) + weight.t() * 2
+    loss = square(torch.relu(inputs() @ weight.t()) @ other.t())
+    assert recognised(loss, [weight, other]) is None
+    copy = weight.clone()
+    again = copy.clone()
+    assert recognised(square(torch.relu(inputs()[:, :2] @ copy) @ again.t()), [copy, again]) is None
+    assert recognised(square(inputs() @ copy.t()), [copy]) is not None
+
+
+def test_results_in_between_as_parameters() -> None:
+    weight = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    out = inputs() @ weight.t()
+    assert recognised(square(out), [out]) is None
+
+
+def called_in(watch: Callable[[nn.Module, list[Any]], object]) -> list[Any]:
+    net, calls = Plain(), list[Any]()
+    watch(net, calls)
+    descent.gradients(square(net(inputs())), list(net.parameters()))
+    return calls
+
+
+def on_output(net: Any, calls: list[Any]) -> None:
+    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.register_hook(calls.append)
+
+    net.register_forward_hook(hook)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize(
+    "watch",
+    [
+        on_output,
+        lambda net, calls: net.second.bias.register_hook(calls.append),
+        lambda net, calls: net.first.register_full_backward_hook(lambda *a: calls.append(a)),
+    ],
+    ids=["of an output", "of a parameter", "of a module"],
+)
+def test_hooks_are_called(watch: Callable[[nn.Module, list[Any]], object]) -> None:
+    assert len(called_in(watch)) == 1
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "anomaly": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+def test_states_in_which_autograd_does_it(context: Callable[[], Any]) -> None:
+    net = Plain().float()
+    with torch.enable_grad():
+        loss = square(net(inputs(torch.float32)))
+    with context():
+        assert recognised(loss, list(net.parameters())) is None
+        found = descent.gradients(loss, list(net.parameters()))
+    assert all(g is not None and g.requires_grad for g in found)
+
+
+def test_transforms_of_functions() -> None:
+    net = network()
+    names = [name for name, _ in net.named_parameters()]
+
+    def norm(p: tuple[Tensor, ...]) -> Tensor:
+        out = torch.func.functional_call(net, dict(zip(names, p, strict=True)), inputs())
+        return sum(g.square().sum() for g in descent.gradients(square(out), p))  # type: ignore[union-attr,return-value]
+
+    p = list(net.parameters())
+    g = torch.autograd.grad(square(net(inputs())), p, create_graph=True)
+    expected = torch.autograd.grad(sum(h.square().sum() for h in g), p)
+    close(norm(tuple(p)), sum(h.square().sum() for h in g))  # type: ignore[arg-type]
+    found = torch.autograd.grad(norm(tuple(p)), p)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-11)
+
+
+def test_a_backward_under_autocast() -> None:
+    net = network().float()
+    p, x = list(net.parameters()), inputs(torch.float32)
+    found = descent.gradients(square(net(x)), p)
+    expected = torch.autograd.grad(found, p, directions(p), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = torch.autograd.grad(found, p, directions(p))
+    assert all(torch.equal(a, b) for a, b in zip(under, expected, strict=True))
+
+
+def test_a_graph_that_is_gone() -> None:
+    net, x = network(), inputs()
+    p = list(net.parameters())
+    loss = square(net(x))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        descent.gradients(loss, p)
+    found = descent.gradients(square(net(x)), p)
+    torch.autograd.grad(found, p, directions(p))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(found, p, directions(p))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_tensor_that_was_changed(before: bool) -> None:
+    net, x = network(), inputs()
+    p = list(net.parameters())
+    loss = square(net(x))
+    if before:
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            descent.gradients(loss, p)
+        return
+    found = descent.gradients(loss, p)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(found, p, directions(p))
+
+
+# The three libraries' loops.
+
+
+def of_learn2learn(net: nn.Sequential, tasks: list[Any], steps: int) -> list[Tensor]:
+    learner, losses = l2l.algorithms.MAML(net, lr=0.1), []
+    for x, y in tasks:
+        clone = learner.clone()
+        for _ in range(steps):
+            clone.adapt(F.mse_loss(clone(x), y))
+            assert type(next(iter(clone.parameters())).grad_fn).__name__ == "_NodeBackward"
+        losses.append(F.mse_loss(clone(x + 1), y))
+    return losses
+
+
+def of_higher(net: nn.Sequential, tasks: list[Any], steps: int) -> list[Tensor]:
+    losses, optimizer = [], torch.optim.SGD(net.parameters(), lr=0.1)
+    for x, y in tasks:
+        with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (fast, inner):
+            for _ in range(steps):
+                inner.step(F.mse_loss(fast(x), y))
+                assert type(next(fast.parameters()).grad_fn).__name__ == "_NodeBackward"
+            losses.append(F.mse_loss(fast(x + 1), y))
+    return losses
+
+
+def of_torchopt(net: nn.Sequential, tasks: list[Any], steps: int) -> list[Tensor]:
+    losses, optimizer = [], torchopt.MetaSGD(net, lr=0.1)
+    start = torchopt.extract_state_dict(net)
+    for x, y in tasks:
+        for i in range(steps):
+            optimizer.step(F.mse_loss(net(x), y))
+            assert type(net[0].weight.grad_fn).__name__ == "_NodeBackward"
+            assert optimizer.state_groups[0][0].updates == i + 1
+        losses.append(F.mse_loss(net(x + 1), y))
+        torchopt.recover_state_dict(net, start)
+        optimizer.state_groups[0] = optimizer.impl.init(tuple(net.parameters()))
+    return losses
+
+
+def written_out(net: nn.Sequential, tasks: list[Any], steps: int) -> list[Tensor]:
+    losses = []
+    for x, y in tasks:
+        p = dict(net.named_parameters())
+        for _ in range(steps):
+            loss = F.mse_loss(torch.func.functional_call(net, p, x), y)
+            g = torch.autograd.grad(loss, list(p.values()), create_graph=True)
+            p = {name: q - 0.1 * d for (name, q), d in zip(p.items(), g, strict=True)}
+        losses.append(F.mse_loss(torch.func.functional_call(net, p, x + 1), y))
+    return losses
+
+
+def batch() -> list[Any]:
+    generator = torch.Generator().manual_seed(4)
+    return [tuple(torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(2)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("loop", [of_learn2learn, of_higher, of_torchopt])
+def test_loops(loop: Callable[..., list[Tensor]], activation: type[nn.Module], steps: int) -> None:
+    net = network(activation)
+    p = list(net.parameters())
+    found, expected = (
+        torch.autograd.grad(torch.stack(way(net, batch(), steps)).sum(), p) for way in (loop, written_out)
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-11)
+
+
+def spare(requires_grad: bool) -> nn.Sequential:
+    net = network()
+    net[0].register_parameter("spare", nn.Parameter(torch.ones(2).double(), requires_grad))
+    return net
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_parameters_beside_a_perceptrons(requires_grad: bool) -> None:
+    x, y = batch()[0]
+    learner = l2l.algorithms.MAML(spare(requires_grad), lr=0.1).clone()
+    with pytest.raises(RuntimeError, match=r"0\.spare"):
+        learner.adapt(F.mse_loss(learner(x), y), allow_unused=not requires_grad)
+    for _ in range(2):
+        learner.adapt(F.mse_loss(learner(x), y), allow_unused=requires_grad, allow_nograd=not requires_grad)
+
+
+def test_a_meta_gradient_that_is_differentiated() -> None:
+    net = network()
+    p = list(net.parameters())
+    found, expected = (
+        torch.autograd.grad(torch.autograd.grad(way(net, batch()[:1], 2)[0], p, create_graph=True), p, directions(p))
+        for way in (of_learn2learn, written_out)
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("loop", [of_learn2learn, of_higher, of_torchopt])
+def test_nothing_is_kept_in_a_cycle(loop: Callable[..., list[Tensor]]) -> None:
+    net, tasks = network(), batch()[:1]
+    gc.collect()
+    gc.disable()
+    try:
+        loss = loop(net, tasks, 3)[0]
+        loss.backward()
+        result = weakref.ref(loss)
+        del loss
+        assert result() is None
+        before = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+        for _ in range(3):
+            loop(net, tasks, 3)[0].backward()
+        assert sum(issubclass(type(o), Tensor) for o in gc.get_objects()) <= before
+    finally:
+        gc.enable()
