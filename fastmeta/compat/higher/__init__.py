@@ -19,8 +19,8 @@ differ, where it gives wrong numbers, or none:
   and a module that would go on with its original weights (parameters in attributes outside its registry, weight norm
   made of hooks).
 
-The gradient of a perceptron's loss is one node of the graph (``compat/perceptron.py``), and so is a step of plain SGD. It
-calls hooks of parameters and modules, but none on a result that an activation is applied to or on a cross entropy's
+The gradient of a perceptron's loss is one node of the graph (``compat/perceptron.py``), and so is a step of plain SGD.
+It calls hooks of parameters and modules, but none on a result that an activation is applied to or on a cross entropy's
 argument, nor does it retain their gradients.
 
 As there, hooks of the original are not carried over, ``parameters(recurse=False)`` warns and gives everything, a call

@@ -1,8 +1,8 @@
 """learn2learn's meta-learning core under its own names: ``import fastmeta.compat.learn2learn as l2l``.
 
 Signatures and results are those of learn2learn 0.2 (S. Arnold, P. Mahajan, D. Datta, I. Bunner, K. Zarkias, 2020);
-docs/migrating.md lists where they differ, and shows the three lines that hand the same meta-step to the engine. The loop
-itself has one node of autograd's graph for a perceptron's inner step (``compat/perceptron.py``).
+docs/migrating.md lists where they differ, and shows the three lines that hand the same meta-step to the engine. The
+loop itself has one node of autograd's graph for a perceptron's inner step (``compat/perceptron.py``).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ wrong numbers, or none:
 * These raise: a loss that depends on none of the parameters, and a snapshot of another module.
 * Transformations never write gradients or states in place; states are to be handed on as they are.
 
-The gradient of a perceptron's loss is one node of the graph (``compat/perceptron.py``), and so is a step of plain SGD. It
-calls hooks of parameters and modules, but none on a result that an activation is applied to or on a cross entropy's
+The gradient of a perceptron's loss is one node of the graph (``compat/perceptron.py``), and so is a step of plain SGD.
+It calls hooks of parameters and modules, but none on a result that an activation is applied to or on a cross entropy's
 argument, nor does it retain their gradients.
 
 As there, ``MetaOptimizer.step`` leaves tensors in a module where parameters were, and the first state is made at the
