@@ -106,7 +106,7 @@ def test_the_judgement_sees_a_wrong_map(monkeypatch: pytest.MonkeyPatch) -> None
 def test_operands_are_those_that_the_native_executor_counts(name: str) -> None:
     model, loss, tasks = built(NETWORKS[name])
     maml = MAML(model, loss, 0.01, 2, plan="dense")
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     assert programs is not None
     assert isinstance(programs.native, NativeStep)
     instructions = programs.support.instructions
@@ -123,7 +123,7 @@ def test_the_networks_have_every_operation_of_the_catalogue() -> None:
     for network in (QUICK, NETWORKS["omniglot_5way"], NETWORKS["encoder"], NETWORKS["ranking"]):
         model, loss, tasks = built(network)
         maml = MAML(model, loss, 0.01, 2, plan="dense", executor="reference")
-        _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+        _, programs = maml.prepare(tasks)
         assert programs is not None
         seen |= {type(instruction.op).__module__.split(".")[2] for instruction in programs.support.instructions}
     # On a CPU these are calls of several others in the program, and single operations of the native executor.
@@ -134,7 +134,7 @@ def test_recording_leaves_no_trace() -> None:
     model, loss, tasks = built(QUICK)
     maml = MAML(model, loss, 0.01, 2, plan="dense", executor="reference")
     before = maml.value_and_grad(tasks)[1]
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     assert programs is not None
     with recorded(programs.support) as calls:
         maml.value_and_grad(tasks)

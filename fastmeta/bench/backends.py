@@ -118,7 +118,7 @@ def backends(network: Network, effort: Effort, device: str) -> list[Run]:
 
 def _record(maml: MAML, tasks: TaskBatch) -> tuple[Program, Calls]:
     """The support program of a learner, and what a meta-step calls its maps with."""
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     if programs is None:
         raise RuntimeError("bench: the network must be traceable, got one that only autodiff runs")
     with recorded(programs.support) as calls:
@@ -162,7 +162,7 @@ class _Native:
 def _native(setting: _Setting) -> _Native | None:
     """``None`` where the native executor cannot run the network."""
     maml = setting.learner()
-    _, programs = maml._prepare(setting.tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(setting.tasks)
     if programs is None or not isinstance(programs.native, NativeStep):
         return None
     return _Native(maml, setting.tasks, programs.native)
@@ -171,7 +171,7 @@ def _native(setting: _Setting) -> _Native | None:
 def _starts(native: _Native, program: Program) -> list[tuple[int, str]]:
     """Where the pieces begin that the native operations stand for; nothing where they do not follow each other."""
     maml = native.maml
-    _, programs = maml._prepare(native.tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(native.tasks)
     if programs is None or len(programs.support.instructions) != len(program.instructions):
         return []
     places = {id(instruction): i for i, instruction in enumerate(programs.support.instructions)}
