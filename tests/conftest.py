@@ -26,8 +26,15 @@ REQUIRED = {word for word in os.environ.get("FASTMETA_REQUIRE", "").split(",") i
 
 torch.manual_seed(0)  # what tests draw while they are collected is the same in every process that runs them
 
-# The same examples in every run: a failure is a property of the code, not of the day.
-hypothesis.settings.register_profile("fastmeta", deadline=None, derandomize=True, max_examples=40)
+# The same examples in every run: a failure is a property of the code, not of the day. How long they take to be
+# drawn does not count either: on a loaded machine that has no bound.
+hypothesis.settings.register_profile(
+    "fastmeta",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("fastmeta")
 
 
@@ -47,6 +54,14 @@ def lack(what: str, reason: str) -> None:
     if what in REQUIRED:
         pytest.fail(f"FASTMETA_REQUIRE asks for {what}, but {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _default_rates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans are compared by the default rates, whatever has been measured of this machine, and when."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from fastmeta.core import native, triton_support
 from fastmeta.engine import cost
 from fastmeta.engine.native import NativeStep
 from fastmeta.ops.catalogue import NAMES
+from tests.profiling.hand import clock
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATES = Ceilings(1e11, lambda size: 1e10, "two rates")
@@ -101,12 +102,39 @@ def test_the_judgement_sees_a_wrong_map(monkeypatch: pytest.MonkeyPatch) -> None
     assert wrong == [(0, "tangent")]
 
 
+class Step:
+    """Stands for a piece of a program whose calls are noted."""
+
+    tasks = 4
+
+    def __init__(self, number: int, made: list[tuple[int, str]], lacks: str = "") -> None:
+        self.number, self.made = number, made
+        self.calls = dict.fromkeys(name for name in cost.MAPS if name != lacks)
+
+    def run(self, name: str) -> Any:
+        return lambda: self.made.append((self.number, name))
+
+
+def test_calls_of_the_reference_come_one_after_another_as_in_a_meta_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.time, "perf_counter", clock())
+    made: list[tuple[int, str]] = []
+    run = backends.Run("reference", [Step(0, made), Step(1, made, lacks="tangent"), Step(2, made)])  # type: ignore[list-item]
+    backends._time([run], ops.QUICK, None, "cpu")
+    sweep = [(0, "forward"), (1, "forward"), (2, "forward"), (2, "backward"), (1, "backward"), (0, "backward")]
+    sweep += [(0, "tangent"), (2, "tangent"), *((number, "tangent_backward") for number in (2, 1, 0))]
+    sweeps = len(made) // len(sweep)
+    assert sweeps >= 3
+    assert made == sweep * sweeps  # none twice in a row, which would find its operands in the cache
+    counted = [pytest.approx(1e3 / Step.tasks)] * (sweeps - 1)  # the first brings in code
+    assert run.times == dict.fromkeys(sweep, counted)
+
+
 @pytest.mark.parametrize("name", ["mlp784", "omniglot_20way"])
 @needs_extension
 def test_operands_are_those_that_the_native_executor_counts(name: str) -> None:
     model, loss, tasks = built(NETWORKS[name])
     maml = MAML(model, loss, 0.01, 2, plan="dense")
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     assert programs is not None
     assert isinstance(programs.native, NativeStep)
     instructions = programs.support.instructions
@@ -123,7 +151,7 @@ def test_the_networks_have_every_operation_of_the_catalogue() -> None:
     for network in (QUICK, NETWORKS["omniglot_5way"], NETWORKS["encoder"], NETWORKS["ranking"]):
         model, loss, tasks = built(network)
         maml = MAML(model, loss, 0.01, 2, plan="dense", executor="reference")
-        _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+        _, programs = maml.prepare(tasks)
         assert programs is not None
         seen |= {type(instruction.op).__module__.split(".")[2] for instruction in programs.support.instructions}
     # On a CPU these are calls of several others in the program, and single operations of the native executor.
@@ -134,7 +162,7 @@ def test_recording_leaves_no_trace() -> None:
     model, loss, tasks = built(QUICK)
     maml = MAML(model, loss, 0.01, 2, plan="dense", executor="reference")
     before = maml.value_and_grad(tasks)[1]
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     assert programs is not None
     with recorded(programs.support) as calls:
         maml.value_and_grad(tasks)

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,11 @@ from benchmarks.report import as_json, markdown, markdown_table, summary, text_t
 from benchmarks.sentences import MissingSentences
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS, Problem, Workload, named, sinusoid
+from fastmeta.bench import timing
 from fastmeta.bench.timing import Effort, interleave
 from fastmeta.core import native
 from tests.oracle import maml_loop, relative_error, relative_errors
+from tests.profiling.hand import clock
 
 ROOT = Path(__file__).resolve().parents[1]
 BRIEF = Effort(rounds=2, slot_s=0.0, budget_s=1.0)
@@ -115,14 +116,17 @@ def test_an_absent_or_broken_peer_is_shown_with_its_reason() -> None:
 def test_a_compiler_that_does_not_end_is_stopped_and_a_broken_one_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with ThreadPoolExecutor(2) as pool:  # each is a process that imports PyTorch
-        answers = list(pool.map(functools.partial(probe.refusal, "sinusoid_k1", "loop"), (400, 0.01)))
-    assert answers == ["", "compiling did not finish within 0.01 s"]
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho Traceback >&2\necho 'KeyError: no such thing' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(probe.sys, "executable", str(broken))
-    assert probe.refusal("sinusoid_k1", "loop", 100) == "KeyError: no such thing"
+    def refusal(does: str, limit_s: float) -> str:
+        stand_in = tmp_path / "python"
+        stand_in.write_text(f"#!/bin/sh\n{does}\n")
+        stand_in.chmod(0o755)
+        monkeypatch.setattr(probe.sys, "executable", str(stand_in))
+        return probe.refusal("sinusoid_k1", "loop", limit_s)
+
+    assert probe.refusal("sinusoid_k1", "loop", 400) == ""
+    # The process that is waited for holds the pipe open: what its shell has started ends with it.
+    assert refusal("sleep 10000 & sleep 10000", 0.01) == "compiling did not finish within 0.01 s"
+    assert refusal("echo Traceback >&2; echo 'KeyError: no such thing' >&2; exit 1", 400) == "KeyError: no such thing"
 
 
 def test_a_part_of_the_parameters_adapts() -> None:
@@ -136,12 +140,26 @@ def test_a_part_of_the_parameters_adapts() -> None:
     assert max(o.errors.worst for o in result.outcomes if o.errors) < 1e-5
 
 
-def test_turns_are_interleaved() -> None:
+class Others:
+    """Other processes, which take part of the machine during the first turn alone."""
+
+    seen = 0
+
+    def cores(self) -> float:
+        Others.seen += 1
+        return 0.9 * (Others.seen == 1)
+
+
+def test_turns_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "Foreign", Others)
+    monkeypatch.setattr(Others, "seen", 0)
+    monkeypatch.setattr(timing.time, "perf_counter", clock())
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = interleave(calls, Effort(rounds=3, slot_s=0.0, budget_s=0.1))
-    assert [o for i, o in enumerate(order) if i == 0 or order[i - 1] != o][:3] == ["a", "b", "c"]
-    assert {name: (len(t.seconds) >= 3, t.disturbed) for name, t in times.items()} == dict.fromkeys("abc", (True, 0))
+    times = interleave(calls, Effort(rounds=3, slot_s=0.0, budget_s=1.0))
+    # One call of each before those that are timed; then the order rotates, and who was disturbed gets one more turn.
+    assert "".join(order) == "aabbcc" + "bca" + "cab" + "a"
+    assert {name: (len(t.seconds), t.disturbed) for name, t in times.items()} == {"a": (3, 1), "b": (3, 0), "c": (3, 0)}
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
@@ -166,7 +184,8 @@ def test_peak_memory_sees_what_a_step_allocates() -> None:
     peak = peak_mib(variant, sinusoid(1, tasks=8))
     assert allocated_mib(variant, sinusoid(1, tasks=8)) == 32
     assert allocated_mib(dataclasses.replace(variant, peer="jax"), sinusoid(1)) is None
-    assert 31.9 <= peak <= 36  # the tensor itself, and a few pages that come or go beside it
+    # The tensor itself, pages that come or go beside it, and those that the kernel has not yet counted for a processor.
+    assert 30 <= peak <= 36
 
 
 def test_peers_do_not_know_fastmeta() -> None:

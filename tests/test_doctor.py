@@ -174,8 +174,8 @@ def test_calibration_is_measured_kept_and_used(
     assert 1e9 < found.flops < 1e14
     assert 1e8 < found.bytes < 1e13
     assert 1e-7 < found.call_s < 1e-2
-    assert found.near > 1e9
-    assert found.native > 1e8
+    assert 1e8 < found.near < 1e13
+    assert 1e8 < found.native < 1e14
     assert found.cache <= found.last * 64
     assert json.loads(call(capsys, "doctor", "--json")[1])["rates"]["flops"] == found.flops
     threads = torch.get_num_threads()

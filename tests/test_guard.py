@@ -28,6 +28,7 @@ def faults(kept: dict[str, int], now: dict[str, int]) -> list[str]:
 
 
 @needs_extension
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 def test_the_kernels_take_no_more_instructions() -> None:
     kept = expected.kept("instructions")

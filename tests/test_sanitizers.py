@@ -72,5 +72,5 @@ def test_drivers_run_clean(tmp_path: Path) -> None:
         parts = [str(compiled[path]) for path in paths]
         subprocess.run(["g++", sanitizer, *parts, "-o", str(program), "-pthread"], check=True)
         command = [str(program), *ARGUMENTS.get(driver.stem, [])]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
         assert answer.returncode == 0, f"{driver.stem}: {answer.stdout}{answer.stderr}"

@@ -21,6 +21,16 @@ Form = Literal["auto", "dense", "factored"]
 BatchNorm = Literal["transductive", "followed", "running", "per_task", "per_step"]
 
 
+def check_runner(engine: str, executor: str, memory_budget: int | None) -> None:
+    """Raise ``ValueError`` unless there is such an engine and such an executor, and a budget can be kept."""
+    if engine not in ("auto", "program", "autodiff"):
+        raise ValueError(f"MAML: engine must be 'auto', 'program' or 'autodiff', got {engine!r}")
+    if executor not in ("auto", "native", "reference"):
+        raise ValueError(f"MAML: executor must be 'auto', 'native' or 'reference', got {executor!r}")
+    if engine == "autodiff" and memory_budget is not None:
+        raise ValueError(f"MAML: memory_budget must be None with engine='autodiff', got {memory_budget}")
+
+
 def checked_steps(steps: int) -> int:
     """The number of inner steps, if it is one."""
     if isinstance(steps, bool) or not isinstance(steps, int):

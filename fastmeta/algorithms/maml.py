@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from fastmeta.algorithms.inputs import (
     check_formed,
     check_masks,
     check_micro_batches,
+    check_runner,
     check_tensors,
     checked_count,
     checked_norm,
@@ -50,6 +52,12 @@ from fastmeta.inner.early_stop import EarlyStop
 from fastmeta.inner.groups import Groups
 from fastmeta.inner.rates import Rate, registered
 from fastmeta.tasks.batch import TaskBatch
+
+# What a prepared meta-step depends on, of a learner's attributes alone.
+_settings_of = attrgetter(
+    *("first_order", "allow_unused", "clip_norm", "stop", "micro_batches", "batch_norm", "chunk_size"),
+    *("engine", "executor", "plan", "cuda_graph", "memory_budget"),
+)
 
 
 class MAML(nn.Module):
@@ -150,12 +158,7 @@ class MAML(nn.Module):
         cuda_graph: bool = True,
     ) -> None:
         super().__init__()
-        if engine not in ("auto", "program", "autodiff"):
-            raise ValueError(f"MAML: engine must be 'auto', 'program' or 'autodiff', got {engine!r}")
-        if executor not in ("auto", "native", "reference"):
-            raise ValueError(f"MAML: executor must be 'auto', 'native' or 'reference', got {executor!r}")
-        if engine == "autodiff" and memory_budget is not None:
-            raise ValueError(f"MAML: memory_budget must be None with engine='autodiff', got {memory_budget}")
+        check_runner(engine, executor, memory_budget)
         self._objective = Objective(model, loss)
         self._selection = parameters
         self._memory = Memory(self._objective.root)
@@ -270,10 +273,22 @@ class MAML(nn.Module):
 
         Where the native executor does not run, the meta-step of one task and of two runs to count what they take.
         """
-        work, programs = self._prepare(tasks, steps, differentiate=True, check_unused=False)
+        work, programs = self.prepare(tasks, steps=steps)
         if programs is None:
             return explain_autodiff(work, self._why_autodiff(work))
         return explain_programs(work, programs)
+
+    def prepare(self, tasks: TaskBatch, *, steps: int | None = None) -> tuple[Work, Programs | None]:
+        """The meta-gradient of these tasks as the engine has it, for tools that look inside; it does not run yet.
+
+        Returns:
+            The meta-step and the programs that it runs, which are the engine's own and remembered; ``None`` instead of
+            programs where autodiff runs.
+
+        Raises:
+            As :meth:`forward`, except that parameters may be unused.
+        """
+        return self._prepare(tasks, steps, differentiate=True, check_unused=False)
 
     def retrace(self) -> None:
         """Forget every trace, after a change a trace cannot see (a Python attribute the forward pass branches on)."""
@@ -420,24 +435,7 @@ class MAML(nn.Module):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return None
         count = self.steps if steps is None else checked_steps(steps)
-        return (
-            count,
-            self.first_order,
-            self.allow_unused,
-            self.clip_norm,
-            self.stop,
-            self.micro_batches,
-            self.batch_norm,
-            self.chunk_size,
-            self.engine,
-            self.executor,
-            self.plan,
-            self.cuda_graph,
-            self.memory_budget,
-            rule.settings(),
-            self._asked(count),
-            flags,
-        )
+        return count, _settings_of(self), rule.settings(), self._asked(count), flags
 
     def _programs(self, work: Work) -> Programs | None:
         if self.engine == "autodiff":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from fastmeta.bench.timing import Effort, interleave
 from fastmeta.core.live_bytes import LiveBytes
 from fastmeta.core.rounding import nudged
 from fastmeta.core.triton_support import without
+from fastmeta.engine import cost
 from fastmeta.engine.native import NativeStep
 from fastmeta.engine.profile import Profile, collect
 from fastmeta.engine.program import Program
@@ -86,8 +88,9 @@ class _Setting:
 def backends(network: Network, effort: Effort, device: str) -> list[Run]:
     """Measure the reference, and beside it the native executor on a CPU, or Triton's kernels on a GPU.
 
-    Calls of the reference are timed one by one, in turns that are interleaved with whole meta-steps of the native
-    executor, of which its own profile says what each operation took (:mod:`fastmeta.engine.profile`).
+    On a CPU the reference's calls are made one after another as in a meta-step, each timed by itself, in turns with
+    whole meta-steps of the native executor, of which its own profile says what each operation took
+    (:mod:`fastmeta.engine.profile`). On a GPU each call is a graph, replayed.
 
     Raises:
         RuntimeError: ``device`` is ``cuda``, and no GPU is visible.
@@ -118,7 +121,7 @@ def backends(network: Network, effort: Effort, device: str) -> list[Run]:
 
 def _record(maml: MAML, tasks: TaskBatch) -> tuple[Program, Calls]:
     """The support program of a learner, and what a meta-step calls its maps with."""
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     if programs is None:
         raise RuntimeError("bench: the network must be traceable, got one that only autodiff runs")
     with recorded(programs.support) as calls:
@@ -159,10 +162,34 @@ class _Native:
         return taken
 
 
+class _Sweeps:
+    """Calls of the reference in a meta-step's order: forward, backward, and the adjoint's tangent and its backward.
+
+    Each is made once a sweep and timed by itself. So between two calls with the same operands lie those of all others,
+    as in a meta-step: they are in a cache as far as its own would still be.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.samples: list[dict[tuple[int, str], float]] = []
+        self._calls: list[tuple[tuple[int, str], Callable[[], Any], int]] = []
+        for name in cost.MAPS:
+            numbers = [number for number, piece in enumerate(pieces) if name in piece.calls]
+            for number in numbers if name in ("forward", "tangent") else reversed(numbers):
+                self._calls.append(((number, name), pieces[number].run(name), pieces[number].tasks))
+
+    def __call__(self) -> None:
+        taken = {}
+        for place, call, tasks in self._calls:
+            begin = time.perf_counter()
+            call()
+            taken[place] = 1e6 * (time.perf_counter() - begin) / tasks
+        self.samples.append(taken)
+
+
 def _native(setting: _Setting) -> _Native | None:
     """``None`` where the native executor cannot run the network."""
     maml = setting.learner()
-    _, programs = maml._prepare(setting.tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(setting.tasks)
     if programs is None or not isinstance(programs.native, NativeStep):
         return None
     return _Native(maml, setting.tasks, programs.native)
@@ -171,7 +198,7 @@ def _native(setting: _Setting) -> _Native | None:
 def _starts(native: _Native, program: Program) -> list[tuple[int, str]]:
     """Where the pieces begin that the native operations stand for; nothing where they do not follow each other."""
     maml = native.maml
-    _, programs = maml._prepare(native.tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(native.tasks)
     if programs is None or len(programs.support.instructions) != len(program.instructions):
         return []
     places = {id(instruction): i for i, instruction in enumerate(programs.support.instructions)}
@@ -227,28 +254,30 @@ def _off(gradients: Gradients, truth: Gradients) -> float:
 
 
 def _time(runs: list[Run], effort: Effort, native: _Native | None, device: str) -> None:
-    calls: dict[str, Callable[[], Any]] = {}
-    places: dict[str, tuple[Run, int, str]] = {}
-    for run in runs:
-        for number, piece in enumerate(run.pieces if run.name != "native" else ()):
-            for name in piece.calls:
-                key = f"{run.name} {number} {name}"
-                calls[key], places[key] = piece.run(name), (run, number, name)
     if device == "cuda":
-        replayed = {key: gpu_timing.graphed(call) for key, call in calls.items()}
-        for key, timed in gpu_timing.interleaved(replayed, effort.rounds, 1e3 * effort.slot_s or 1.0).items():
-            run, number, name = places[key]
-            tasks = run.pieces[number].tasks
-            run.times[number, name] = [1e3 * ms / tasks for ms in (timed.low, timed.median, timed.high)]
+        _time_replays(runs, effort)
         return
-    if native is not None:
-        calls["native"] = native
-        native()  # compiled and packed
-        native.samples.clear()
+    sources: list[_Sweeps | _Native] = [_Sweeps(runs[0].pieces), *([native] if native is not None else [])]
+    for source in sources:
+        source()  # compiled and packed
+        source.samples.clear()
     with torch.no_grad():
-        found = interleave(calls, effort)
-    for key, (run, number, name) in places.items():
-        run.times[number, name] = [1e6 * s / run.pieces[number].tasks for s in found[key].seconds]
-    for sample in native.samples if native is not None else ():
-        for place, us in sample.items():
-            runs[1].times.setdefault(place, []).append(us)
+        interleave({run.name: source for run, source in zip(runs, sources, strict=True)}, effort)
+    for run, source in zip(runs, sources, strict=True):
+        for sample in source.samples:
+            for place, us in sample.items():
+                run.times.setdefault(place, []).append(us)
+
+
+def _time_replays(runs: list[Run], effort: Effort) -> None:
+    places = {
+        f"{run.name} {number} {name}": (run, number, name)
+        for run in runs
+        for number, piece in enumerate(run.pieces)
+        for name in piece.calls
+    }
+    replayed = {key: gpu_timing.graphed(run.pieces[number].run(name)) for key, (run, number, name) in places.items()}
+    for key, timed in gpu_timing.interleaved(replayed, effort.rounds, 1e3 * effort.slot_s or 1.0).items():
+        run, number, name = places[key]
+        tasks = run.pieces[number].tasks
+        run.times[number, name] = [1e3 * ms / tasks for ms in (timed.low, timed.median, timed.high)]

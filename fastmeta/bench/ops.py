@@ -15,7 +15,7 @@ from fastmeta.bench.regressions import Timing
 from fastmeta.bench.timing import Effort, percentile
 from fastmeta.engine import cost
 
-EFFORT = Effort(rounds=7, slot_s=0.02, budget_s=60.0)
+EFFORT = Effort(rounds=7, slot_s=0.05, budget_s=60.0)
 QUICK = Effort(rounds=2, slot_s=0.0, budget_s=2.0)
 
 

@@ -19,9 +19,11 @@ from tests.profiling.hand import machine
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 FAILING = """
-import os, sys
+import itertools, os, sys, time
 import torch
 import torch.nn.functional as F
+
+time.perf_counter = itertools.count(0.0, 1e-3).__next__  # what takes long does not depend on the machine's load
 import fastmeta as fm
 
 maml = fm.MAML(torch.nn.Linear(4, 3), F.cross_entropy, steps=3, engine="autodiff")

@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,26 +164,38 @@ def test_a_damaged_checkpoint_ends_in_one_line(tmp_path: Path, capsys: pytest.Ca
     assert "has no config.json" in error_of(capsys, "eval", tmp_path / "checkpoints")
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
-    stopped = tmp_path / "stopped"
-    options = [*TINY, "--val-every", "1000000", "--test-tasks", "4"]
-    command = [sys.executable, "-m", "fastmeta.cli", "train", "sinusoid", *options, "--out"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+LONG = 300  # seconds for what a signal leaves to do, which takes less than one
+
+
+@contextmanager
+def under_way(out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A run of a million steps in a process of its own, and what it has told: training is under way."""
+    options = [*TINY, "--val-every", "1000000", "--test-tasks", "4", "--iterations", "1000000"]
     process = subprocess.Popen(
-        [*command, str(stopped), "--iterations", "1000000"],
+        [sys.executable, "-m", "fastmeta.cli", "train", "sinusoid", *options, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert process.stdout is not None
-    told = ""
-    while "/1000000  loss" not in told:  # training is under way
-        line = process.stdout.readline()
-        assert line, f"the run ended early: {told}"
-        told += line
-    process.send_signal(signal.SIGINT)
-    told += process.communicate(timeout=60)[0]
+    try:
+        assert process.stdout is not None
+        told = ""
+        while "/1000000  loss" not in told:
+            line = process.stdout.readline()
+            assert line, f"the run ended early: {told}"
+            told += line
+        yield process, told
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    with under_way(stopped) as (process, told):
+        process.send_signal(signal.SIGINT)
+        told += process.communicate(timeout=LONG)[0]
     assert process.returncode == 130, told
     assert "SIGINT: finishing this step, then saving" in told
     assert f"go on with: fastmeta train sinusoid --out {stopped} --resume" in told
@@ -199,14 +212,8 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_terminate_saves_too(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastmeta.cli", "train", "sinusoid", *TINY, "--iterations", "1000000"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoints" / "last.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    told, _ = process.communicate(timeout=60)
+    with under_way(tmp_path) as (process, told):
+        process.terminate()
+        told += process.communicate(timeout=LONG)[0]
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "SIGTERM: finishing this step" in told

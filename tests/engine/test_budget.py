@@ -200,7 +200,7 @@ def test_the_native_executor_puts_fewer_tasks_to_work(extension: object, set_thr
     free = fm.MAML(model, F.cross_entropy, 0.1, 2, executor="native")
     told = free.explain(tasks)
     assert told.tasks_at_once == 4
-    work, programs = free._prepare(tasks, None, differentiate=True)
+    work, programs = free.prepare(tasks)
     one = programs.native.workspace_bytes(work, learned=False)
     beside = told.peak - 4 * one  # packed weights, sums and the gradient
     assert beside > 0
@@ -284,7 +284,7 @@ def test_evaluation_and_another_number_of_steps_have_fits_of_their_own(monkeypat
 def test_a_task_that_is_too_much_ends_the_count() -> None:
     model, tasks = wide()
     maml = fm.MAML(model, F.cross_entropy, 0.1, 4, executor="reference", chunk_size=T)
-    work, programs = maml._prepare(tasks, None, differentiate=True)
+    work, programs = maml.prepare(tasks)
     counts: list[int] = []
 
     def run(part: Any, at_once: int, recompute: bool) -> None:

@@ -265,7 +265,7 @@ def test_a_loss_that_cannot_be_captured_runs_eagerly_and_says_why():
     maml = fm.MAML(nn.Linear(6, 3).cuda(), loss, executor="reference")
     batch = tasks()
     maml.value_and_grad(batch)
-    _, programs = maml._prepare(batch, None, differentiate=True)
+    _, programs = maml.prepare(batch)
     op = programs.support.instructions[0].op  # looks at the values from now on
     run = op.forward
 

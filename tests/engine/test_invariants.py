@@ -164,7 +164,7 @@ def test_what_chance_reaches_is_computed_at_every_step() -> None:
     assert (
         relative_error(gradients, maml_loop(model, F.cross_entropy, support, query, 0.3, 3, False, names)[3]) <= EXACT
     )
-    _, programs = maml._prepare(tasks, None, differentiate=True)
+    _, programs = maml.prepare(tasks)
     once = [i.op.name for i in programs.support.instructions if i.invariant and i.op.name != "view"]
     assert once == ["linear", "activation"]
     # and a draw that does change something differs from step to step

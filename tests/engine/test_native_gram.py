@@ -137,7 +137,7 @@ def test_the_extension_refuses_rates_that_it_could_not_apply(forced: None) -> No
     model = network(19, 12, 3)
     tasks = batch_of(19, 3, "cross entropy")
     maml = fm.MAML(model, F.cross_entropy, lr=nn.Parameter(torch.tensor(0.1, dtype=torch.float64)), executor="native")
-    step = maml._prepare(tasks, None, differentiate=True)[1].native
+    step = maml.prepare(tasks)[1].native
     step._dense = lambda: (True, False, False)
     with pytest.raises(ValueError, match="collected weight"):
         maml.value_and_grad(tasks)

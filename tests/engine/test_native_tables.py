@@ -52,7 +52,7 @@ def both(model: nn.Module, **options: Any) -> list[Any]:
 
 
 def apart(maml: fm.MAML, tasks: fm.TaskBatch) -> list[bool]:
-    step = maml._prepare(tasks, None, differentiate=True)[1].native
+    step = maml.prepare(tasks)[1].native
     return [o["apart"] for o in step._programs[0]["operations"] if o["operation"] == "embedding"]
 
 
@@ -193,7 +193,7 @@ def model_of_large_weights() -> tuple[fm.MAML, fm.TaskBatch, int]:
 
 def test_no_task_holds_a_table_that_does_not_adapt() -> None:
     maml, batch, table = model_of_large_weights()
-    work, programs = maml._prepare(batch, None, differentiate=True)
+    work, programs = maml.prepare(batch)
     weights = 4 * sum(p.numel() for p in maml.model.parameters()) - table
     each = programs.native.workspace_bytes(work, learned=False)
     assert each - 3 * weights < 1 << 20  # those of each step, in the last of which the adjoint is taken

@@ -53,7 +53,7 @@ class _Recorder:
 def write(name: str, path: Path) -> None:
     """Record one meta-step of a case for ``driver.py``."""
     maml, tasks = learner(name, executor="native")
-    _, programs = maml._prepare(tasks, None, differentiate=True, check_unused=False)
+    _, programs = maml.prepare(tasks)
     step = programs.native
     assert isinstance(step, NativeStep)
     recorders = []

@@ -200,7 +200,7 @@ def test_a_forked_child_has_threads_of_its_own(extension: ModuleType, set_thread
     child = context.Process(target=_step_in_child, args=(x, alpha, queue), daemon=True)
     child.start()
     try:
-        assert queue.get(timeout=30) == 1_500_000.0
+        assert queue.get(timeout=300) == 1_500_000.0  # a child without threads would wait for ever
     finally:
         child.kill()
         child.join()
