@@ -24,6 +24,9 @@ void bind(py::module_&);
 namespace fastmeta::recall {
 void bind(py::module_&);
 }
+namespace fastmeta::perceptron {
+void bind(py::module_&);
+}
 
 namespace {
 
@@ -49,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   fastmeta::executor::bind(m);
   fastmeta::peak::bind(m);
   fastmeta::recall::bind(m);
+  fastmeta::perceptron::bind(m);
 }

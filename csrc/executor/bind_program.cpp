@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/curve_of.h"
 #include "../attention/kernels.h"
 #include "../callback/kernels.h"
 #include "../conv_block/kernels.h"
@@ -28,14 +29,6 @@ namespace py = pybind11;
 
 namespace fastmeta::executor {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  static const std::map<std::string, Activation> names{
-      {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
-      {"tanh", Activation::tanh},         {"sigmoid", Activation::sigmoid}, {"silu", Activation::silu},
-      {"gelu", Activation::gelu}};
-  return names.at(name);
-}
 
 loss::Kind loss_of(const std::string& name) {
   static const std::map<std::string, loss::Kind> names{{"squared_error", loss::Kind::squared_error},

@@ -7,9 +7,9 @@
 #include <memory>
 #include <vector>
 
+#include "../common/shelf.h"
 #include "packed.h"
 #include "plan.h"
-#include "shelf.h"
 
 namespace fastmeta::executor {
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/curve_of.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -20,13 +21,6 @@ namespace {
 using Address = std::uintptr_t;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("resident: " + what); }
-
-Activation activation_of(const std::string& name) {
-  const char* const names[] = {"identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu"};
-  for (int i = 0; i < 7; ++i)
-    if (name == names[i]) return static_cast<Activation>(i);
-  refuse("activation must be one of seven, got " + name);
-}
 
 Loss loss_of(const std::string& name) {
   if (name == "squared_error") return Loss::squared_error;

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta.compat.perceptron import Perceptron, Recognised, Sweep, recognised
+from fastmeta.compat.perceptron import Passed, Perceptron, Recognised, recognised
 
 Step = Callable[[float, list[Tensor], list[Tensor]], Sequence[Tensor]]
+
+
+class Found(NamedTuple):
+    """A perceptron's gradient.
+
+    Attributes:
+        net: the perceptron.
+        passed: what its forward pass has left.
+        ds: the derivatives of the loss by every ``z_l``.
+        gradients: by its parameters.
+    """
+
+    net: Perceptron
+    passed: Passed
+    ds: Tensor
+    gradients: list[Tensor]
+
 
 # What a node computes itself need not pass autograd's own kernels, which record nothing there and take their time.
 _unrecorded = torch._C._AutoDispatchBelowAutograd
@@ -22,36 +39,36 @@ class _Node(Function):
     """Of parameters ``p`` the gradient ``g`` of their loss, or with ``step`` what it makes of them, ``p - rate g``."""
 
     @staticmethod
-    def forward(ctx: Any, found: Recognised, rate: float, step: Step | None, *own: Tensor) -> Any:
-        with _unrecorded():
-            gradients, sweep = found.net.gradient(len(own), *found.tensors)
-            results = gradients if step is None else step(rate, list(own), gradients)
-        inputs, transposed, last, ds, kept = sweep
-        ctx.net, ctx.rate, ctx.steps, ctx.number = found.net, rate, step is not None, len(own)
+    def forward(ctx: Any, found: Found, rate: float, step: Step | None, *own: Tensor) -> Any:
+        net, passed, ds, gradients = found
+        if step is None:
+            results: Sequence[Tensor] = gradients
+        else:
+            with _unrecorded():
+                results = step(rate, list(own), gradients)
+        ctx.net, ctx.rate, ctx.number = net, None if step is None else rate, len(own)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*own, *inputs, *transposed, last, *ds, *kept)
+        ctx.save_for_backward(*own, ds, passed.last, passed.out, passed.target, *passed.inputs)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor | None) -> Any:
-        saved, n, depth = ctx.saved_tensors, ctx.number, len(ctx.net.layers)
-        own, rest, last, ds = saved[:n], n + depth, n + 2 * depth - 1, n + 2 * depth
-        sweep = Sweep(saved[n:rest], saved[rest:last], saved[last], saved[ds : ds + depth], saved[ds + depth :])
+        saved, n = ctx.saved_tensors, ctx.number
+        own, (ds, last, out, target, *inputs) = saved[:n], saved[n:]
+        passed = Passed(inputs, last, out, target)
+        if not torch.is_grad_enabled():
+            return None, None, None, *ctx.net.pull_back(passed, own, ds, along, ctx.rate)
         cast = torch._C._is_any_autocast_enabled()
         with torch.autocast(own[0].device.type, enabled=False) if cast else nullcontext():
-            if torch.is_grad_enabled():
-                return None, None, None, *_by_autograd(ctx.net, sweep, ctx.rate if ctx.steps else None, own, along)
-            with _unrecorded():
-                onto, rate = (along, -ctx.rate) if ctx.steps else ([None] * n, 1.0)
-                return None, None, None, *ctx.net.pullback(sweep, along, onto, rate)
+            return None, None, None, *_by_autograd(ctx.net, passed, ctx.rate, own, along)
 
 
 def _by_autograd(
-    net: Perceptron, sweep: Sweep, rate: float | None, own: Sequence[Tensor], along: Sequence[Tensor | None]
+    net: Perceptron, passed: Passed, rate: float | None, own: Sequence[Tensor], along: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
     """What :class:`_Node` pulls back, differentiable once more; with a ``rate`` where it steps."""
     own = [p.view_as(p) for p in own]  # apart from what they may have been made of
-    results: Sequence[Tensor] = torch.autograd.grad(net.value(own, sweep), own, create_graph=True)
+    results: Sequence[Tensor] = torch.autograd.grad(net.value(own, passed), own, create_graph=True)
     if rate is not None:
         results = [torch.sub(p, g, alpha=rate) for p, g in zip(own, results, strict=True)]
     pairs = [(r, v) for r, v in zip(results, along, strict=True) if v is not None and r.requires_grad]
@@ -78,10 +95,12 @@ def fused(rate: float, parameters: list[Tensor], gradients: list[Tensor]) -> Seq
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """``torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)``."""
-    found = recognised(loss, parameters)
-    if found is None:
+    known = recognised(loss, parameters)
+    own = [] if known is None else [parameters[i] for i in known.places]
+    found = None if known is None else _found(known, loss, own)
+    if known is None or found is None:
         return torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    return _spread(found, len(parameters), _Node.apply(found, 1.0, None, *(parameters[i] for i in found.places)))
+    return _spread(known, len(parameters), _Node.apply(found, 1.0, None, *own))
 
 
 def descended(loss: Tensor, parameters: Sequence[Tensor], rate: float, step: Step) -> list[Tensor | None] | None:
@@ -96,14 +115,26 @@ def descended(loss: Tensor, parameters: Sequence[Tensor], rate: float, step: Ste
     Returns:
         The parameters after the step; ``None`` where the loss is no perceptron's.
     """
-    found = recognised(loss, parameters)
-    if found is None:
+    known = recognised(loss, parameters)
+    if known is None:
         return None
-    return _spread(found, len(parameters), _Node.apply(found, rate, step, *(parameters[i] for i in found.places)))
+    own = [parameters[i] for i in known.places]
+    found = _found(known, loss, own)
+    if found is not None:
+        return _spread(known, len(parameters), _Node.apply(found, rate, step, *own))
+    recorded = torch.autograd.grad(loss, own, create_graph=True)
+    return _spread(known, len(parameters), step(rate, own, [g.clone() for g in recorded]))
 
 
-def _spread(found: Recognised, number: int, results: Sequence[Tensor]) -> list[Tensor | None]:
+def _found(known: Recognised, loss: Tensor, own: list[Tensor]) -> Found | None:
+    """Autograd's own gradient, so that hooks are called; ``None`` where one changed it."""
+    gradients = list(torch.autograd.grad(loss, own, retain_graph=True))
+    ds = known.net.descended(known.passed, own, gradients)
+    return None if ds is None else Found(known.net, known.passed, ds, gradients)
+
+
+def _spread(known: Recognised, number: int, results: Sequence[Tensor]) -> list[Tensor | None]:
     spread: list[Tensor | None] = [None] * number
-    for i, result in zip(found.places, results, strict=True):
+    for i, result in zip(known.places, results, strict=True):
         spread[i] = result
     return spread

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace fastmeta::executor {
+namespace fastmeta {
 
 template <class R>
 struct Memory {
@@ -70,4 +70,4 @@ class Shelf {
   std::vector<std::unique_ptr<T>> free_;
 };
 
-}  // namespace fastmeta::executor
+}  // namespace fastmeta
