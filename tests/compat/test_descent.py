@@ -259,13 +259,13 @@ def test_hooks_that_the_graph_does_not_show_are_called() -> None:
     found = descent.gradients(square(net(inputs())), p)
     assert recognised(square(net(inputs())), p) is not None
     (dz,) = seen
-    close(dz.sum(0), found[p.index(net.first.bias)])
+    close(dz.sum(0), found[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "change",
-    [lambda g: 2 * g, lambda g: g.clamp(-1e-3, 1e-3), lambda g: g.sin(), lambda g: g * (g != g.max()), torch.zeros_like],
+    [lambda g: 2 * g, lambda g: g.clamp(-1e-3, 1e-3), lambda g: (9 * g).sin(), lambda g: g * (g != g.max()), lambda g: 0 * g],
     ids=["scaled", "clipped", "bent", "one left out", "stopped"],
 )
 def test_hooks_that_change_the_gradient(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
