@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.hooks import RemovableHandle
 
 from fastmeta.compat.perceptron import Passed, Perceptron, Recognised, recognised
 
@@ -126,9 +128,35 @@ def descended(loss: Tensor, parameters: Sequence[Tensor], rate: float, step: Ste
     return _spread(known, len(parameters), step(rate, own, [g.clone() for g in recorded]))
 
 
+class _Quiet(threading.local):
+    """Until when no hook has been registered that is not known of: how many had been, and what autograd had counted."""
+
+    handles = -1
+    nodes = 0
+
+    def holds(self, first: int) -> bool:
+        """Whether there is no hook in a graph whose first node has that number in sequence.
+
+        Every hook takes a number, and can only be registered once its node is there. Nodes are counted by each thread
+        for itself: the graph must be of this one.
+        """
+        known, self.handles = self.handles, RemovableHandle.next_id
+        if known == self.handles:
+            return first >= self.nodes
+        self.nodes = torch._C._autograd._get_sequence_nr()
+        return False
+
+
+_quiet = _Quiet()
+
+
 def _found(known: Recognised, loss: Tensor, own: list[Tensor]) -> Found | None:
-    """Autograd's own gradient, so that hooks are called; ``None`` where one changed it."""
-    gradients = list(torch.autograd.grad(loss, own, retain_graph=True))
+    """The gradient; by autograd itself where there may be hooks. ``None`` where one changed it."""
+    if _quiet.holds(known.first):
+        with _unrecorded():
+            gradients = known.net.gradient(known.passed, own)
+    else:
+        gradients = list(torch.autograd.grad(loss, own, retain_graph=True))
     ds = known.net.descended(known.passed, own, gradients)
     return None if ds is None else Found(known.net, known.passed, ds, gradients)
 

@@ -12,7 +12,7 @@ back in one sweep. Autograd comes to the same through two to three times as many
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,13 @@ from torch import Tensor
 from fastmeta.core import native
 
 _REDUCTIONS = {1: "mean", 2: "sum"}  # as PyTorch numbers them
+_mse_loss_backward = torch.ops.aten.mse_loss_backward.default
+_nll_loss_backward = torch.ops.aten.nll_loss_backward.default
+_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": functools.partial(torch.ops.aten.threshold_backward.default, threshold=0),
+    "tanh": torch.ops.aten.tanh_backward.default,
+    "sigmoid": torch.ops.aten.sigmoid_backward.default,
+}
 _OWN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
 _ACTIVATIONS = {"ReluBackward0": "relu", "TanhBackward0": "tanh", "SigmoidBackward0": "sigmoid"}
@@ -69,12 +76,14 @@ class Passed(NamedTuple):
         last: the result of the last layer's activation; ``None`` without one.
         out: what the loss compares; of a cross entropy its log probabilities.
         target: with what.
+        total: of a cross entropy, how many rows count.
     """
 
     inputs: Sequence[Tensor]
     last: Tensor | None
     out: Tensor
     target: Tensor
+    total: Tensor | None = None
 
 
 class Perceptron(NamedTuple):
@@ -93,10 +102,30 @@ class Perceptron(NamedTuple):
             return F.mse_loss(out, passed.target, reduction=self.loss.reduction)
         return F.cross_entropy(out, passed.target, reduction=self.loss.reduction, ignore_index=self.loss.ignored)
 
-    def descended(
-        self, passed: Passed, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Tensor | None:
-        """The derivatives of the loss by every ``z_l``; ``None`` where the ``gradients`` are not what follows from these."""
+    def gradient(self, passed: Passed, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """By each parameter, by the operations that autograd calls."""
+        gradients, reduction = list(parameters), 1 if self.loss.reduction == "mean" else 2
+        once = passed.out.new_ones(())
+        if self.loss.squared:
+            d = _mse_loss_backward(once, passed.out, passed.target, reduction)
+        else:
+            total: Any = passed.total
+            d = _nll_loss_backward(once, passed.out, passed.target, None, reduction, self.loss.ignored, total)
+            d = torch._log_softmax_backward_data(d, passed.out, 1, d.dtype)
+        results: list[Any] = [*passed.inputs[1:], passed.last]
+        for i in range(len(self.layers) - 1, -1, -1):
+            weight, bias, activation, _ = self.layers[i]
+            if activation != "identity":
+                d = _SLOPES[activation](d, results[i])
+            gradients[weight] = torch.mm(d.t(), passed.inputs[i])
+            if bias is not None:
+                gradients[bias] = d.sum(0)
+            if i:
+                d = torch.mm(d, parameters[weight])
+        return gradients
+
+    def descended(self, passed: Passed, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor | None:
+        """The derivatives of the loss by every ``z_l``; ``None`` where these do not lead to the ``gradients``."""
         kernel = self._kernel(passed.inputs[0])
         ds = passed.out.new_empty(kernel.elements)
         return ds if kernel.descend(passed, self._by_layer(parameters), self._by_layer(gradients), ds) else None
@@ -136,11 +165,19 @@ def _kernel(net: Perceptron, rows: int, dtype: torch.dtype) -> Any:
 
 
 class Recognised(NamedTuple):
-    """A perceptron, the places of its parameters among those that were given, and what its forward pass has left."""
+    """A perceptron as part of a graph.
+
+    Attributes:
+        net: the perceptron.
+        places: of its parameters, among those that were given.
+        passed: what its forward pass has left.
+        first: the number in sequence of the first node of its graph.
+    """
 
     net: Perceptron
     places: list[int]
     passed: Passed
+    first: int
 
 
 def recognised(loss: Tensor, parameters: Sequence[Tensor]) -> Recognised | None:
@@ -161,11 +198,12 @@ def recognised(loss: Tensor, parameters: Sequence[Tensor]) -> Recognised | None:
     places = None if head is None else _places(parameters)
     if head is None or places is None:
         return None
-    measure, out, target, node = head
+    measure, out, target, total, node = head
     if not out.is_cpu or out.dtype not in _DTYPES or native.extension() is None:
         return None
     layers, inputs = list[Layer](), Tensors()
     last: Tensor | None = None
+    first = loss.grad_fn._sequence_nr()  # type: ignore[union-attr]
     while node is not None:
         activation = _ACTIVATIONS.get(type(node).__name__, "identity")
         if activation != "identity":
@@ -199,29 +237,34 @@ def recognised(loss: Tensor, parameters: Sequence[Tensor]) -> Recognised | None:
             return None
         layers.append(Layer(weight, bias, activation, (fan_in, fan_out)))
         inputs.append(x)
+        first = min(first, turned._sequence_nr())
         node = before
     used = [place for layer in layers for place in layer[:2] if place is not None]
     order = sorted(set(used))
     if len(order) != len(used) or out.dtype != inputs[0].dtype or not out.numel():
         return None
     if len(order) != len(parameters):
-        layers = [Layer(order.index(w), None if b is None else order.index(b), *rest) for w, b, *rest in layers]
-    return Recognised(Perceptron(tuple(layers[::-1]), measure), order, Passed(inputs[::-1], last, out, target))
+        layers = [
+            one._replace(weight=order.index(one.weight), bias=None if one.bias is None else order.index(one.bias))
+            for one in layers
+        ]
+    passed = Passed(inputs[::-1], last, out, target, total)
+    return Recognised(Perceptron(tuple(layers[::-1]), measure), order, passed, first)
 
 
 def _watched(tensor: Tensor) -> bool:
     return tensor._backward_hooks is not None or tensor.retains_grad
 
 
-def _head(node: Any) -> tuple[Measure, Tensor, Tensor, Any] | None:
-    """The loss, what it compares with what, and the node that made its argument."""
+def _head(node: Any) -> tuple[Measure, Tensor, Tensor, Tensor | None, Any] | None:
+    """The loss, what it compares with what, how many rows count, and the node that made its argument."""
     kind = type(node).__name__
     if kind == "MseLossBackward0":
         (before, _), (targets, _) = node.next_functions
         out = node._saved_self
         if targets is not None or node._saved_reduction not in _REDUCTIONS or _watched(out):
             return None
-        return Measure(True, _REDUCTIONS[node._saved_reduction]), out, node._saved_target, before
+        return Measure(True, _REDUCTIONS[node._saved_reduction]), out, node._saved_target, None, before
     if kind == "NllLossBackward0":
         softmax = node.next_functions[0][0]
         logs = node._saved_self
@@ -233,7 +276,7 @@ def _head(node: Any) -> tuple[Measure, Tensor, Tensor, Any] | None:
         if target.dtype != torch.int64:
             return None
         measure = Measure(False, _REDUCTIONS[node._saved_reduction], ignored - (ignored >> 63 << 64))  # read unsigned
-        return measure, logs, target, softmax.next_functions[0][0]
+        return measure, logs, target, node._saved_total_weight, softmax.next_functions[0][0]
     return None
 
 

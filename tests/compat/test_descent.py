@@ -265,7 +265,13 @@ def test_hooks_that_the_graph_does_not_show_are_called() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "change",
-    [lambda g: 2 * g, lambda g: g.clamp(-1e-3, 1e-3), lambda g: (9 * g).sin(), lambda g: g * (g != g.max()), lambda g: 0 * g],
+    [
+        lambda g: 2 * g,
+        lambda g: g.clamp(-1e-3, 1e-3),
+        lambda g: (9 * g).sin(),
+        lambda g: g * (g != g.max()),
+        lambda g: 0 * g,
+    ],
     ids=["scaled", "clipped", "bent", "one left out", "stopped"],
 )
 def test_hooks_that_change_the_gradient(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
@@ -283,6 +289,39 @@ def test_hooks_that_change_the_gradient(change: Callable[[Tensor], Tensor], dtyp
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))  # type: ignore[arg-type]
         given = [torch.autograd.grad(of, p, v, retain_graph=True, materialize_grads=True) for of in (ours, expected)]
         assert all(torch.equal(a, b) for a, b in zip(*given, strict=True))
+
+
+def apart(net: Plain, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A result that the graph does not show, and the loss."""
+    z = net.first(x)
+    return z, square(net.second(torch.relu(z)))
+
+
+def test_hooks_that_come_late_are_called() -> None:
+    net, x, seen = Plain(), inputs(), list[Tensor]()
+    p = list(net.parameters())
+    for _ in range(3):
+        descent.gradients(apart(net, x)[1], p)
+    z, loss = apart(net, x)
+    z.register_hook(seen.append)
+    descent.gradients(loss, p)
+    assert len(seen) == 1
+    z, loss = apart(net, x)
+    loss.grad_fn.next_functions[0][0].register_prehook(seen.append)  # type: ignore[union-attr]
+    for _ in range(3):
+        descent.gradients(apart(net, x)[1], p)
+    descent.gradients(loss, p)
+    assert len(seen) == 2
+
+
+def test_without_hooks_autograd_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Plain(), inputs()
+    p = list(net.parameters())
+    descent.gradients(apart(net, x)[1], p)
+    expected = torch.autograd.grad(apart(net, x)[1], p)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("it was"))
+    found = descent.gradients(apart(net, x)[1], p)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))  # type: ignore[arg-type]
 
 
 def test_a_gradient_that_is_not_finite_goes_through_autograd() -> None:

@@ -28,12 +28,23 @@ class UninitializedState:
 
 def parameter_containers(module: nn.Module) -> Containers:
     """The dicts in which ``module`` and its submodules hold parameters, each once, empty ones left out."""
-    return tuple(m._parameters for m in module.modules() if m._parameters)
+    return tuple(m._parameters for m in _modules(module) if m._parameters)
 
 
 def buffer_containers(module: nn.Module) -> Containers:
     """Likewise for buffers."""
-    return tuple(m._buffers for m in module.modules() if m._buffers)
+    return tuple(m._buffers for m in _modules(module) if m._buffers)
+
+
+def _modules(module: nn.Module) -> Iterable[nn.Module]:
+    """``module.modules()``, which makes up a name for each, in a third of the time."""
+    found, pending = dict[nn.Module, None](), [module]
+    while pending:
+        one = pending.pop()
+        if one not in found:
+            found[one] = None
+            pending.extend(child for child in reversed(one._modules.values()) if child is not None)
+    return found
 
 
 class MetaOptimizer:

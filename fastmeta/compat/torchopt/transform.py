@@ -392,7 +392,8 @@ def _elementwise(
     apart = isinstance(decoupled, Tensor) or decoupled != 0
 
     def init(params: Any) -> Any:
-        return tuple(ParameterState(0, start(p)) for p in pytree.tree_leaves(params))
+        flat = type(params) is tuple and all(isinstance(p, Tensor) for p in params)  # has no need of a tree's walk
+        return tuple(ParameterState(0, start(p)) for p in (params if flat else pytree.tree_leaves(params)))
 
     def run(
         gradients: Sequence[Any], known: Sequence[Any], state: Any, params: Any, inplace: bool, onto: bool
@@ -438,7 +439,7 @@ def _elementwise(
 
 def counted(state: Sequence[ParameterState], moved: Sequence[Tensor | None]) -> tuple[ParameterState, ...]:
     """The state after an update of what moved, by a rule that keeps nothing else."""
-    return tuple(s if p is None else s._replace(updates=s.updates + 1) for s, p in zip(state, moved, strict=True))
+    return tuple(s if p is None else ParameterState(s.updates + 1, s.rule) for s, p in zip(state, moved, strict=True))
 
 
 def _chosen(name: str, mask: Mask | None, params: Any, number: int) -> list[bool]:
