@@ -58,17 +58,28 @@ class _Node(Function):
         saved, n = ctx.saved_tensors, ctx.number
         own, (ds, last, out, target, *inputs) = saved[:n], saved[n:]
         passed = Passed(inputs, last, out, target)
-        if not torch.is_grad_enabled():
+        recorded = torch.is_grad_enabled()
+        if not recorded and not any(map(_many, along)):
             return None, None, None, *ctx.net.pull_back(passed, own, ds, along, ctx.rate)
         cast = torch._C._is_any_autocast_enabled()
-        with torch.autocast(own[0].device.type, enabled=False) if cast else nullcontext():
-            return None, None, None, *_by_autograd(ctx.net, passed, ctx.rate, own, along)
+        with torch.enable_grad(), torch.autocast(own[0].device.type, enabled=False) if cast else nullcontext():
+            return None, None, None, *_by_autograd(ctx.net, passed, ctx.rate, own, along, recorded)
+
+
+def _many(v: Tensor | None) -> bool:
+    """Whether a tensor stands for many, as under ``is_grads_batched``, and has no memory of its own."""
+    return v is not None and (torch._C._functorch.is_legacy_batchedtensor(v) or torch._C._functorch.is_batchedtensor(v))
 
 
 def _by_autograd(
-    net: Perceptron, passed: Passed, rate: float | None, own: Sequence[Tensor], along: Sequence[Tensor | None]
+    net: Perceptron,
+    passed: Passed,
+    rate: float | None,
+    own: Sequence[Tensor],
+    along: Sequence[Tensor | None],
+    recorded: bool,
 ) -> Sequence[Tensor | None]:
-    """What :class:`_Node` pulls back, differentiable once more; with a ``rate`` where it steps."""
+    """What :class:`_Node` pulls back, ``recorded`` to be differentiated; with a ``rate`` where it steps."""
     own = [p.view_as(p) for p in own]  # apart from what they may have been made of
     results: Sequence[Tensor] = torch.autograd.grad(net.value(own, passed), own, create_graph=True)
     if rate is not None:
@@ -77,7 +88,7 @@ def _by_autograd(
     if not pairs:
         return [None] * len(own)
     outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, own, cotangents, create_graph=True, allow_unused=True)
+    return torch.autograd.grad(outputs, own, cotangents, create_graph=recorded, allow_unused=True)
 
 
 def rounded(rate: float, parameters: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:

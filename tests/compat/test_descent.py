@@ -410,6 +410,18 @@ def test_transforms_of_functions() -> None:
         close(a, b, 1e-11)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_many_cotangents_at_once(create_graph: bool) -> None:
+    net, x = network(), inputs()
+    p = list(net.parameters())
+    several = [torch.stack(vs) for vs in zip(*(directions(p, seed) for seed in range(3)), strict=True)]
+    of = descent.gradients(square(net(x)), p), torch.autograd.grad(square(net(x)), p, create_graph=True)
+    found, expected = (torch.autograd.grad(g, p, several, create_graph=create_graph, is_grads_batched=True) for g in of)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-11)
+        assert a.requires_grad == create_graph
+
+
 def test_a_backward_under_autocast() -> None:
     net = network().float()
     p, x = list(net.parameters()), inputs(torch.float32)
