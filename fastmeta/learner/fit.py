@@ -144,7 +144,7 @@ class Fit:
         stored |= {
             "kind": "fit",
             "period": self.period,
-            "accumulate": self.loop.accumulate,
+            "settings": self._settings(),
             "progress": asdict(self.loop.progress),
             "scheduler": None if self.scheduler is None else pack_scheduler(self.scheduler),
             "callbacks": states,
@@ -158,19 +158,19 @@ class Fit:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged, or of another model, optimizer, source, schedule, list of callbacks or number of
-                batches a meta-step.
+            ValueError: it is damaged, or of another model, optimizer, source, schedule, list of callbacks, number of
+                batches a meta-step or limit of the meta-gradient.
         """
         tensors, stored = checkpoint.load(folder, name)
         origin = str(Path(folder) / f"{name}.json")
         with refused(origin):
             if stored["kind"] != "fit" or stored["period"] != self.period:
                 raise ValueError(f"a fit with epochs of {self.period} meta-steps was expected")
-            if stored["accumulate"] != self.loop.accumulate:
-                raise ValueError(
-                    f"accumulate must stay {stored['accumulate']}, got {self.loop.accumulate}; give "
-                    f"accumulate={stored['accumulate']}, or begin a new fit"
-                )
+            for setting, got in self._settings().items():
+                if (stay := stored["settings"][setting]) != got:
+                    raise ValueError(
+                        f"{setting} must stay {stay!r}, got {got!r}; give {setting}={stay!r}, or begin a new fit"
+                    )
             if (stored["scheduler"] is None) != (self.scheduler is None):
                 raise ValueError("a scheduler must be given where the checkpoint has one, and only there")
             names = [type(callback).__name__ for callback in self.callbacks]
@@ -185,6 +185,10 @@ class Fit:
             for number, (callback, entry) in enumerate(zip(self.callbacks, stored["callbacks"], strict=True)):
                 callback.load_state_dict(from_plain(entry["state"]) | checkpoint.under(f"callback.{number}", tensors))
         self.loop.progress, self.history, self._seconds = progress, history, seconds
+
+    def _settings(self) -> dict[str, Any]:
+        """Those that a resumed fit must have again and that nothing else tells."""
+        return {"accumulate": self.loop.accumulate, "clip_norm": self.loop.clip_norm, "schedule": self.schedule}
 
     def before_step(self) -> None:
         """Tell an algorithm that has schedules which epoch it is."""

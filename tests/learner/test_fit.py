@@ -244,6 +244,8 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
             functools.partial(fitted_with(tmp_path / "a", accumulate=3), steps_per_epoch=2),
             r"last\.json must be of this run, .*accumulate must stay 1, got 3; give accumulate=1, or begin a new fit",
         ),
+        (functools.partial(fitted_with(tmp_path / "a", clip_norm=2.0)), r"clip_norm must stay 0\.0, got 2\.0"),
+        (functools.partial(fitted_with(tmp_path / "a", schedule="step")), "schedule must stay 'epoch', got 'step'"),
         (functools.partial(fit, callbacks=[]), r"callbacks must be \['Checkpoint'\] as there, got \[\]"),
         (functools.partial(fitted_with(tmp_path / "a", one_by_one())), "state must come from state_dict"),
         (functools.partial(fitted_with(tmp_path / "a", [Sinusoid(2, 4).sample()])), "KeyError"),
