@@ -128,7 +128,9 @@ def test_an_op_has_its_reference_and_its_entry(folder: str) -> None:
 @pytest.mark.parametrize("folder", [p.name for p in sorted((ROOT / "csrc").iterdir()) if p.is_dir()])
 def test_native_sources_belong_to_an_op_to_the_executor_or_to_a_module(folder: str) -> None:
     of_an_op = (PACKAGE / "ops" / folder / "native.py").is_file()
-    of_a_module = any((PACKAGE / storey / f"{folder}.py").is_file() for storey in ("core", "algorithms", "engine"))
+    of_a_module = any(
+        (PACKAGE / storey / f"{folder}.py").is_file() for storey in ("core", "algorithms", "engine", "compat")
+    )
     of_the_executor = any(f'"{folder}"' in path.read_text() for path in (PACKAGE / "engine" / "lower").glob("*.py"))
     assert folder in ("common", "executor") or of_an_op or of_the_executor or of_a_module
 
