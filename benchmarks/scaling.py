@@ -110,7 +110,8 @@ def run(axes: Collection[str], effort: Effort, *, memory: bool = True, path: Pat
         earlier = json.loads(path.read_text())
         if (earlier["machine"], Point(**earlier["base"])) == (data["machine"], Point()):
             data["points"] = earlier["points"]
-            data["axes"] = [axis for axis in AXES if axis in {*data["axes"], *earlier["axes"]}]
+            complete = {a for a in earlier["axes"] if all(p.name in data["points"] for _, p in points_of(a))}
+            data["axes"] = [axis for axis in AXES if axis in {*axes, *complete}]
     for axis in axes:
         for _, point in points_of(axis):
             if point.name in data["points"]:

@@ -35,7 +35,7 @@ class Rates:
     bytes: float = 2e10
     near: float = 5e10
     cache: int = 1 << 20
-    last: int = 8 << 20
+    last: int = 16 << 20
     call_s: float = 1.5e-5
     measured: bool = False
 
