@@ -58,8 +58,7 @@ class Reader {
 template <class R>
 class Perceptron {
  public:
-  Perceptron(std::int64_t rows, const std::vector<Described>& layers,
-             bool squared, bool mean, std::int64_t ignored)
+  Perceptron(std::int64_t rows, const std::vector<Described>& layers, bool squared, bool mean, std::int64_t ignored)
       : empty_like_(py::module_::import("torch").attr("empty_like")) {
     if (layers.empty() || layers.size() > max_layers)
       throw std::invalid_argument("perceptron: there must be 1 to " + std::to_string(max_layers) + " layers, got " +
@@ -104,7 +103,9 @@ class Perceptron {
     read_all(along, reader, to.along);
     py::list results;
     for (int i = 0; i < 2 * net_.depth; ++i) {
-      const py::object parameter = parameters[i];
+      py::object parameter = parameters[i];
+      if (!parameter.is_none() && !tensor::is_contiguous(parameter))  // results are written where they lie
+        parameter = tensor::call(parameter, tensor::names().contiguous);
       if (parameter.is_none()) {
         results.append(parameter);
         continue;

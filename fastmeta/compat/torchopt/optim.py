@@ -37,7 +37,7 @@ def buffer_containers(module: nn.Module) -> Containers:
 
 
 def _modules(module: nn.Module) -> Iterable[nn.Module]:
-    """``module.modules()``, which makes up a name for each, in a third of the time."""
+    """``module.modules()``, without the names that it makes up on the way."""
     found, pending = dict[nn.Module, None](), [module]
     while pending:
         one = pending.pop()
