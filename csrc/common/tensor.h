@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "dlpack.h"
 
@@ -95,5 +96,28 @@ inline std::uintptr_t address(py::handle tensor) {
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
+
+// Addresses of the tensors of one call; copies of those that lie otherwise than kernels read them live as long.
+class Addresses {
+ public:
+  struct Lying {
+    py::handle tensor;  // the given one, or a copy without gaps
+    std::uintptr_t address;
+  };
+
+  Lying contiguous(py::handle given) {
+    dlpack::Tensor at_once;
+    if (read(given, at_once)) {
+      if (is_contiguous(at_once)) return {given, address(at_once)};
+    } else if (is_contiguous(given)) {
+      return {given, address(given)};
+    }
+    copies_.push_back(call(given, names().contiguous));
+    return {copies_.back(), address(copies_.back())};
+  }
+
+ private:
+  std::vector<py::object> copies_;
+};
 
 }  // namespace fastmeta::tensor

@@ -18,26 +18,10 @@ namespace fastmeta::executor {
 
 namespace py = pybind11;
 
-// Addresses of the tensors of one call; copies of those that lie otherwise than kernels read them live as long.
+// Addresses of what a call reads, as kernels take them.
 template <class R>
-class Addresses {
+class Addresses : public tensor::Addresses {
  public:
-  struct Contiguous {
-    py::handle tensor;
-    std::uintptr_t address;
-  };
-
-  Contiguous contiguous(py::handle given) {
-    dlpack::Tensor at_once;
-    if (tensor::read(given, at_once)) {
-      if (tensor::is_contiguous(at_once)) return {given, tensor::address(at_once)};
-    } else if (tensor::is_contiguous(given)) {
-      return {given, tensor::address(given)};
-    }
-    copies_.push_back(tensor::call(given, tensor::names().contiguous));
-    return {copies_.back(), tensor::address(copies_.back())};
-  }
-
   const R* of(py::handle given) { return reinterpret_cast<const R*>(contiguous(given).address); }
 
   // Of the first task of each leaf, whose tasks take so many bytes. Tasks may lie anywhere, each contiguous.
@@ -55,9 +39,6 @@ class Addresses {
     }
     return found;
   }
-
- private:
-  std::vector<py::object> copies_;
 };
 
 // Where a result goes; null where it is not wanted.

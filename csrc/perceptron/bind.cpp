@@ -22,16 +22,12 @@ namespace {
 
 using Described = std::tuple<std::int64_t, std::int64_t, bool, std::string>;  // in, out, bias, activation
 
-// Addresses of tensors without gaps; copies of others live as long.
-class Reader {
+// Addresses of tensors that are as they must be.
+class Reader : tensor::Addresses {
  public:
   template <class T>
   const T* of(py::handle given, std::int64_t elements) {
-    py::handle lying = given;
-    if (!tensor::is_contiguous(given)) {
-      copies_.push_back(tensor::call(given, tensor::names().contiguous));
-      lying = copies_.back();
-    }
+    const auto [lying, address] = contiguous(given);
     dlpack::Tensor read;
     if (tensor::read(lying, read)) {
       std::int64_t number = 1;
@@ -39,10 +35,10 @@ class Reader {
       constexpr int code = std::is_floating_point_v<T> ? 2 : 0, cpu = 1;  // as DLPack numbers them
       if (read.dtype.code != code || read.device.type != cpu) number = -1;
       check(number, read.dtype.bits / 8, elements, sizeof(T));
-      return reinterpret_cast<const T*>(tensor::address(read));
+      return reinterpret_cast<const T*>(address);
     }
     check(lying.attr("numel")().cast<std::int64_t>(), lying.attr("element_size")().cast<int>(), elements, sizeof(T));
-    return reinterpret_cast<const T*>(tensor::address(lying));
+    return reinterpret_cast<const T*>(address);
   }
 
  private:
@@ -51,8 +47,6 @@ class Reader {
       throw std::invalid_argument("perceptron: expected a tensor of " + std::to_string(elements) + " elements of " +
                                   std::to_string(wanted) + " bytes on the CPU, got another");
   }
-
-  std::vector<py::object> copies_;
 };
 
 template <class R>

@@ -1,4 +1,4 @@
-// Entry of the resident executor from Python: addresses, sizes and a stream.
+// Entry of the resident executor from Python: tensors and a stream.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../common/curve_of.h"
+#include "../common/tensor.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -77,49 +78,59 @@ class Call {
   int threads() const { return plan_.threads; }
   bool spilled() const { return plan_.spilled; }
 
-  std::int64_t workspace_bytes(std::int64_t tasks) const {
+  std::int64_t workspace_elements(std::int64_t tasks) const {
     const auto [gradients, products, tape] = workspace(tasks);
-    return static_cast<std::int64_t>(sizeof(R)) * (gradients + products + tape + tasks);
+    return gradients + products + tape + tasks;
   }
 
-  // Addresses of what is read and written on the device; 0 for a result that is not wanted.
-  void run(std::int64_t tasks, const std::vector<Address>& parameters, const std::vector<Address>& data, Address alpha,
-           Address d_losses, Address loss, Address losses, Address support_losses, Address outputs, Address gradient,
-           Address d_alpha, Address workspace_at, std::int64_t bytes, Address stream) const {
+  // Tensors on the device, of the program's shapes and dtype: what is read may lie as it likes, results and the workspace,
+  // of so many elements, have no gaps. None for a result that is not wanted.
+  void run(std::int64_t tasks, const py::list& parameters, const py::tuple& data, py::handle alpha,
+           py::handle d_losses, py::handle loss, py::handle losses, py::handle support_losses, py::handle outputs,
+           py::handle gradient, py::handle d_alpha, py::handle workspace_at, std::int64_t elements,
+           Address stream) const {
     if (tasks < 1) refuse("there must be tasks");
     if (static_cast<int>(parameters.size()) != parameters_ || data.size() != 4) refuse("wrong number of tensors");
-    for (const Address address : parameters) require(address);
-    for (const Address address : data) require(address);
-    for (const Address address : {alpha, loss}) require(address);
-    if (plan_.gradient && plan_.gradient_elements > 0) require(gradient);
-    if (bytes < workspace_bytes(tasks)) refuse("the workspace is too small");
-    if (bytes > 0) require(workspace_at);
-    if (workspace_at % 16 != 0) refuse("the workspace must lie at a multiple of 16 bytes");
-    const auto at = [](Address address) { return reinterpret_cast<R*>(address); };
+    if (elements < workspace_elements(tasks)) refuse("the workspace is too small");
+    tensor::Addresses read;  // copies live until both launches are on the stream, whose memory is not given away before
+    const auto of = [&](py::handle given) { return existing(read.contiguous(given).address); };
+    const auto place = [](py::handle given) {
+      return given.is_none() ? nullptr : reinterpret_cast<R*>(tensor::address(given));
+    };
+    std::vector<Address> numbered;
+    for (const py::handle parameter : parameters) numbered.push_back(of(parameter));
     Tensors<R> io{};
     io.tasks = tasks;
     for (int i = 0; i < plan_.layers; ++i)
       for (int part = 0; part < 2; ++part)
         if (const int number = plan_.layer[i].parameter[part]; number != absent)
-          io.parameter[i][part] = at(parameters[static_cast<std::size_t>(number)]);
+          io.parameter[i][part] = reinterpret_cast<const R*>(numbered[static_cast<std::size_t>(number)]);
     for (std::size_t i = 0; i < 2; ++i) {
-      io.x[i] = at(data[2 * i]);
-      io.target[i] = reinterpret_cast<const void*>(data[2 * i + 1]);
+      const auto item = [&](std::size_t at) { return PyTuple_GET_ITEM(data.ptr(), static_cast<Py_ssize_t>(at)); };
+      io.x[i] = reinterpret_cast<const R*>(of(item(2 * i)));
+      io.target[i] = reinterpret_cast<const void*>(of(item(2 * i + 1)));
     }
-    io.alpha = at(alpha), io.d_losses = at(d_losses);
-    io.loss = at(loss), io.losses = at(losses), io.support_losses = at(support_losses), io.outputs = at(outputs);
-    io.gradient = at(gradient), io.d_alpha = plan_.learned ? at(d_alpha) : nullptr;
+    io.alpha = reinterpret_cast<const R*>(of(alpha));
+    io.d_losses = d_losses.is_none() ? nullptr : reinterpret_cast<const R*>(of(d_losses));
+    io.loss = place(loss), io.losses = place(losses), io.support_losses = place(support_losses);
+    io.outputs = place(outputs), io.gradient = place(gradient), io.d_alpha = plan_.learned ? place(d_alpha) : nullptr;
     const auto [gradients, products, tape] = workspace(tasks);
-    io.task_gradients = at(workspace_at);
+    const Address free = existing(tensor::address(workspace_at));
+    if (free % 16 != 0) refuse("the workspace must lie at a multiple of 16 bytes");
+    io.task_gradients = reinterpret_cast<R*>(free);
+    existing(reinterpret_cast<Address>(io.loss));
+    if (plan_.gradient && plan_.gradient_elements > 0) existing(reinterpret_cast<Address>(io.gradient));
     io.tape = io.task_gradients + gradients;
     io.rate_products = io.tape + tape;
     if (io.losses == nullptr) io.losses = io.rate_products + products;
+    const py::gil_scoped_release released;
     launch(plan_, io, device_, stream);
   }
 
  private:
-  static void require(Address address) {
+  static Address existing(Address address) {
     if (address == 0) refuse("a tensor has no memory");
+    return address;
   }
 
   // Elements for gradients, rates and tapes. Gradients and tapes are of whole quads, and lie first; the tasks' losses,
@@ -146,8 +157,8 @@ void bind_type(py::module_& m, const char* name) {
       .def_property_readonly("gradient_elements", &Self::gradient_elements)
       .def_property_readonly("threads", &Self::threads)
       .def_property_readonly("spilled", &Self::spilled)
-      .def("workspace_bytes", &Self::workspace_bytes)
-      .def("run", &Self::run, py::call_guard<py::gil_scoped_release>());
+      .def("workspace_elements", &Self::workspace_elements)
+      .def("run", &Self::run);
 }
 
 }  // namespace

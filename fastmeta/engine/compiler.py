@@ -234,7 +234,8 @@ class Compiler:
         key = id(support), id(query)
         if key not in self._steps:
             try:
-                self._steps[key] = (ResidentStep if work.alpha.is_cuda else NativeStep)(support, query)
+                kind = ResidentStep if ResidentStep.runs_on(work.alpha.device) else NativeStep
+                self._steps[key] = kind(support, query)
             except NotLowered as reason:
                 self._steps[key] = str(reason)
         return self._steps[key]

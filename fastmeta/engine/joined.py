@@ -1,17 +1,19 @@
-"""On a GPU: linear layers and the activations that follow as one operation, after it is settled which are factored."""
+"""On a GPU: linear layers and sums with the activations that follow, after it is settled which layers are factored."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastmeta.core import triton_support
-from fastmeta.core.task_op import Need, Unsupported
+from fastmeta.core.task_op import Call, Need, TaskOp, Unsupported
 from fastmeta.engine.program import Instruction, Program
 from fastmeta.ops.linear_block import GramBlock, LinearBlock
+from fastmeta.ops.sum_block import SumBlock
 
 # Beyond these a library's batched product is at its best, and a launch more does not show.
 MOST_WEIGHTS = 1 << 19
@@ -20,10 +22,10 @@ IN_INTERPRETER = False  # whether to join on a CPU too, where kernels run in Tri
 
 
 def joined(program: Program, device: torch.device) -> Program:
-    """``program`` with fused blocks for its linear layers, where Triton's kernels can run.
+    """``program`` with fused blocks, where Triton's kernels can run.
 
-    :class:`LinearBlock` for those whose weights are formed, :class:`GramBlock` for those that are factors and read the
-    data alone.
+    :class:`LinearBlock` for linear layers whose weights are formed, :class:`GramBlock` for those that are factors and
+    read the data alone, :class:`SumBlock` for sums of two and for activations that follow neither.
     """
     graph = program.graph
     there = device.type == "cuda" or (IN_INTERPRETER and triton_support.interpreted())
@@ -32,35 +34,50 @@ def joined(program: Program, device: torch.device) -> Program:
     readers = Counter(slot for instruction in program.instructions for slot in instruction.inputs)
     readers.update((*graph.outputs, graph.loss, *graph.mutations.values()))
     followers = {i.inputs[0]: i for i in program.instructions if i.op.name == "activation"}
+    held = {graph.parameters[name] for name in program.factored}  # as factors, if only until a step adds them up
     taken: set[int] = set()
     instructions = []
     for instruction in program.instructions:
         if instruction.outputs[0] in taken:
             continue
         follower = followers.get(instruction.outputs[0])
-        block = _block(instruction, follower if readers[instruction.outputs[0]] == 1 else None)
+        block = _block(instruction, follower if readers[instruction.outputs[0]] == 1 else None, held)
         if block.outputs != instruction.outputs:
             taken.update(block.outputs)
         instructions.append(block)
     return replace(program, instructions=tuple(instructions))
 
 
-def _block(linear: Instruction, activation: Instruction | None) -> Instruction:
-    """Both as one instruction, or the linear one alone; as it is where it is no linear layer, or none for a block."""
-    op: Any = linear.op
-    if op.name != "linear" or linear.first.single or op.rows > MOST_ROWS:
-        return linear
-    kind = LinearBlock
-    if Need.FACTORS in linear.later.need:
-        if linear.later.need[0]:
-            return linear
-        kind = GramBlock  # what it reads is the data's
-    elif op.fan_in * op.fan_out > MOST_WEIGHTS:
-        return linear
+def _block(first: Instruction, activation: Instruction | None, held: set[int]) -> Instruction:
+    """Both as one instruction, or the first alone; as it is where it is none that a block begins with."""
+    kind = None if first.first.single else _kind_of(first, held)
+    if kind is None:
+        return first
     for second in (activation, None):
         try:
-            block = kind(op.call, None if second is None else second.op.call)
+            block = kind(first.op.call, None if second is None else second.op.call)
         except Unsupported:
             continue
-        return replace(linear, op=block, outputs=linear.outputs if second is None else second.outputs)
-    return linear
+        return replace(first, op=block, outputs=first.outputs if second is None else second.outputs)
+    return first
+
+
+def _kind_of(first: Instruction, held: set[int]) -> Callable[[Call, Call | None], TaskOp] | None:
+    """The block that begins with an instruction; ``held`` are the slots of weights that are factors."""
+    op: Any = first.op
+    if op.name == "sum":
+        return SumBlock
+    if op.name == "activation":
+        return _activation
+    if op.name != "linear" or op.rows > MOST_ROWS:
+        return None
+    if Need.FACTORS in first.later.need:
+        return None if first.later.need[0] else GramBlock  # what it reads is the data's
+    formed = held.isdisjoint(first.inputs)
+    return LinearBlock if formed and op.fan_in * op.fan_out <= MOST_WEIGHTS else None
+
+
+def _activation(call: Call, follower: Call | None) -> TaskOp:
+    if follower is not None:
+        raise Unsupported("sum_block: one activation alone")
+    return SumBlock(None, call)

@@ -23,6 +23,7 @@ from fastmeta.engine.program import Program
 from fastmeta.engine.work import Work, leaves, require_finite
 
 MOST_LAYERS = 24  # csrc/resident/network.h
+DEVICE = "cuda"  # where its kernels run; in tests "cpu", by tests/csrc/cuda_shim.h
 _NONE = torch.empty(0)
 
 
@@ -98,11 +99,16 @@ class ResidentStep:
         self._differentiated = len(query.adapted) + len(query.outer)
         self._mutates = bool(graph.mutations)
 
+    @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """Whether this is a device that it is for."""
+        return device.type == DEVICE
+
     def refusal(self, work: Work, *, outputs: bool) -> str:
         """Why no work of this kind can run here; empty where it can."""
         everything = (work.alpha, *work.parameters.values(), *leaves(work.support), *leaves(work.query))
         devices = {tensor.device for tensor in everything}
-        if len(devices) > 1 or work.alpha.device.type != "cuda":
+        if len(devices) > 1 or not self.runs_on(work.alpha.device):
             return f"tensors must be on one CUDA device, got {', '.join(sorted(map(str, devices)))}"
         if outputs and self._outputs and not self._has_output:
             return "the query outputs are not what the loss compares"
@@ -137,7 +143,7 @@ class ResidentStep:
                     rates=tuple(work.alpha.shape),
                     adapted=len(self._both[1].adapted),
                     differentiated=self._differentiated,
-                    device=work.alpha.device.index,
+                    device=work.alpha.device.index or 0,
                 )
             except ValueError as reason:
                 made = str(reason)
@@ -172,6 +178,11 @@ class ResidentStep:
             tuple(chain.data for chain in self._chains),
             work.alpha.device,
         )
+
+
+def _stream(device: int) -> int:
+    """Address of the device's current stream, without the object around it."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -215,40 +226,37 @@ class ResidentCall:
             return self._run(work, cotangents)
 
     def _run(self, work: Work, cotangents: Cotangents | None) -> Evaluation:
-        alpha = work.alpha.detach()
-        sets = [leaves(batch) for batch in (work.support, work.query)]
-        data = [batch[at].contiguous() for batch, of in zip(sets, self.data, strict=True) for at in of]
-        parameters = [p if p.is_contiguous() else p.detach().contiguous() for p in self.parameters]
+        alpha, empty = work.alpha, self.parameters[0].new_empty
+        support, query = leaves(work.support), leaves(work.query)
+        (x, y), (query_x, query_y) = self.data
+        data = support[x], support[y], query[query_x], query[query_y]
         tasks = data[0].shape[0]
         wants_losses = self.losses or work.check_finite
-        loss = alpha.new_empty(())
+        loss = empty(())
         losses, support_losses = _NONE, _NONE
         if wants_losses:
-            losses, support_losses = alpha.new_empty(tasks), alpha.new_empty((work.steps, tasks))
-        outputs = None if self.outputs is None else alpha.new_empty((tasks, *self.outputs))
-        flat = None if self.wanted is None else alpha.new_empty(self.native.gradient_elements)
+            losses, support_losses = empty(tasks), empty((work.steps, tasks))
+        outputs = None if self.outputs is None else empty((tasks, *self.outputs))
+        flat = None if self.wanted is None else empty(self.native.gradient_elements)
         d_alpha = None
         if self.learned:
-            d_alpha = alpha.new_empty(alpha.shape) if work.steps else alpha.new_zeros(alpha.shape)
-        room = self.native.workspace_bytes(tasks)
-        workspace = torch.empty(room, dtype=torch.uint8, device=self.device)
-        rates = alpha.contiguous()
-        d_losses = None if cotangents is None or cotangents.losses is None else cotangents.losses.contiguous()
+            d_alpha = empty(alpha.shape) if work.steps else alpha.new_zeros(alpha.shape)
+        room = self.native.workspace_elements(tasks)
         self.native.run(
             tasks,
-            [p.data_ptr() for p in parameters],
-            [d.data_ptr() for d in data],
-            rates.data_ptr(),
-            0 if d_losses is None else d_losses.data_ptr(),
-            loss.data_ptr(),
-            losses.data_ptr() if wants_losses else 0,
-            support_losses.data_ptr() if wants_losses else 0,
-            0 if outputs is None else outputs.data_ptr(),
-            0 if flat is None else flat.data_ptr(),
-            0 if d_alpha is None else d_alpha.data_ptr(),
-            workspace.data_ptr(),
+            self.parameters,
+            data,
+            alpha,
+            None if cotangents is None else cotangents.losses,
+            loss,
+            losses if wants_losses else None,
+            support_losses if wants_losses else None,
+            outputs,
+            flat,
+            d_alpha,
+            empty(room),
             room,
-            torch.cuda.current_stream(self.device).cuda_stream,
+            _stream(self.device.index),
         )
         if work.check_finite:
             for k in range(work.steps):

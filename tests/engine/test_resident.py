@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.core import native
+from fastmeta.engine import resident
 from fastmeta.engine.callback import Failures
 from fastmeta.engine.lower import NotLowered, lower
 from fastmeta.engine.resident import ResidentStep, chain_of
 from tests.conftest import lack
+from tests.kernels import resident_shim
 from tests.oracle import maml_loop, relative_error
 
 FLOAT64_BOUND = 1e-9  # docs/maths.md, section 6
@@ -128,7 +130,7 @@ def test_work_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.call(work, None, learned=False, outputs=False) == "tensors must be on one CUDA device, got cpu"
 
 
-# On a GPU.
+# On a GPU, and on a CPU by tests/csrc/cuda_shim.h.
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
@@ -142,25 +144,38 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
 }
 
 
-@pytest.fixture
-def kernels() -> None:
-    if native.cuda_extension() is None:
-        lack("cuda", native.cuda_missing_reason())
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of a test, where the resident executor runs."""
+    if request.param == "cuda":
+        if native.cuda_extension() is None:
+            lack("cuda", native.cuda_missing_reason())
+        return "cuda"
+    if not resident_shim.compiler():
+        lack("compiler", "g++ was not found")
+    extension = resident_shim.extension()
+    monkeypatch.setattr(native, "_load_cuda", lambda: (extension, ""))
+    monkeypatch.setattr(resident, "DEVICE", "cpu")
+    monkeypatch.setattr(resident, "_stream", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as a CPU's tensors say of theirs
+    return "cpu"
 
 
-def make(case: str, dtype: torch.dtype, **options: Any) -> tuple[fm.MAML, fm.TaskBatch, nn.Module]:
-    """A learner on the GPU that must use the resident executor, and tasks."""
+on_a_gpu = pytest.mark.parametrize("where", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+def make(case: str, dtype: torch.dtype, where: str, **options: Any) -> tuple[fm.MAML, fm.TaskBatch, nn.Module]:
+    """A learner that must use the resident executor, and tasks."""
     model, loss, fan_in, out = CASES[case]
-    module = model().to(dtype).cuda()
+    module = model().to(where, dtype)
     options = {"lr": 0.1, "steps": 3, "executor": "native", **options}
-    return fm.MAML(module, loss, **options), tasks_for(loss, fan_in, out, dtype, "cuda"), module
+    return fm.MAML(module, loss, **options), tasks_for(loss, fan_in, out, dtype, where), module
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_meta_gradient_in_float64(kernels: None, case: str, first_order: bool) -> None:
-    maml, tasks, module = make(case, torch.float64, first_order=first_order)
+def test_meta_gradient_in_float64(where: str, case: str, first_order: bool) -> None:
+    maml, tasks, module = make(case, torch.float64, where, first_order=first_order)
     assert str(maml.explain(tasks).executor).startswith("resident")
     assert {row.backend for row in maml.explain(tasks).rows} == {"cuda"}
     loss, losses, logits, grads = maml_loop(module, CASES[case][1], tasks.support, tasks.query, 0.1, 3, first_order)
@@ -174,13 +189,12 @@ def test_meta_gradient_in_float64(kernels: None, case: str, first_order: bool) -
     assert relative_error({n: p.grad for n, p in module.named_parameters()}, grads) < FLOAT64_BOUND
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("sinusoid", "binary")])  # those with kinks can flip
-def test_float32_is_as_exact_as_the_reference(kernels: None, case: str) -> None:
-    maml, tasks, module = make(case, torch.float32)
+def test_float32_is_as_exact_as_the_reference(where: str, case: str) -> None:
+    maml, tasks, module = make(case, torch.float32, where)
     reference = fm.MAML(module, CASES[case][1], lr=0.1, steps=3, executor="reference")
     wide = [tuple(t.double() if t.is_floating_point() else t for t in s) for s in (tasks.support, tasks.query)]
-    double = CASES[case][0]().double().cuda()
+    double = CASES[case][0]().double().to(where)
     double.load_state_dict({n: p.double() for n, p in module.state_dict().items()})
     *_, truth = maml_loop(double, CASES[case][1], *wide, 0.1, 3)
     peer = relative_error(reference.value_and_grad(tasks)[1], truth)
@@ -188,83 +202,88 @@ def test_float32_is_as_exact_as_the_reference(kernels: None, case: str) -> None:
     assert relative_error(maml.value_and_grad(tasks)[1], truth) < 2 * peer + 16 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["scalar", "step", "tensor"])
-def test_learned_rates(kernels: None, kind: str) -> None:
-    module = CASES["gelu classes"][0]().double().cuda()
+def test_learned_rates(where: str, kind: str) -> None:
+    module = CASES["gelu classes"][0]().double().to(where)
     if kind == "tensor":
         lr: Any = {
-            n: nn.Parameter(torch.rand((), device="cuda", dtype=torch.float64)) for n, _ in module.named_parameters()
+            n: nn.Parameter(torch.rand((), device=where, dtype=torch.float64)) for n, _ in module.named_parameters()
         }
     else:
-        lr = nn.Parameter(torch.rand((3,) if kind == "step" else (), device="cuda", dtype=torch.float64))
-    tasks = tasks_for(F.cross_entropy, 7, 5, torch.float64, "cuda")
+        lr = nn.Parameter(torch.rand((3,) if kind == "step" else (), device=where, dtype=torch.float64))
+    tasks = tasks_for(F.cross_entropy, 7, 5, torch.float64, where)
     made = [fm.MAML(module, F.cross_entropy, lr=lr, steps=3, executor=e) for e in ("native", "reference")]
     (_, ours), (_, theirs) = (maml.value_and_grad(tasks) for maml in made)
     assert relative_error(ours, theirs) < FLOAT64_BOUND
     assert any(name.startswith("lr") for name in ours)
 
 
-@pytest.mark.gpu
-def test_a_head_that_adapts_alone(kernels: None) -> None:
-    module = CASES["gelu classes"][0]().double().cuda()
+def test_a_head_that_adapts_alone(where: str) -> None:
+    module = CASES["gelu classes"][0]().double().to(where)
     head = [n for n, _ in module.named_parameters()][-2:]
-    tasks = tasks_for(F.cross_entropy, 7, 5, torch.float64, "cuda")
+    tasks = tasks_for(F.cross_entropy, 7, 5, torch.float64, where)
     maml = fm.MAML(module, F.cross_entropy, lr=0.1, steps=2, parameters=head, executor="native")
     *_, truth = maml_loop(module, F.cross_entropy, tasks.support, tasks.query, 0.1, 2, adapted_names=head)
     assert relative_error(maml.value_and_grad(tasks)[1], truth) < FLOAT64_BOUND
 
 
-@pytest.mark.gpu
-def test_another_objective_on_the_task_losses(kernels: None) -> None:
+def test_another_objective_on_the_task_losses(where: str) -> None:
     grads = []
     for executor in ("native", "reference"):
         torch.manual_seed(1)
-        maml, tasks, module = make("tanh", torch.float64, executor=executor)
+        maml, tasks, module = make("tanh", torch.float64, where, executor=executor)
         (maml(tasks).task_losses ** 2).sum().backward()
         grads.append({n: p.grad for n, p in module.named_parameters()})
     assert relative_error(*grads) < FLOAT64_BOUND
 
 
-@pytest.mark.gpu
-def test_the_same_bits_again(kernels: None) -> None:
-    maml, tasks, _ = make("sinusoid", torch.float32)
+def test_the_same_bits_again(where: str) -> None:
+    maml, tasks, _ = make("sinusoid", torch.float32, where)
     first, others = maml.value_and_grad(tasks), [maml.value_and_grad(tasks) for _ in range(20)]
     for value, gradient in others:
         assert torch.equal(value, first[0])
         assert all(torch.equal(gradient[n], d) for n, d in first[1].items())
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("tasks", [1, 3, 700])
-def test_numbers_of_tasks(kernels: None, tasks: int) -> None:
-    module = CASES["one layer"][0]().double().cuda()
-    batch = tasks_for(F.mse_loss, 3, 2, torch.float64, "cuda", tasks)
+def test_numbers_of_tasks(where: str, tasks: int) -> None:
+    module = CASES["one layer"][0]().double().to(where)
+    batch = tasks_for(F.mse_loss, 3, 2, torch.float64, where, tasks)
     maml = fm.MAML(module, F.mse_loss, lr=0.1, steps=2, executor="native")
     reference = fm.MAML(module, F.mse_loss, lr=0.1, steps=2, executor="reference")
     assert relative_error(maml.value_and_grad(batch)[1], reference.value_and_grad(batch)[1]) < FLOAT64_BOUND
 
 
-@pytest.mark.gpu
-def test_steps_that_shared_memory_cannot_hold(kernels: None) -> None:
-    maml, tasks, module = make("tanh", torch.float64, steps=12)
+def test_tensors_may_lie_as_they_like(where: str) -> None:
+    maml, tasks, module = make("gelu classes", torch.float64, where)
+    *_, truth = maml_loop(module, F.cross_entropy, tasks.support, tasks.query, 0.1, 3)
+    strewn = [tuple(torch.stack([t, t], -1)[..., 0] for t in batch) for batch in (tasks.support, tasks.query)]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.set_(torch.stack([parameter, parameter], -1)[..., 1])
+    batch = fm.TaskBatch(*strewn)
+    assert not any(t.is_contiguous() for t in (*batch.support, *batch.query, module[0].weight))
+    assert relative_error(maml.value_and_grad(batch)[1], truth) < FLOAT64_BOUND
+
+
+def test_steps_that_shared_memory_cannot_hold(where: str) -> None:
+    maml, tasks, module = make("tanh", torch.float64, where, steps=12)
     assert "kept in global memory" in maml.explain(tasks).executor
     *_, truth = maml_loop(module, F.mse_loss, tasks.support, tasks.query, 0.1, 12)
     assert relative_error(maml.value_and_grad(tasks)[1], truth) < FLOAT64_BOUND
 
 
-@pytest.mark.gpu
-def test_what_does_not_fit_runs_on_the_reference_and_says_why(kernels: None) -> None:
-    module = mlp(784, 256, 5).cuda()
-    tasks = tasks_for(F.cross_entropy, 784, 5, torch.float32, "cuda")
+def test_what_does_not_fit_runs_on_the_reference_and_says_why(where: str) -> None:
+    module = mlp(784, 256, 5).to(where)
+    tasks = tasks_for(F.cross_entropy, 784, 5, torch.float32, where)
     assert "bytes of shared memory" in fm.MAML(module, F.cross_entropy, lr=0.1, steps=1).explain(tasks).executor
     with pytest.raises(RuntimeError, match="executor 'native' is not available here: a task takes"):
         fm.MAML(module, F.cross_entropy, lr=0.1, steps=1, executor="native").value_and_grad(tasks)
 
 
-@pytest.mark.gpu
-def test_a_graph_captures_and_replays_it(kernels: None) -> None:
-    maml, tasks, _ = make("sinusoid", torch.float32)
+@on_a_gpu
+def test_a_graph_captures_and_replays_it(where: str) -> None:
+    maml, tasks, _ = make("sinusoid", torch.float32, where)
     maml.value_and_grad(tasks)  # made ready
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -274,7 +293,7 @@ def test_a_graph_captures_and_replays_it(kernels: None) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         value, gradient = maml.value_and_grad(tasks)
-    new = tasks_for(F.mse_loss, 1, 1, torch.float32, "cuda")
+    new = tasks_for(F.mse_loss, 1, 1, torch.float32, where)
     for own, other in zip((*tasks.support, *tasks.query), (*new.support, *new.query), strict=True):
         own.copy_(other)
     graph.replay()
@@ -283,9 +302,9 @@ def test_a_graph_captures_and_replays_it(kernels: None) -> None:
     assert all(torch.equal(gradient[n], d) for n, d in truth.items())
 
 
-@pytest.mark.gpu
-def test_nothing_waits_for_the_device(kernels: None) -> None:
-    maml, tasks, _ = make("sinusoid", torch.float32)
+@on_a_gpu
+def test_nothing_waits_for_the_device(where: str) -> None:
+    maml, tasks, _ = make("sinusoid", torch.float32, where)
     maml.value_and_grad(tasks)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pybind11
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,17 +27,33 @@ LOSSES = ("squared_error", "cross_entropy", "binary_cross_entropy")
 LARGEST = 227 << 10  # bytes of shared memory, as a Hopper GPU's block has
 
 
-def build(folder: Path, sources: Path = ROOT, level: str = "-O1") -> Path:
-    """Compile the library from the ``csrc`` and ``tests`` below ``sources``."""
-    target = folder / "resident.so"
-    words = ["g++", "-std=c++17", level, "-fPIC", "-shared"]
+def build(
+    folder: Path, sources: Path = ROOT, level: str = "-O1", *, name: str = "resident_shim", flags: Sequence[str] = ()
+) -> Path:
+    """Compile a source of ``tests/csrc``, with the ``csrc`` and ``tests`` below ``sources``."""
+    target = folder / f"{name}.so"
+    words = ["g++", "-std=c++17", level, "-fPIC", "-shared", *flags]
     words += ["-Wall", "-Wextra", "-Wno-clobbered", "-Wno-unknown-pragmas"]
     words += [f"-I{sources / 'csrc'}", f"-I{sources / 'tests' / 'csrc'}"]
-    words += [str(sources / "tests" / "csrc" / "resident_shim.cpp"), "-o", str(target)]
+    words += [str(sources / "tests" / "csrc" / f"{name}.cpp"), "-o", str(target)]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     if answer.returncode or "warning" in answer.stderr:
         raise RuntimeError(answer.stderr)
     return target
+
+
+@functools.cache
+def extension() -> ModuleType:
+    """The extension module ``_cuda`` of this tree, whose kernels run on tensors of the CPU."""
+    flags = ["-fvisibility=hidden", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder), name="cuda_module_shim", flags=flags)
+        spec = importlib.util.spec_from_file_location("_cuda", library)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
 
 @functools.cache

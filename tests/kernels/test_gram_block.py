@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.core import native
+from fastmeta.core import curves, native
+from fastmeta.core.curves import BENT, KINDS, Curve
 from fastmeta.engine import joined
-from fastmeta.ops.linear_block import GramBlock, reference
-from fastmeta.ops.linear_block.reference import BENT, KINDS, Curve
+from fastmeta.ops.linear_block import GramBlock
 from tests.kernels.running import device, reversed_programs
 from tests.kernels.test_linear_block import close
 from tests.oracle import maml_loop, total_error
@@ -58,8 +58,8 @@ def test_rows_are_base_and_pairs(kind: str, shape: tuple[int, ...], nan_poison: 
             y, kept = kernels.rows(curve, base_, tuple(pairs_), bias_, keep=True)
             dot, kept_dot = kernels.rows(curve, base_, tuple(pairs_), bias_, s, keep=kind in BENT)
         close(kept, z, 2 * rank)
-        close(y, reference.value(curve, kept.double()), 2 * rank)
-        close(dot, reference.slope(curve, s.double()) * z, 2 * rank)
+        close(y, curves.value(curve, kept.double()), 2 * rank)
+        close(dot, curves.slope(curve, s.double()) * z, 2 * rank)
         assert (kept_dot is None) == (kind not in BENT)
 
 
@@ -71,7 +71,7 @@ def test_cotangents_and_their_sum(kind: str, shape: tuple[int, ...], nan_poison:
     tasks, count, _, wide = shape
     draw, curve = drawn(1), Curve(kind, 0.1)
     s, d, d_dot, z_dot = (draw(tasks, count, wide) for _ in range(4))
-    slope, bend = reference.slope(curve, s.double()), reference.bend(curve, s.double())
+    slope, bend = curves.slope(curve, s.double()), curves.bend(curve, s.double())
     with reversed_programs():
         d_z, total = kernels.summed(curve, s, d, bias=True)
         both, both_total = kernels.summed(curve, s, d, d_dot, z_dot, tangent=True, bias=True)
@@ -141,3 +141,22 @@ def test_meta_steps_agree_with_float64(network: str, options: str, monkeypatch: 
     if options == "plain":
         truth = maml_loop(model, F.cross_entropy, tasks.support, tasks.query, 0.2, 3)[3]
         assert total_error({name: g.cpu() for name, g in found.items()}, truth) <= 2e-6
+
+
+def test_a_weight_that_a_step_adds_up_is_no_formed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is factors until then, which blocks for formed weights cannot read."""
+    device()
+    monkeypatch.setattr(joined, "IN_INTERPRETER", True)
+    for missing in ("extension", "cuda_extension"):
+        monkeypatch.setattr(native, missing, lambda: None)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    sets = [(torch.randn(2, n, 1, dtype=torch.float64), torch.randn(2, n, 1, dtype=torch.float64)) for n in (3, 4)]
+    maml = fm.MAML(copy.deepcopy(model).to(device(), torch.float32), F.mse_loss, lr=0.1, steps=2)
+    tasks = fm.TaskBatch(*sets).to(device(), torch.float32)
+    _, programs = maml.prepare(tasks)
+    assert programs is not None
+    if not torch.cuda.is_available():  # which may find another plan the better one
+        assert programs.support.factored == programs.support.bounded == {"0.weight", "4.weight"}
+    truth = maml_loop(model, F.mse_loss, *sets, 0.1, 2)[3]
+    assert total_error(maml.value_and_grad(tasks)[1], truth) <= 2e-6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastmeta.core.curves import BENT, KINDS, Curve
 from fastmeta.ops.linear_block import reference
-from fastmeta.ops.linear_block.reference import BENT, KINDS, Curve
 from tests.kernels.running import device, reversed_programs
 
 SHAPES = [(1, 1, 1, 1), (3, 5, 20, 7), (2, 33, 40, 34)]  # tasks, rows, in, out

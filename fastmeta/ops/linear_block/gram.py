@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.core.curves import BENT, BY_INPUT, Curve
 from fastmeta.core.low_rank import Factor, LowRank
 from fastmeta.core.product import linear, products
 from fastmeta.core.task_op import Need, Tensors
 from fastmeta.ops.linear_block.op import LinearBlock
-from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
 
 FACTORS = 2  # that a kernel takes: of the rows of the support and of the query set
 # Rows on either side of a Gram matrix up to which a library's batched product is a single tile a task, over long sums.

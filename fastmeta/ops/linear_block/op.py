@@ -10,19 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastmeta.core.curves import BENT, BY_INPUT, bend, curve_of, slope
 from fastmeta.core.product import product
 from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, plus
-from fastmeta.ops.linear_block import reference
-from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
-
-KINDS = {
-    "aten.relu.default": "relu",
-    "aten.leaky_relu.default": "leaky_relu",
-    "aten.tanh.default": "tanh",
-    "aten.sigmoid.default": "sigmoid",
-    "aten.silu.default": "silu",
-    "aten.gelu.default": "gelu",
-}
 
 
 class LinearBlock(TaskOp):
@@ -49,7 +39,7 @@ class LinearBlock(TaskOp):
         x, weight = linear["input"], linear["weight"]
         if len(weight.shape) != 2 or {i.dtype for i in linear.inputs} != {torch.float32}:
             raise Unsupported("linear_block: weight must be a matrix, and everything float32")
-        self.curve = _curve(activation)
+        self.curve = curve_of(activation)
         self.has_bias = linear["bias"] is not None
         self.rows = math.prod(x.shape[:-1])
         self.fan_out, self.fan_in = weight.shape
@@ -81,7 +71,7 @@ class LinearBlock(TaskOp):
             d_x, d_w, d_b = triton.cotangents(*args, of_x=of_x, of_weight=of_weight, bias=self.has_bias)
         d_x = None if d_x is None else self._shaped(d_x, self.x_shape)
         if Need.SHARED in need[1:]:
-            d_w, d_b = self._over_tasks(reference.slope(self.curve, s) * d, x, d_w, d_b, need)
+            d_w, d_b = self._over_tasks(slope(self.curve, s) * d, x, d_w, d_b, need)
         return self._wanted(d_x, d_w, d_b, need)
 
     def tangent(self, saved: tuple[Any, ...], x_dot: Tensors) -> tuple[Tensors, Tensors]:
@@ -100,7 +90,7 @@ class LinearBlock(TaskOp):
             y_dot, z_dot = triton.rows(self.curve, *first, bias_dot, *second, s=s, keep=bent)
         elif bias_dot is not None:
             z_dot = bias_dot.unsqueeze(1).expand_as(s)
-            y_dot = reference.slope(self.curve, s) * z_dot
+            y_dot = slope(self.curve, s) * z_dot
         else:
             return (None,), (None, None, None)
         return (self._shaped(y_dot, self.y_shape),), (dot, weight_dot, z_dot if bent else None)
@@ -122,7 +112,7 @@ class LinearBlock(TaskOp):
             d_z_dot = self._bent(s, d, d_dot, z_dot)
             d_w, d_b = self._over_tasks(d_z_dot, x, d_w, d_b, need)
             if need[1] is Need.SHARED and x_dot is not None and d is not None:
-                d_z = reference.slope(self.curve, s) * d
+                d_z = slope(self.curve, s) * d
                 d_w = plus(d_w, product(d_z.flatten(0, 1).t(), x_dot.flatten(0, 1)))
         return self._wanted(d_x, d_w, d_b, need)
 
@@ -131,10 +121,10 @@ class LinearBlock(TaskOp):
 
     def _bent(self, s: Tensor, d: Tensor | None, d_dot: Tensor | None, z_dot: Tensor | None) -> Tensor:
         """``d_z_dot``."""
-        straight = torch.zeros_like(s) if d_dot is None else reference.slope(self.curve, s) * d_dot
+        straight = torch.zeros_like(s) if d_dot is None else slope(self.curve, s) * d_dot
         if d is None or z_dot is None:
             return straight
-        return straight + reference.bend(self.curve, s) * z_dot * d
+        return straight + bend(self.curve, s) * z_dot * d
 
     def _over_tasks(
         self, d_z: Tensor, x: Tensor, d_w: Tensor | None, d_b: Tensor | None, need: Sequence[Need]
@@ -149,12 +139,3 @@ class LinearBlock(TaskOp):
     def _wanted(self, d_x: Tensor | None, d_w: Tensor | None, d_b: Tensor | None, need: Sequence[Need]) -> Tensors:
         results = (d_x, d_w, d_b) if self.has_bias else (d_x, d_w)
         return tuple(d if want else None for d, want in zip(results, need, strict=True))
-
-
-def _curve(activation: Call | None) -> Curve:
-    if activation is None:
-        return Curve("identity")
-    kind = KINDS.get(str(activation.target))
-    if kind is None or (kind == "gelu" and activation["approximate"] != "none"):
-        raise Unsupported(f"linear_block: no kernels for {activation.target}")
-    return Curve(kind, float(activation["negative_slope"]) if kind == "leaky_relu" else 0.0)

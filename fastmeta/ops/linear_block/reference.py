@@ -6,70 +6,15 @@
                       d_x_dot = d_z_dot W + d_z W_dot   d_W_dot = d_z_dot^T x + d_z^T x_dot   d_b_dot = sum d_z_dot
 
 Shapes: ``x [T, R, I]``, ``y [T, R, O]``; a weight is ``[T, O, I]`` or ``[O, I]`` where tasks share it, a bias
-``[T, O]`` or ``[O]``. Derivatives are functions of ``s``, which is ``y`` for the curves that are known from their
-results and ``z`` for the others.
+``[T, O]`` or ``[O]``. ``s`` is what the derivatives of ``f`` are functions of (:mod:`fastmeta.core.curves`).
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-KINDS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
-BY_INPUT = ("silu", "gelu")  # their derivatives are functions of z
-BENT = ("tanh", "sigmoid", "silu", "gelu")  # f'' is not zero
-
-
-class Curve(NamedTuple):
-    """An activation: its kind, one of ``KINDS``, and a leaky ReLU's slope below zero."""
-
-    kind: str
-    below: float = 0.0
-
-
-def value(curve: Curve, z: Tensor) -> Tensor:
-    """``f(z)``."""
-    if curve.kind == "identity":
-        return z
-    if curve.kind == "leaky_relu":
-        return torch.nn.functional.leaky_relu(z, curve.below)
-    if curve.kind in ("silu", "gelu"):
-        return getattr(torch.nn.functional, curve.kind)(z)
-    return getattr(torch, curve.kind)(z)
-
-
-def slope(curve: Curve, s: Tensor) -> Tensor:
-    """``f'``."""
-    if curve.kind == "identity":
-        return torch.ones_like(s)
-    if curve.kind in ("relu", "leaky_relu"):
-        below = curve.below if curve.kind == "leaky_relu" else 0.0
-        return torch.where(s > 0, s.new_ones(()), s.new_full((), below))
-    if curve.kind == "tanh":
-        return 1 - s * s
-    if curve.kind == "sigmoid":
-        return s * (1 - s)
-    if curve.kind == "silu":
-        sigmoid = torch.sigmoid(s)
-        return sigmoid * (1 + s * (1 - sigmoid))
-    return _normal_share(s) + s * _normal_density(s)
-
-
-def bend(curve: Curve, s: Tensor) -> Tensor:
-    """``f''``."""
-    if curve.kind == "tanh":
-        return -2 * s * (1 - s * s)
-    if curve.kind == "sigmoid":
-        return s * (1 - s) * (1 - 2 * s)
-    if curve.kind == "silu":
-        sigmoid = torch.sigmoid(s)
-        return sigmoid * (1 - sigmoid) * (2 + s * (1 - 2 * sigmoid))
-    if curve.kind == "gelu":
-        return _normal_density(s) * (2 - s * s)
-    return torch.zeros_like(s)
+from fastmeta.core.curves import BY_INPUT, Curve, bend, slope, value
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, curve: Curve) -> tuple[Tensor, Tensor]:
@@ -115,11 +60,3 @@ def rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b``."""
     z = torch.matmul(x, weight.mT)
     return z if bias is None else z + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
-
-
-def _normal_share(z: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
-
-def _normal_density(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)

@@ -13,77 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta.core.curves import BENT, BY_INPUT, Curve
+from fastmeta.core.triton_curves import bend, slope, value
 from fastmeta.core.triton_dot import dot
 from fastmeta.core.triton_support import Shipped, build_precision
-from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
 
 BLOCK_IN = 32  # of the contraction over a layer's inputs or outputs
 BLOCK_TWO = 16  # of any contraction, with two products: more does not fit the registers
 STAGES = 3
-
-
-@triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def _tanh(z):
-    # a series where the quotient would lose what is left of 1 - e
-    e = tl.exp(-2.0 * tl.abs(z))
-    far = (1.0 - e) / (1.0 + e)
-    q = z * z
-    near = tl.abs(z) * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
-    size = tl.where(tl.abs(z) < 0.25, near, far)
-    return tl.where(z < 0, -size, size)
-
-
-@triton.jit
-def _value(z, below, KIND: tl.constexpr):
-    if KIND == "relu":
-        return tl.maximum(z, 0.0)
-    elif KIND == "leaky_relu":
-        return tl.where(z > 0, z, z * below)
-    elif KIND == "tanh":
-        return _tanh(z)
-    elif KIND == "sigmoid":
-        return _sigmoid(z)
-    elif KIND == "silu":
-        return z * _sigmoid(z)
-    elif KIND == "gelu":
-        return z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-    else:
-        return z
-
-
-@triton.jit
-def _slope(s, below, KIND: tl.constexpr):
-    if KIND == "relu":
-        return tl.where(s > 0, 1.0, 0.0)
-    elif KIND == "leaky_relu":
-        return tl.where(s > 0, 1.0, below)
-    elif KIND == "tanh":
-        return 1.0 - s * s
-    elif KIND == "sigmoid":
-        return s * (1.0 - s)
-    elif KIND == "silu":
-        g = _sigmoid(s)
-        return g * (1.0 + s * (1.0 - g))
-    else:
-        return 0.5 * (1.0 + tl.erf(s * 0.7071067811865476)) + s * tl.exp(-0.5 * s * s) * 0.3989422804014327
-
-
-@triton.jit
-def _bend(s, KIND: tl.constexpr):
-    if KIND == "tanh":
-        return -2.0 * s * (1.0 - s * s)
-    elif KIND == "sigmoid":
-        return s * (1.0 - s) * (1.0 - 2.0 * s)
-    elif KIND == "silu":
-        g = _sigmoid(s)
-        return g * (1.0 - g) * (2.0 + s * (1.0 - 2.0 * g))
-    else:
-        return tl.exp(-0.5 * s * s) * 0.3989422804014327 * (2.0 - s * s)
 
 
 @triton.jit
@@ -100,11 +37,11 @@ def _cotangents(
         dd = tl.load(DD + place, mask, 0.0)
     if KIND != "identity":
         s = tl.load(S + place, mask, 0.0)
-        slope = _slope(s, below, KIND)
-        dd = dd * slope
+        steep = slope(s, below, KIND)
+        dd = dd * steep
         if HAS_ZD:
-            dd += _bend(s, KIND) * tl.load(ZD + place, mask, 0.0) * d
-        d = d * slope
+            dd += bend(s, KIND) * tl.load(ZD + place, mask, 0.0) * d
+        d = d * steep
     return d, dd
 
 
@@ -157,9 +94,9 @@ def rows_kernel(
         tl.store(Z + place, acc, mask)
     if TANGENT:
         if KIND != "identity":
-            acc = acc * _slope(tl.load(S + place, mask, 0.0), below, KIND)
+            acc = acc * slope(tl.load(S + place, mask, 0.0), below, KIND)
     else:
-        acc = _value(acc, below, KIND)
+        acc = value(acc, below, KIND)
     tl.store(Y + place, acc, mask)
 
 

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta.core.curves import BENT, BY_INPUT, Curve
+from fastmeta.core.triton_curves import slope, value
 from fastmeta.core.triton_dot import dot
 from fastmeta.core.triton_support import Shipped, build_precision
-from fastmeta.ops.linear_block.reference import BENT, BY_INPUT, Curve
-from fastmeta.ops.linear_block.triton import _cotangents, _slope, _value
+from fastmeta.ops.linear_block.triton import _cotangents
 
 BLOCK_OUT = 32
 BLOCK_RANK = 32
@@ -99,10 +100,10 @@ def gram_kernel(
     if Z is not None:
         tl.store(Z + place, acc, mask)
     if S is None:
-        acc = _value(acc, below, KIND)
+        acc = value(acc, below, KIND)
     else:
         if KIND != "identity":
-            acc = acc * _slope(tl.load(S + place, mask, 0.0), below, KIND)
+            acc = acc * slope(tl.load(S + place, mask, 0.0), below, KIND)
     tl.store(Y + place, acc, mask)
 
 
