@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from fastmeta.algorithms.maml import MAML
 from fastmeta.core import checks
-from fastmeta.engine.implicit import Solution
+from fastmeta.engine.evaluation import Solution
 from fastmeta.engine.work import Implicit
 from fastmeta.inner.rates import Rate
 
@@ -74,10 +73,7 @@ class IMAML(MAML):
     @property
     def solution(self) -> Solution | None:
         """How well the latest meta-gradient's linear systems were solved, ``[T]`` each; ``None`` before the first."""
-        if not self._report:
-            return None
-        names = ("residual", "iterations", "positive", "stationarity")
-        return Solution(*[torch.cat([getattr(part, name) for part in self._report]) for name in names])
+        return self._report[-1] if self._report else None
 
     def extra_repr(self) -> str:
         """Settings, for ``print``."""

@@ -183,8 +183,6 @@ def objection(work: Work) -> str:
         return "it was asked not to be"
     if work.check_finite:
         return "check_finite looks at every loss"
-    if work.implicit is not None:
-        return "conjugate gradients end where their residual is small enough"
     if work.query_weights is not None or work.stepwise:
         return "the query loss or the parameters are others at every step"
     if torch.cuda.is_current_stream_capturing():
@@ -202,6 +200,7 @@ def _signature(work: Work, cotangents: Cotangents | None) -> Hashable:
         work.rule,
         work.clip_norm,
         work.stop,
+        work.implicit,
         work.alpha.device,
         work.steps,
         work.first_order,

@@ -14,17 +14,45 @@ from fastmeta.core.task_op import plus
 from fastmeta.engine.work import Work
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What came of the linear systems of some tasks.
+
+    Attributes:
+        residual: ``|b - A v| / |b|`` of each task, ``[T]``, computed anew from the solution; 0 where ``b`` is.
+        iterations: of each task, ``[T]``.
+        positive: whether every direction met had positive curvature, ``[T]``: where not, the task's iterations ended
+            there, and the inner problem is no minimum.
+        stationarity: ``|g + lambda (phi - theta)|`` of each task after its inner steps, ``[T]``.
+    """
+
+    residual: Tensor
+    iterations: Tensor
+    positive: Tensor
+    stationarity: Tensor
+
+    def beside(self, other: Solution) -> Solution:
+        """Of these tasks and others."""
+        return Solution(*(torch.cat(pair) for pair in zip(self.tensors(), other.tensors(), strict=True)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it, in order."""
+        return self.residual, self.iterations, self.positive, self.stationarity
+
+
 @dataclass
 class MetaGradient:
     """Gradients of a meta-loss, each in its own shape.
 
-    By the adapting parameters, by the others, by the rates and by the inner rule's other hyper-parameters.
+    By the adapting parameters, by the others, by the rates and by the inner rule's other hyper-parameters; and how well
+    linear systems were solved for them, where there are such.
     """
 
     adapted: list[Tensor]
     outer: list[Tensor | None]
     alpha: Tensor | None
     hyper: Tensor | None = None
+    solution: Solution | None = None
 
     def take(self, other: MetaGradient) -> None:
         """Make it the gradient of two chunks of tasks, where the other's for adapting parameters is that already."""
@@ -32,6 +60,8 @@ class MetaGradient:
         self.outer = added(self.outer, other.outer)
         self.alpha = plus(self.alpha, other.alpha)
         self.hyper = plus(self.hyper, other.hyper)
+        if self.solution is not None and other.solution is not None:
+            self.solution = self.solution.beside(other.solution)
 
     def scale(self, factor: Tensor) -> None:
         """Make it the gradient of the meta-loss times ``factor``, ``[]``, in place."""
@@ -110,6 +140,7 @@ class Evaluation:
         counts = len(self.outputs), 0 if gradient is None else len(gradient.adapted)
         others = [] if gradient is None else [*gradient.outer, gradient.alpha, gradient.hyper]
         given = [other is not None for other in others]
+        solved = () if gradient is None or gradient.solution is None else gradient.solution.tensors()
         names = [tuple(values) for values in self.mutations]
         stops, differentiated = self.taken is not None, gradient is not None
 
@@ -120,13 +151,15 @@ class Evaluation:
             if differentiated:
                 adapted = list(islice(rest, counts[1]))
                 *outer, alpha, hyper = (next(rest) if there else None for there in given)
-                again = MetaGradient(adapted, outer, alpha, hyper)
+                solution = Solution(*islice(rest, len(solved))) if solved else None
+                again = MetaGradient(adapted, outer, alpha, hyper, solution)
             moved = [{name: next(rest) for name in of_pass} for of_pass in names]
             return Evaluation(*own, again, moved, next(rest) if stops else None)
 
         tensors = [self.loss, self.losses, self.support_losses, *self.outputs]
         tensors += [] if gradient is None else gradient.adapted
         tensors += [other for other in others if other is not None]
+        tensors += solved
         tensors += [value for values in self.mutations for value in values.values()]
         return [*tensors, *([] if self.taken is None else [self.taken])], together
 

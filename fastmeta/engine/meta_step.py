@@ -40,9 +40,13 @@ def evaluate(
     """
     runs = watching()
     if runs is None:
-        return _evaluate(work, programs, cotangents, learned, outputs)
-    with runs.meta_step(work, programs, gradient=cotangents is not None) as running:
-        return _evaluate(work, programs, cotangents, learned, outputs, running)
+        found = _evaluate(work, programs, cotangents, learned, outputs)
+    else:
+        with runs.meta_step(work, programs, gradient=cotangents is not None) as running:
+            found = _evaluate(work, programs, cotangents, learned, outputs, running)
+    if work.implicit is not None and found.gradient is not None:
+        work.implicit.report[:] = [found.gradient.solution]
+    return found
 
 
 def _evaluate(
@@ -153,8 +157,6 @@ def _by_reference(
     recompute = fit is not None and fit.recompute
     again = recompute or work.micro_batches > 1
     back = adjoint if work.implicit is None else implicit_gradient
-    if work.implicit is not None and cotangents is not None:
-        work.implicit.report.clear()
     losses, support_losses, kept, mutations, ended = [], [], [], [], []
     total: MetaGradient | None = None
     for chunk in programs.chunks(work.tasks, None if fit is None else fit.tasks):

@@ -28,7 +28,7 @@ class Implicit:
         iterations: of conjugate gradients, at most.
         tolerance: a task's iterations end where its residual is this share of the right-hand side.
         damping: added to lambda where the system is solved.
-        report: where each chunk of tasks leaves what came of it.
+        report: what came of it the latest time, once there was one.
     """
 
     strength: float

@@ -157,6 +157,12 @@ def test_a_truncated_solve_says_how_far_it_came() -> None:
     assert (found.residual > 1e-4).all()
     assert (found.stationarity > 1e-3).all()
     assert found.iterations.tolist() == [1, 1, 1]
+    learner.chunk_size = 2
+    learner.value_and_grad(tasks)
+    again = learner.solution
+    assert again is not None
+    for one, other in zip(again.tensors(), found.tensors(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta.engine.capture import MOVES, Captures, _Kind
-from fastmeta.engine.evaluation import Evaluation, MetaGradient
+from fastmeta.engine.evaluation import Evaluation, MetaGradient, Solution
 
 
 def small(seed: int = 0, **options) -> fm.MAML:
@@ -57,6 +57,13 @@ def test_what_an_evaluation_holds_is_taken_apart_in_order():
     assert doubled.meta_gradient.outer[1].item() == 10
     assert doubled.meta_gradient.alpha is None
     assert doubled.mutations[0]["mean"].item() == 12
+    solution = Solution(*torch.arange(20.0, 24.0))
+    solved = MetaGradient([x[3]], [x[4]], None, solution=solution)
+    tensors, together = Evaluation(x[0], x[1], x[2], [], solved, [{"mean": x[6]}]).apart()
+    assert [t.item() for t in tensors] == [0, 1, 2, 3, 4, 20, 21, 22, 23, 6]
+    again = together(tensors)
+    assert again.meta_gradient.solution == solution
+    assert again.mutations[0]["mean"].item() == 6
     tensors, together = Evaluation(x[0], x[1], x[2], [], None, []).apart()
     assert len(tensors) == 3
     assert together(tensors).gradient is None
@@ -299,6 +306,22 @@ def test_inside_a_callers_own_graph():
         got = maml.value_and_grad(batch)
     graph.replay()
     assert_same(got, want)
+
+
+@pytest.mark.gpu
+def test_conjugate_gradients_are_captured():
+    def learner(**options) -> fm.IMAML:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).cuda()
+        return fm.IMAML(model, F.cross_entropy, 0.1, 3, strength=1.0, cg_steps=5, **options)
+
+    ours, eager = learner(), learner(cuda_graph=False)
+    for seed in range(4):
+        batch = tasks(seed=seed)
+        assert_same(ours.value_and_grad(batch), eager.value_and_grad(batch))
+        for own, other in zip(ours.solution.tensors(), eager.solution.tensors(), strict=True):
+            assert torch.equal(own, other)
+    assert "captured in a CUDA graph" in ours.explain(tasks()).executor
 
 
 @pytest.mark.gpu
