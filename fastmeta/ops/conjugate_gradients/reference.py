@@ -1,4 +1,4 @@
-"""An iteration of conjugate gradients for ``A v = b`` of every task, ``A = B + s``, eq. (24) of docs/maths.md.
+"""An iteration of conjugate gradients for ``A v = b`` of every task, ``A = B + s``, eq. (25) of docs/maths.md.
 
     q = B p + s p       c = <p, q>        a = <r, r> / c
     v += a p            r -= a q          p = r + (<r', r'> / <r, r>) p
