@@ -178,13 +178,10 @@ def shipped() -> list[Shipped]:
     pointers = ("x", "y", "partial", "e", "x_dot", "y_dot", "e_dot", "d_l", "d_l_dot", "d_x", "d_y")
     tasks = ("x_task", "y_task", "e_dot_task", "d_l_task", "d_l_dot_task", "N")
     types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(tasks, "i32") | {"scale": "fp32"}
+    kernels = {"forward": forward_kernel, "tangent": tangent_kernel, "cotangents": cotangents_kernel}
     builds = []
     for block in (16, BLOCK):
-        for name, kernel in (
-            ("forward", forward_kernel),
-            ("tangent", tangent_kernel),
-            ("cotangents", cotangents_kernel),
-        ):
+        for name, kernel in kernels.items():
             sizes = {"B": block, "SPAN": SPAN}
             constants = {n: sizes.get(n, True) for n in kernel.arg_names if n not in types}
             signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
