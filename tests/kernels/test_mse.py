@@ -12,7 +12,7 @@ from fastmeta.ops.mse import MSE
 from fastmeta.ops.mse.reference import MEAN, NONE, SUM
 from tests.kernels import running
 from tests.kernels.maps import EPS, check, runs, some
-from tests.ops.four_maps import A, Case, Maps, Run
+from tests.ops.four_maps import A, Case, Maps, Run, Truth
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
@@ -82,6 +82,19 @@ def test_one_cotangent_alone(wanted: int) -> None:
     for values, truths in ((got.backward, want.backward), (got.tangent_backward, want.tangent_backward)):
         assert not values[1 - wanted].any()
         check(Maps((), [values[wanted]], [], []), Maps((), [truths[wanted]], [], []), 30)
+
+
+@pytest.mark.parametrize("apart", range(6))
+def test_values_of_one_task_that_stand_for_all(apart: int) -> None:
+    """As labels that all tasks share, or the cotangent of a sum over tasks: each alone, beside others that differ."""
+    run, wide = runs(CASES[0])
+    for one in (run, wide):
+        names = [(one.x, 0), (one.x, 1), (one.x_dot, 0), (one.x_dot, 1), (one.d_y, 0), (one.d_y_dot, 0)]
+        values, i = names[apart]
+        values[i] = values[i][:1].expand(values[i].shape)
+    wide.truth = Truth(CASES[0], wide.call, wide.x, wide.tasks)
+    for present in ((True, True), (True, False)):
+        check(run.maps(some(run.x_dot, present)), wide.expected(some(wide.x_dot, present)), 30)
 
 
 @pytest.mark.parametrize("over", [0, 1])

@@ -11,7 +11,6 @@ An index out of range makes its row NaN, and adds nothing to the cotangent.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -118,9 +117,9 @@ def rows(table: Tensor, indices: Tensor) -> Tensor:
 
 
 def table_cotangent(d: Tensor, indices: Tensor, size: int, padding: int, shared: bool) -> Tensor:
-    """Sum of the rows ``d`` ``[T, R, D]`` at each of the indices ``[T, R]``, ``[T, V, D]``, or over tasks too, ``[V, D]``.
+    """Sum of the rows ``d`` ``[T, R, D]`` at each index, of ``[T, R]``: ``[T, V, D]``, or over tasks too, ``[V, D]``.
 
-    The row ``padding`` gets none, nor do indices that are not in ``[0, V)``.
+    The row ``padding`` gets none, and an index that is not in ``[0, V)`` adds nothing.
     """
     width = d.shape[2]
     if shared:
