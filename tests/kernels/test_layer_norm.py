@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ import torch
 from fastmeta.core.task_op import Need
 from fastmeta.ops.layer_norm import LayerNorm
 from tests.kernels import running
-from tests.ops.four_maps import SUMMATION_FACTOR, A, Case, Maps, Run, distance
+from tests.kernels.maps import EPS, check, runs, some
+from tests.ops.four_maps import A, Case, Maps, Run, distance
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 layer_norm = torch.ops.aten.layer_norm.default
-EPS = torch.finfo(torch.float32).eps
 
 
 def case(name: str, shape: tuple[int, ...], features: list[int], scale: bool = True, shift: bool = True) -> Case:
@@ -45,28 +44,6 @@ def _kernels(monkeypatch) -> torch.device:
     return running.device()
 
 
-def runs(case: Case, layout: str = "plain") -> tuple[Run, Run]:
-    """The same drawn numbers in float32, where kernels run, and in float64 on a CPU."""
-    run, wide = Run(case, dtype=torch.float32, layout=layout), Run(case, dtype=torch.float64, layout=layout)
-    there = running.device()
-    for name in ("x", "x_dot", "d_y", "d_y_dot"):
-        drawn = getattr(run, name)
-        setattr(wide, name, [v.double() for v in drawn])
-        setattr(run, name, [v.to(there) for v in drawn])
-    wide.truth.x = [[v.double() for v in task] for task in wide.truth.x]
-    wide.truth = type(wide.truth)(case, wide.call, wide.x, wide.tasks)
-    return run, wide
-
-
-def check(got: Maps, want: Maps, longest: int) -> None:
-    """Some twenty roundings of a formula, and sums of so many terms."""
-    bound = EPS * (20 + SUMMATION_FACTOR * math.sqrt(longest))
-    for (name, values), (_, truths) in zip(got.cpu(), want, strict=True):
-        for i, (value, truth) in enumerate(zip(values, truths, strict=True)):
-            gap = distance(value, truth)
-            assert gap <= bound, f"{name}[{i}] is off by {gap:.2e}, allowed {bound:.1e}"
-
-
 def longest(case: Case) -> int:
     return math.prod(case.args[0].shape)
 
@@ -78,10 +55,6 @@ def test_every_map(case: Case, layout: str) -> None:
     with running.reversed_programs():
         got = run.maps()
     check(got, wide.expected(), longest(case))
-
-
-def some(values: Sequence[torch.Tensor], present: Sequence[bool]) -> list[torch.Tensor | None]:
-    return [value if there else None for value, there in zip(values, present, strict=True)]
 
 
 @pytest.mark.parametrize("present", [p for p in itertools.product((False, True), repeat=3) if any(p)])

@@ -57,6 +57,14 @@ def test_padding_gets_no_gradient():
     assert d[1, 1, 0] == 2
 
 
+@pytest.mark.parametrize("indices", [[[0, 5], [1, 2]], [[0, 1], [-1, 2]], [[0, 1], [2, 5]]])
+@pytest.mark.parametrize("table", [(5, 2), (2, 5, 2)])
+def test_an_index_out_of_range_raises_and_reads_no_other_tasks_row(table, indices):
+    op = Embedding(Call.example(aten.embedding.default, torch.randn(5, 2), torch.tensor([0, 3])))
+    with pytest.raises(IndexError, match="out of range"):
+        op.forward([torch.randn(table), torch.tensor(indices)])
+
+
 def test_vectors_are_refused():
     with pytest.raises(Unsupported, match="vector"):
         Matmul(Call.example(aten.matmul.default, torch.randn(3), torch.randn(3)))

@@ -29,5 +29,7 @@ def table_cotangent(d: Tensor, indices: Tensor, size: int, padding: int, shared:
 
 
 def _own(indices: Tensor, size: int) -> Tensor:
-    """Indices into the tables of all tasks laid end to end."""
-    return indices + size * torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
+    """Indices into the tables of all tasks laid end to end; one out of range must not name another task's row."""
+    outside = (indices < 0) | (indices >= size)
+    first = size * torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
+    return (indices + first).masked_fill_(outside, -1)

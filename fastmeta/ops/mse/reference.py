@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+NONE, MEAN, SUM = 0, 1, 2  # ATen's reductions
+
 
 def forward(x: Tensor, y: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
-    """Return the loss, ``[T]`` or ``[T, ...]``, and ``e``. ``reduction`` is ATen's: 0 none, 1 mean, 2 sum."""
+    """Return the loss, ``[T]`` or ``[T, ...]``, and ``e``. ``reduction`` is ``NONE``, ``MEAN`` or ``SUM``."""
     e = x - y
     square = e * e
-    if reduction == 0:
+    if reduction == NONE:
         return square, e
     rows = square.flatten(1) if square.dim() > 1 else square.unsqueeze(1)
-    return rows.mean(1) if reduction == 1 else rows.sum(1), e
+    return rows.mean(1) if reduction == MEAN else rows.sum(1), e
 
 
 def backward(e: Tensor, d_l: Tensor, scale: float) -> Tensor:
