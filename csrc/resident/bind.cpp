@@ -70,7 +70,7 @@ class Call {
     if (rates.second != 1 && rates.second != adapted) refuse("there must be one rate, or one a parameter");
     const Kind kind{steps, gradient, second_order, learned, rates.first, rates.second, adapted, differentiated};
     plan_ = fitting_plan<R>(net, kind, shared_limit(device));
-    prepare<R>(device);
+    prepare<R>(plan_, device);
   }
 
   std::int64_t shared_bytes() const { return std::int64_t{plan_.elements} * sizeof(R); }

@@ -22,18 +22,38 @@ std::size_t bytes(const Plan& plan) {
   return sizeof(R) * static_cast<std::size_t>(plan.elements);
 }
 
-// The kernel for a plan's curves; one for all is enough for float64, which is for checking.
-template <class R>
-auto meta_step_of(const Plan& plan) {
-  bool smooth = sizeof(R) > sizeof(float);
-  for (int i = 0; i < plan.layers; ++i) smooth = smooth || plan.layer[i].activation >= Activation::tanh;
-  if constexpr (sizeof(R) == sizeof(float)) return smooth ? meta_step<R, true> : meta_step<R, false>;
-  else return meta_step<R, true>;
+template <class... Plans>
+struct Kinds {};
+
+// Networks that have kernels of their own: the usual regressors of sine waves.
+template <Activation activation, int width>
+using Regressor = Fixed<Shape<activation, Loss::squared_error, 1, width, width, 1>>;
+using Common = Kinds<Regressor<Activation::relu, 40>, Regressor<Activation::tanh, 40>, Regressor<Activation::relu, 64>,
+                     Regressor<Activation::tanh, 64>>;
+
+template <class R, class F>
+bool with_common(const Plan&, F&, Kinds<>) {
+  return false;
 }
 
-template <class R>
-void allow_shared(void (*kernel)(Plan, Tensors<R>), int limit) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "shared memory");
+// f(plan, kernel) with the first kind that a plan is of; whether there is one.
+template <class R, class F, class P, class... Others>
+bool with_common(const Plan& plan, F& f, Kinds<P, Others...>) {
+  if (!P::fits(plan)) return with_common<R>(plan, f, Kinds<Others...>{});
+  f(P(plan), meta_step<R, P, P::smooth>);
+  return true;
+}
+
+// f(plan, kernel) with a plan's kernel. In float64, which is for checking, there is one for all.
+template <class R, class F>
+void with_kernel(const Plan& plan, F f) {
+  bool smooth = false;
+  for (int i = 0; i < plan.layers; ++i) smooth = smooth || plan.layer[i].activation >= Activation::tanh;
+  if constexpr (sizeof(R) == sizeof(float)) {
+    if (with_common<R>(plan, f, Common{})) return;
+    if (!smooth) return f(plan, meta_step<R, Plan, false>);
+  }
+  f(plan, meta_step<R, Plan, true>);
 }
 
 }  // namespace
@@ -66,10 +86,12 @@ Plan fitting_plan(const Network& net, const Kind& kind, int limit) {
 }
 
 template <class R>
-void prepare(int device) {
+void prepare(const Plan& plan, int device) {
   check(cudaSetDevice(device), "device");
-  allow_shared<R>(meta_step<R, true>, shared_limit(device));
-  if constexpr (sizeof(R) == sizeof(float)) allow_shared<R>(meta_step<R, false>, shared_limit(device));
+  const int limit = shared_limit(device);
+  with_kernel<R>(plan, [limit](const auto&, auto* kernel) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "shared memory");
+  });
 }
 
 template <class R>
@@ -78,7 +100,9 @@ void launch(const Plan& plan, const Tensors<R>& io, int device, std::uintptr_t s
   if (io.tasks > INT_MAX || sums > INT_MAX) throw std::invalid_argument("resident: too many tasks for one launch");
   check(cudaSetDevice(device), "device");
   const auto on = reinterpret_cast<cudaStream_t>(stream);
-  FASTMETA_LAUNCH(meta_step_of<R>(plan), static_cast<unsigned>(io.tasks), plan.threads, bytes<R>(plan), on, plan, io);
+  with_kernel<R>(plan, [&](const auto& of_kind, auto* kernel) {
+    FASTMETA_LAUNCH(kernel, static_cast<unsigned>(io.tasks), plan.threads, bytes<R>(plan), on, of_kind, io);
+  });
   check(cudaGetLastError(), "launch");
   launch_early(sum_over_tasks<R>, static_cast<unsigned>(sums), sum_threads, on, device, plan, io);
   check(cudaGetLastError(), "launch");
@@ -86,7 +110,7 @@ void launch(const Plan& plan, const Tensors<R>& io, int device, std::uintptr_t s
 
 #define FASTMETA_INSTANTIATE(R)                                      \
   template Plan fitting_plan<R>(const Network&, const Kind&, int);   \
-  template void prepare<R>(int);                                     \
+  template void prepare<R>(const Plan&, int);                        \
   template void launch<R>(const Plan&, const Tensors<R>&, int, std::uintptr_t);
 FASTMETA_INSTANTIATE(float)
 FASTMETA_INSTANTIATE(double)

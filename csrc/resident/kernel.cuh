@@ -8,6 +8,53 @@
 
 namespace fastmeta::resident {
 
+// Where a tile lies: its layer, the row and column of its first element and where that is in a packed vector; and in a
+// pass, the rows of cotangents and of what the layer reads, which is the data for the first layer.
+template <class P>
+struct Place {
+  const Layer& l;
+  int layer, row, column;
+
+  FASTMETA_DEVICE int element(int i) const { return l.w + (row + i) * l.stride + column; }
+  FASTMETA_DEVICE int stride() const { return l.stride; }
+  FASTMETA_DEVICE int d() const { return l.d; }
+  FASTMETA_DEVICE int d_stride() const { return l.d_stride; }
+  FASTMETA_DEVICE int x() const { return l.x; }
+  FASTMETA_DEVICE int in() const { return l.in; }
+};
+
+FASTMETA_DEVICE Place<Plan> place_of(const Plan& plan, int tile) {
+  int layer = 0;
+  while (layer + 1 < plan.layers && tile >= plan.layer[layer + 1].first_tile) ++layer;
+  const int within = tile - plan.layer[layer].first_tile, row = within / plan.layer[layer].quads;
+  return {plan.layer[layer], layer, 4 * row, 4 * (within - row * plan.layer[layer].quads)};
+}
+
+// Of layers that are known: in registers, so that a thread finds it once.
+template <class Shape>
+struct Place<Fixed<Shape>> {
+  int layer, row, column, first, own_stride, own_d, own_d_stride, own_x, own_in;
+
+  FASTMETA_DEVICE int element(int i) const { return first + i * own_stride; }
+  FASTMETA_DEVICE int stride() const { return own_stride; }
+  FASTMETA_DEVICE int d() const { return own_d; }
+  FASTMETA_DEVICE int d_stride() const { return own_d_stride; }
+  FASTMETA_DEVICE int x() const { return own_x; }
+  FASTMETA_DEVICE int in() const { return own_in; }
+};
+
+template <class Shape>
+FASTMETA_DEVICE Place<Fixed<Shape>> place_of(const Fixed<Shape>& plan, int tile) {
+  Place<Fixed<Shape>> place{};
+  upward(plan, [&](auto i) {
+    const Layer& l = plan.at(i);
+    if (tile < l.first_tile) return;
+    const int within = tile - l.first_tile, row = within / l.quads, column = 4 * (within - row * l.quads);
+    place = {int{i}, 4 * row, column, l.w + 4 * row * l.stride + column, l.stride, l.d, l.d_stride, l.x, l.in};
+  });
+  return place;
+}
+
 // One task's state in shared memory.
 template <class R>
 struct Block {
@@ -15,28 +62,18 @@ struct Block {
   int lane, warp, warps;
   std::int64_t task;
 
-  FASTMETA_DEVICE Set<R> set(const Plan& plan, int which) const {
+  template <class P>
+  FASTMETA_DEVICE Set<R> set(const P& plan, int which) const {
     const R* target = memory + plan.target[which];
     return {memory + plan.x[which], target, reinterpret_cast<const int*>(target), plan.n[which],
             memory[plan.scale + which]};
   }
   FASTMETA_DEVICE Rows<R> rows(int place, int count, int first) const { return {memory + place, count, first, lane}; }
-  FASTMETA_DEVICE R rate(const Plan& plan, int k, int layer, int bias) const {
+  template <class P>
+  FASTMETA_DEVICE R rate(const P& plan, int k, int layer, int bias) const {
     return memory[plan.rates + (k * plan.layers + layer) * 2 + bias];
   }
 };
-
-// Where a tile lies: its layer, and the row and column of its first element.
-struct Place {
-  int layer, row, column;
-};
-
-FASTMETA_DEVICE Place place_of(const Plan& plan, int tile) {
-  int layer = 0;
-  while (layer + 1 < plan.layers && tile >= plan.layer[layer + 1].first_tile) ++layer;
-  const int within = tile - plan.layer[layer].first_tile, row = within / plan.layer[layer].quads;
-  return {layer, 4 * row, 4 * (within - row * plan.layer[layer].quads)};
-}
 
 // Rows of a matrix as they lie in shared memory: `behind` each row a column of its own or a constant, then zeros.
 template <class R>
@@ -55,8 +92,8 @@ FASTMETA_DEVICE void stage_rows(const Block<R>& block, R* to, int stride, int pl
 }
 
 // Rates of what does not adapt are 0: its step is none, and lam - H u is its gradient, eq. (8').
-template <class R>
-FASTMETA_DEVICE R rate_of(const Plan& plan, const Tensors<R>& io, int i) {
+template <class R, class P>
+FASTMETA_DEVICE R rate_of(const P& plan, const Tensors<R>& io, int i) {
   const int k = i / (2 * plan.layers), layer = (i - 2 * k * plan.layers) / 2;
   const int parameter = plan.layer[layer].parameter[i & 1];
   if (parameter == absent || parameter >= plan.adapted) return R(0);
@@ -65,8 +102,8 @@ FASTMETA_DEVICE R rate_of(const Plan& plan, const Tensors<R>& io, int i) {
 }
 
 // Copies everything the task reads to shared memory.
-template <class R>
-FASTMETA_DEVICE void stage(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+template <class R, class P>
+FASTMETA_DEVICE void stage(const P& plan, const Tensors<R>& io, const Block<R>& block) {
   const Layer &first = plan.layer[0], &last = plan.layer[plan.layers - 1];
   for (int which = 0; which < 2; ++which) {
     const int n = plan.n[which];
@@ -88,8 +125,8 @@ FASTMETA_DEVICE void stage(const Plan& plan, const Tensors<R>& io, const Block<R
 }
 
 // Labels and what the sums of losses are multiplied by; a label that is no class makes the loss NaN.
-template <class R>
-FASTMETA_DEVICE void stage_labels(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+template <class R, class P>
+FASTMETA_DEVICE void stage_labels(const P& plan, const Tensors<R>& io, const Block<R>& block) {
   const int which = block.warp, n = plan.n[which], classes = plan.layer[plan.layers - 1].out;
   int count = n * classes;
   if (plan.loss == Loss::cross_entropy) {
@@ -108,8 +145,8 @@ FASTMETA_DEVICE void stage_labels(const Plan& plan, const Tensors<R>& io, const 
 }
 
 // The inner loss or the query's, and all cotangents, of every row.
-template <bool smooth, class R>
-FASTMETA_DEVICE void pass(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
+template <bool smooth, class R, class P>
+FASTMETA_DEVICE void pass(const P& plan, const Tensors<R>& io, const Block<R>& block, int k) {
   const int which = k == plan.steps;
   const Set<R> set = block.set(plan, which);
   const R* phi = block.memory + plan.phi_at(k);
@@ -131,68 +168,60 @@ FASTMETA_DEVICE void pass(const Plan& plan, const Tensors<R>& io, const Block<R>
 }
 
 // The mean or sum of the rows' losses, by the last warp.
-template <class R>
-FASTMETA_DEVICE void put_loss(const Plan& plan, const Block<R>& block, int which, R* to) {
+template <class R, class P>
+FASTMETA_DEVICE void put_loss(const P& plan, const Block<R>& block, int which, R* to) {
   if (to == nullptr || block.warp != block.warps - 1) return;
   const R sum = warp_sum_of(block.memory + plan.row_loss, plan.n[which], 1, block.lane);
   if (block.lane == 0) *to = sum * block.memory[plan.scale + which];
 }
 
 // What a layer reads, in a pass of the set `which` or in its tangents; `x` for the first one.
-template <class R>
-FASTMETA_DEVICE void add_outer(const Plan& plan, Outer<R>& sums, const Place& at, int which, const R* d_pass,
+template <class R, class P>
+FASTMETA_DEVICE void add_outer(const P& plan, Outer<R>& sums, const Place<P>& at, int which, const R* d_pass,
                                const R* a_pass, const R* x) {
-  const Layer& l = plan.layer[at.layer];
   const int count = plan.rows[which];
   const R* a = x;
-  if (at.layer > 0) a = a_pass + count * plan.layer[at.layer - 1].a;
+  if (at.layer > 0) a = a_pass + count * at.x();
   if (a == nullptr) return;
-  sums.add(d_pass + count * l.d + at.row, l.d_stride, a + at.column, l.stride, plan.n[which]);
+  sums.add(d_pass + count * at.d() + at.row, at.d_stride(), a + at.column, at.stride(), plan.n[which]);
 }
 
-// f(place, layer, first element in a packed vector, sums) for the tiles of this thread.
-template <class R, class Add, class Use>
-FASTMETA_DEVICE void for_tiles(const Plan& plan, Add add, Use use) {
+// f(tile, place, sums) for the tiles of this thread.
+template <class R, class P, class Add, class Use>
+FASTMETA_DEVICE void for_tiles(const P& plan, Add add, Use use) {
   for (int tile = threadIdx.x; tile < plan.tiles; tile += blockDim.x) {
-    const Place at = place_of(plan, tile);
+    const Place<P> at = place_of(plan, tile);
     Outer<R> sums;
     add(at, sums);
     use(tile, at, sums);
   }
 }
 
-template <class R>
-FASTMETA_DEVICE int element(const Layer& l, const Place& at, int i) {
-  return l.w + (at.row + i) * l.stride + at.column;
-}
-
 // phi_(k+1) = phi_k - alpha_k g_k, eq. (2) and (3).
-template <class R>
-FASTMETA_DEVICE void step(const Plan& plan, const Block<R>& block, int k) {
+template <class R, class P>
+FASTMETA_DEVICE void step(const P& plan, const Block<R>& block, int k) {
   const R *pass = block.memory + plan.pass_at(k), *x = block.memory + plan.x[0];
   const R* now = block.memory + plan.phi_at(k);
   R* next = block.memory + plan.phi_at(k + 1);
   for_tiles<R>(
-      plan, [&](const Place& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
-      [&](int, const Place& at, const Outer<R>& g) {
-        const Layer& l = plan.layer[at.layer];
+      plan, [&](const Place<P>& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
+      [&](int, const Place<P>& at, const Outer<R>& g) {
         const R rates[2] = {block.rate(plan, k, at.layer, 0), block.rate(plan, k, at.layer, 1)};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          Quad<R> phi = quad(now + element<R>(l, at, i));
+          Quad<R> phi = quad(now + at.element(i));
 #pragma unroll
-          for (int j = 0; j < 4; ++j) phi.v[j] -= (at.column + j == l.in ? rates[1] : rates[0]) * g.sum[i][j];
-          put(next + element<R>(l, at, i), phi);
+          for (int j = 0; j < 4; ++j) phi.v[j] -= (at.column + j == at.in() ? rates[1] : rates[0]) * g.sum[i][j];
+          put(next + at.element(i), phi);
         }
       });
 }
 
 // lam of some elements is put where the adjoint's next step finds it, with u = alpha_k lam, eq. (5); or among the results.
-template <class R>
-FASTMETA_DEVICE void put_lam(const Plan& plan, const Tensors<R>& io, const Block<R>& block, const Place& at, int i, int k,
+template <class R, class P>
+FASTMETA_DEVICE void put_lam(const P& plan, const Tensors<R>& io, const Block<R>& block, const Place<P>& at, int i, int k,
                              const Quad<R>& lam) {
-  const Layer& l = plan.layer[at.layer];
-  const int place = element<R>(l, at, i);
+  const int place = at.element(i);
   if (k < 0 || !plan.second_order) put(io.task_gradients + block.task * plan.packed + place, lam);
   if (k < 0) return;
   put(block.memory + plan.lam() + place, lam);
@@ -200,17 +229,17 @@ FASTMETA_DEVICE void put_lam(const Plan& plan, const Tensors<R>& io, const Block
   const R rates[2] = {block.rate(plan, k, at.layer, 0), block.rate(plan, k, at.layer, 1)};
   Quad<R> u;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) u.v[j] = (at.column + j == l.in ? rates[1] : rates[0]) * lam.v[j];
+  for (int j = 0; j < 4; ++j) u.v[j] = (at.column + j == at.in() ? rates[1] : rates[0]) * lam.v[j];
   put(block.memory + plan.u + place, u);
 }
 
 // lam_K, the query loss's gradient.
-template <class R>
-FASTMETA_DEVICE void begin_adjoint(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+template <class R, class P>
+FASTMETA_DEVICE void begin_adjoint(const P& plan, const Tensors<R>& io, const Block<R>& block) {
   const R *pass = block.memory + plan.query, *x = block.memory + plan.x[1];
   for_tiles<R>(
-      plan, [&](const Place& at, Outer<R>& g) { add_outer(plan, g, at, 1, pass, pass, x); },
-      [&](int, const Place& at, const Outer<R>& g) {
+      plan, [&](const Place<P>& at, Outer<R>& g) { add_outer(plan, g, at, 1, pass, pass, x); },
+      [&](int, const Place<P>& at, const Outer<R>& g) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           put_lam(plan, io, block, at, i, plan.kept ? plan.steps - 1 : -1,
@@ -219,8 +248,8 @@ FASTMETA_DEVICE void begin_adjoint(const Plan& plan, const Tensors<R>& io, const
 }
 
 // Tangents of every row's activations and cotangents in the direction u_k.
-template <bool smooth, class R>
-FASTMETA_DEVICE void tangent_pass(const Plan& plan, const Block<R>& block, int k) {
+template <bool smooth, class R, class P>
+FASTMETA_DEVICE void tangent_pass(const P& plan, const Block<R>& block, int k) {
   const Set<R> set = block.set(plan, 0);
   const R *phi = block.memory + plan.phi_at(k), *u = block.memory + plan.u;
   for (int first = rows_at_once * block.warp; first < plan.rows[0]; first += rows_at_once * block.warps) {
@@ -233,21 +262,20 @@ FASTMETA_DEVICE void tangent_pass(const Plan& plan, const Block<R>& block, int k
 }
 
 // lam_k = lam_(k+1) - H_k u_k, eq. (6).
-template <class R>
-FASTMETA_DEVICE void adjoint_step(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
+template <class R, class P>
+FASTMETA_DEVICE void adjoint_step(const P& plan, const Tensors<R>& io, const Block<R>& block, int k) {
   const R *pass = block.memory + plan.pass_at(k), *x = block.memory + plan.x[0];
   const R *dots = block.memory + plan.query, *lam = block.memory + plan.lam();
   for_tiles<R>(
       plan,
-      [&](const Place& at, Outer<R>& h) {
+      [&](const Place<P>& at, Outer<R>& h) {
         add_outer(plan, h, at, 0, dots, pass, x);
         add_outer<R>(plan, h, at, 0, pass, dots, nullptr);
       },
-      [&](int, const Place& at, const Outer<R>& h) {
-        const Layer& l = plan.layer[at.layer];
+      [&](int, const Place<P>& at, const Outer<R>& h) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          Quad<R> value = quad(lam + element<R>(l, at, i));
+          Quad<R> value = quad(lam + at.element(i));
 #pragma unroll
           for (int j = 0; j < 4; ++j) value.v[j] -= h.sum[i][j];
           put_lam(plan, io, block, at, i, k - 1, value);
@@ -256,23 +284,22 @@ FASTMETA_DEVICE void adjoint_step(const Plan& plan, const Tensors<R>& io, const 
 }
 
 // <g_k, lam_(k+1)> of each tile's weights and biases, eq. (7).
-template <class R>
-FASTMETA_DEVICE void tile_products(const Plan& plan, const Block<R>& block, int k) {
+template <class R, class P>
+FASTMETA_DEVICE void tile_products(const P& plan, const Block<R>& block, int k) {
   const R *pass = block.memory + plan.pass_at(k), *x = block.memory + plan.x[0];
   const R* lam = block.memory + plan.lam();
   R* partial = block.memory + plan.partial;
   for_tiles<R>(
-      plan, [&](const Place& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
-      [&](int tile, const Place& at, const Outer<R>& g) {
-        const Layer& l = plan.layer[at.layer];
+      plan, [&](const Place<P>& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
+      [&](int tile, const Place<P>& at, const Outer<R>& g) {
         R weight = 0, bias = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Quad<R> value = quad(lam + element<R>(l, at, i));
+          const Quad<R> value = quad(lam + at.element(i));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const R product = g.sum[i][j] * value.v[j];
-            if (at.column + j == l.in) bias += product;
+            if (at.column + j == at.in()) bias += product;
             else weight += product;
           }
         }
@@ -281,8 +308,8 @@ FASTMETA_DEVICE void tile_products(const Plan& plan, const Block<R>& block, int 
 }
 
 // Their sums over tiles.
-template <class R>
-FASTMETA_DEVICE void put_rate_products(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k) {
+template <class R, class P>
+FASTMETA_DEVICE void put_rate_products(const P& plan, const Tensors<R>& io, const Block<R>& block, int k) {
   for (int i = block.warp; i < 2 * plan.layers; i += block.warps) {
     const int begin = plan.layer[i / 2].first_tile;
     const int end = i / 2 + 1 < plan.layers ? plan.layer[i / 2 + 1].first_tile : plan.tiles;
@@ -293,8 +320,8 @@ FASTMETA_DEVICE void put_rate_products(const Plan& plan, const Tensors<R>& io, c
 }
 
 // Parameters and pass of a step, to global memory and back.
-template <class R>
-FASTMETA_DEVICE void spill(const Plan& plan, const Tensors<R>& io, const Block<R>& block, int k, bool back) {
+template <class R, class P>
+FASTMETA_DEVICE void spill(const P& plan, const Tensors<R>& io, const Block<R>& block, int k, bool back) {
   R* tape = io.tape + (block.task * plan.steps + k) * plan.tape();
   const int sizes[2] = {plan.packed, plan.rows[0] * plan.pass}, places[2] = {plan.phi, plan.passes};
   for (int part = 0; part < 2; ++part) {
@@ -308,8 +335,8 @@ FASTMETA_DEVICE void spill(const Plan& plan, const Tensors<R>& io, const Block<R
   __syncthreads();
 }
 
-template <bool smooth, class R>
-FASTMETA_DEVICE void adjoint(const Plan& plan, const Tensors<R>& io, const Block<R>& block) {
+template <bool smooth, class R, class P>
+FASTMETA_DEVICE void adjoint(const P& plan, const Tensors<R>& io, const Block<R>& block) {
   for (int k = plan.steps - 1; k >= 0; --k) {
     if (plan.spilled) spill(plan, io, block, k, true);
     if (plan.second_order) tangent_pass<smooth>(plan, block, k);
@@ -321,13 +348,13 @@ FASTMETA_DEVICE void adjoint(const Plan& plan, const Tensors<R>& io, const Block
   }
 }
 
-template <class R, bool smooth>
+template <class R, class P, bool smooth>
 __global__ void __launch_bounds__(most_threads, 1)
-    meta_step(const __grid_constant__ Plan plan, const __grid_constant__ Tensors<R> io) {
+    meta_step(const __grid_constant__ P plan, const __grid_constant__ Tensors<R> io) {
   FASTMETA_SHARED(memory);
-  const Block<R> block{reinterpret_cast<R*>(memory), static_cast<int>(threadIdx.x) % warp_size,
-                       static_cast<int>(threadIdx.x) / warp_size, static_cast<int>(blockDim.x) / warp_size,
-                       static_cast<std::int64_t>(blockIdx.x)};
+  const int thread = static_cast<int>(threadIdx.x);
+  const Block<R> block{reinterpret_cast<R*>(memory), thread % warp_size, thread / warp_size,
+                       static_cast<int>(blockDim.x) / warp_size, static_cast<std::int64_t>(blockIdx.x)};
   admit_next_launch();
   stage(plan, io, block);
   if (block.warp < 2) stage_labels(plan, io, block);

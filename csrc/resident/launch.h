@@ -20,9 +20,9 @@ int shared_limit(int device);
 template <class R>
 Plan fitting_plan(const Network& net, const Kind& kind, int limit);
 
-// Lets blocks have all the shared memory that the device offers. Once, outside of any capture.
+// Lets a plan's blocks have all the shared memory that the device offers. Once, outside of any capture.
 template <class R>
-void prepare(int device);
+void prepare(const Plan& plan, int device);
 
 // Two launches on the stream; nothing waits.
 template <class R>

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "curve.h"
-#include "plan.h"
+#include "layers.h"
 #include "products.cuh"
 #include "tensors.h"
 
@@ -26,7 +26,8 @@ struct Rows {
   // Of what an activation's result tells, nothing is kept, and nothing is read at the place returned.
   FASTMETA_DEVICE R* s(const Layer& l) const { return at(l.s == absent ? l.d : l.s, l.d_stride); }
   FASTMETA_DEVICE R* c(const Layer& l) const { return at(l.c == absent ? l.d : l.c, l.d_stride); }
-  FASTMETA_DEVICE R* p(const Plan& plan) const { return at(plan.p, plan.layer[plan.layers - 1].d_stride); }
+  template <class P>
+  FASTMETA_DEVICE R* p(const P& plan) const { return at(plan.p, plan.last().d_stride); }
 };
 
 // A set as its task's block reads it.
@@ -39,30 +40,40 @@ struct Set {
   R scale;            // of the sum of the rows' losses
 };
 
+// Quads of a product that a thread takes at once; float64, which is for checking, has not the registers for two.
+template <class P, class R>
+constexpr int quads_in_a_row = sizeof(R) > sizeof(float) ? 1 : P::most_unrolled;
+
 // What stands behind the features of two rows: a 1 that the next layer's bias is multiplied by, or nothing.
-template <class R>
+template <class P, class R>
 FASTMETA_DEVICE void put_behind(R* row, int stride, int features, R next, int lane) {
-  for (int j = features + lane; j < stride; j += warp_size)
+  over_lanes<P>(lane, features, stride, [&](int j) {
     for (int r = 0; r < 2; ++r) row[r * stride + j] = j == features ? next : R(0);
+  });
 }
 
-template <class R>
-FASTMETA_DEVICE R one_behind(const Plan& plan, int layer) {
-  return layer + 1 < plan.layers && plan.layer[layer + 1].bias ? R(1) : R(0);
+template <class R, class P, class Index>
+FASTMETA_DEVICE R one_behind(const P& plan, Index layer) {
+  if constexpr (P::fixed) {
+    if constexpr (Index::value + 1 < P::layers) return plan.at(after(layer)).bias ? R(1) : R(0);
+    else return R(0);
+  } else {
+    return layer + 1 < plan.layers && plan.at(after(layer)).bias ? R(1) : R(0);
+  }
 }
 
-template <bool smooth, class R>
-FASTMETA_DEVICE void forward(const Plan& plan, const R* phi, const R* x, const Rows<R>& rows, bool curvatures) {
-  const R* input = x + rows.first * plan.layer[0].stride;
-  int stride = plan.layer[0].stride;
-  for (int i = 0; i < plan.layers; ++i) {
-    const Layer& l = plan.layer[i];
+template <bool smooth, class P, class R>
+FASTMETA_DEVICE void forward(const P& plan, const R* phi, const R* x, const Rows<R>& rows, bool curvatures) {
+  const R* input = x + rows.first * plan.first().stride;
+  int stride = plan.first().stride;
+  upward(plan, [&](auto i) {
+    const Layer& l = plan.at(i);
     R* a = rows.a(l);
     const int half = (l.out + 1) / 2;
-    for (int j = rows.lane; j < half; j += warp_size) {
+    over_lanes<P>(rows.lane, 0, half, [&](int j) {
       const R* w = phi + l.w + j * l.stride;
       Dots<R> z;
-      z.add(input, stride, w, w + half * l.stride, l.quads);
+      z.template add<quads_in_a_row<P, R>>(input, stride, w, w + half * l.stride, l.quads);
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         const int feature = j + f * half;
@@ -75,11 +86,11 @@ FASTMETA_DEVICE void forward(const Plan& plan, const R* phi, const R* x, const R
           if (curvatures && l.c != absent) rows.c(l)[r * l.d_stride + feature] = y.bend;
         }
       }
-    }
-    put_behind(a, l.a_stride, l.out, one_behind<R>(plan, i), rows.lane);
+    });
+    put_behind<P>(a, l.a_stride, l.out, one_behind<R>(plan, i), rows.lane);
     __syncwarp();
     input = a, stride = l.a_stride;
-  }
+  });
 }
 
 // d_y of one element of a layer's result becomes d_z of what its activation was applied to.
@@ -91,10 +102,10 @@ FASTMETA_DEVICE void put_cotangent(const Layer& l, const Rows<R>& rows, int r, i
 }
 
 // The rows' losses, and their derivative by what the last layer's activation was applied to, times `factor`.
-template <bool smooth, class R>
-FASTMETA_DEVICE void loss(const Plan& plan, const Set<R>& set, const Rows<R>& rows, R factor, R* row_loss,
+template <bool smooth, class P, class R>
+FASTMETA_DEVICE void loss(const P& plan, const Set<R>& set, const Rows<R>& rows, R factor, R* row_loss,
                           bool curvatures) {
-  const Layer& l = plan.layer[plan.layers - 1];
+  const Layer& l = plan.last();
   int reach = 1;
   while (reach < l.out && reach < warp_size) reach *= 2;
   for (int r = 0; r < 2; ++r) {
@@ -140,45 +151,46 @@ FASTMETA_DEVICE void loss(const Plan& plan, const Set<R>& set, const Rows<R>& ro
     }
     if (real && rows.lane == 0) row_loss[row] = total;
   }
-  put_behind(rows.d(l), l.d_stride, l.out, R(0), rows.lane);
+  put_behind<P>(rows.d(l), l.d_stride, l.out, R(0), rows.lane);
   __syncwarp();
 }
 
-template <bool smooth, class R>
-FASTMETA_DEVICE void backward(const Plan& plan, const R* phi, const Rows<R>& rows, bool curvatures) {
-  for (int i = plan.layers - 1; i > 0; --i) {
-    const Layer &l = plan.layer[i], &below = plan.layer[i - 1];
-    for (int j = 2 * rows.lane; j < l.in; j += 2 * warp_size) {
+template <bool smooth, class P, class R>
+FASTMETA_DEVICE void backward(const P& plan, const R* phi, const Rows<R>& rows, bool curvatures) {
+  downward(plan, [&](auto i) {
+    const Layer &l = plan.at(i), &below = plan.at(before(i));
+    over_lanes<P>(rows.lane, 0, (l.in + 1) / 2, [&](int pair) {
+      const int j = 2 * pair;
       Backs<R> d;
-      d.add(rows.d(l), l.d_stride, phi + l.w + j, l.stride, (l.out + 3) / 4);
+      d.template add<quads_in_a_row<P, R>>(rows.d(l), l.d_stride, phi + l.w + j, l.stride, (l.out + 3) / 4);
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         if (j + f >= l.in) continue;
 #pragma unroll
         for (int r = 0; r < 2; ++r) put_cotangent<smooth>(below, rows, r, j + f, d.sum(r, f), curvatures);
       }
-    }
-    put_behind(rows.d(below), below.d_stride, below.out, R(0), rows.lane);
+    });
+    put_behind<P>(rows.d(below), below.d_stride, below.out, R(0), rows.lane);
     __syncwarp();
-  }
+  });
 }
 
 // Tangents in the direction u. A layer's d_dot first holds f''(z) d_y z_dot, which its cotangent's tangent begins with.
-template <bool smooth, class R>
-FASTMETA_DEVICE void tangent(const Plan& plan, const R* phi, const R* u, const R* x, const Rows<R>& rows,
+template <bool smooth, class P, class R>
+FASTMETA_DEVICE void tangent(const P& plan, const R* phi, const R* u, const R* x, const Rows<R>& rows,
                              const Rows<R>& dots) {
-  const R* input = x + rows.first * plan.layer[0].stride;
-  int stride = plan.layer[0].stride;
+  const R* input = x + rows.first * plan.first().stride;
+  int stride = plan.first().stride;
   const R* input_dot = nullptr;  // data have no tangent
-  for (int i = 0; i < plan.layers; ++i) {
-    const Layer& l = plan.layer[i];
+  upward(plan, [&](auto i) {
+    const Layer& l = plan.at(i);
     R *a_dot = dots.a(l), *d_dot = dots.d(l);
     const int half = (l.out + 1) / 2;
-    for (int j = rows.lane; j < half; j += warp_size) {
+    over_lanes<P>(rows.lane, 0, half, [&](int j) {
       const int first = l.w + j * l.stride, second = first + half * l.stride;
       Dots<R> z;
-      z.add(input, stride, u + first, u + second, l.quads);
-      if (i > 0) z.add(input_dot, stride, phi + first, phi + second, l.quads);
+      z.template add<quads_in_a_row<P, R>>(input, stride, u + first, u + second, l.quads);
+      if (i > 0) z.template add<quads_in_a_row<P, R>>(input_dot, stride, phi + first, phi + second, l.quads);
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         const int feature = j + f * half;
@@ -191,12 +203,12 @@ FASTMETA_DEVICE void tangent(const Plan& plan, const R* phi, const R* u, const R
           d_dot[at] = curvature_of<smooth>(l.activation, y, rows.d(l)[at], rows.c(l) + at) * z_dot;
         }
       }
-    }
-    put_behind(a_dot, l.a_stride, l.out, R(0), rows.lane);
-    put_behind(d_dot, l.d_stride, l.out, R(0), rows.lane);
+    });
+    put_behind<P>(a_dot, l.a_stride, l.out, R(0), rows.lane);
+    put_behind<P>(d_dot, l.d_stride, l.out, R(0), rows.lane);
     __syncwarp();
     input = rows.a(l), input_dot = a_dot, stride = l.a_stride;
-  }
+  });
 }
 
 template <bool smooth, class R>
@@ -207,9 +219,9 @@ FASTMETA_DEVICE void add_cotangent_dot(const Layer& l, const Rows<R>& rows, cons
 }
 
 // The loss's Hessian times y_dot: 2 y_dot; (diag(p) - p p^T) y_dot; p (1 - p) y_dot.
-template <bool smooth, class R>
-FASTMETA_DEVICE void loss_tangent(const Plan& plan, const Set<R>& set, const Rows<R>& rows, const Rows<R>& dots) {
-  const Layer& l = plan.layer[plan.layers - 1];
+template <bool smooth, class P, class R>
+FASTMETA_DEVICE void loss_tangent(const P& plan, const Set<R>& set, const Rows<R>& rows, const Rows<R>& dots) {
+  const Layer& l = plan.last();
   int reach = 1;
   while (reach < l.out && reach < warp_size) reach *= 2;
   for (int r = 0; r < 2; ++r) {
@@ -233,24 +245,25 @@ FASTMETA_DEVICE void loss_tangent(const Plan& plan, const Set<R>& set, const Row
   __syncwarp();
 }
 
-template <bool smooth, class R>
-FASTMETA_DEVICE void tangent_backward(const Plan& plan, const R* phi, const R* u, const Rows<R>& rows,
+template <bool smooth, class P, class R>
+FASTMETA_DEVICE void tangent_backward(const P& plan, const R* phi, const R* u, const Rows<R>& rows,
                                       const Rows<R>& dots) {
-  for (int i = plan.layers - 1; i > 0; --i) {
-    const Layer &l = plan.layer[i], &below = plan.layer[i - 1];
-    for (int j = 2 * rows.lane; j < l.in; j += 2 * warp_size) {
+  downward(plan, [&](auto i) {
+    const Layer &l = plan.at(i), &below = plan.at(before(i));
+    over_lanes<P>(rows.lane, 0, (l.in + 1) / 2, [&](int pair) {
+      const int j = 2 * pair;
       Backs<R> d;
-      d.add(dots.d(l), l.d_stride, phi + l.w + j, l.stride, (l.out + 3) / 4);
-      d.add(rows.d(l), l.d_stride, u + l.w + j, l.stride, (l.out + 3) / 4);
+      d.template add<quads_in_a_row<P, R>>(dots.d(l), l.d_stride, phi + l.w + j, l.stride, (l.out + 3) / 4);
+      d.template add<quads_in_a_row<P, R>>(rows.d(l), l.d_stride, u + l.w + j, l.stride, (l.out + 3) / 4);
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         if (j + f >= l.in) continue;
 #pragma unroll
         for (int r = 0; r < 2; ++r) add_cotangent_dot<smooth>(below, rows, dots, r, j + f, d.sum(r, f));
       }
-    }
+    });
     __syncwarp();
-  }
+  });
 }
 
 }  // namespace fastmeta::resident

@@ -33,7 +33,7 @@ struct Layer {
   int parameter[2];            // numbers of weight and bias
   int quads, stride;           // of a row of the matrix: those in use, and elements from row to row
   int w;                       // its place in a packed vector
-  int a, a_stride, d, d_stride;
+  int x, a, a_stride, d, d_stride;  // x: of what it reads, the layer before's a; absent for the data
   int s, c;                    // rows as far apart as those of d; absent where not needed
   int first_tile;              // tiles are 4 x 4 elements of the matrix
   std::int64_t gradient[2];    // place of the gradients of weight and bias in the flat result; absent: not wanted
@@ -57,6 +57,12 @@ struct Plan {
   int passes, query, u, row_loss, scale, partial, elements;
   std::int64_t gradient_elements;
 
+  static constexpr bool fixed = false;
+  static constexpr int most_unrolled = 2;  // quads of a product in a row
+  FASTMETA_HD const Layer& at(int i) const { return layer[i]; }
+  FASTMETA_HD const Layer& first() const { return layer[0]; }
+  FASTMETA_HD const Layer& last() const { return layer[layers - 1]; }
+
   FASTMETA_HD int phi_at(int k) const { return phi + (kept && !spilled ? k * packed : 0); }
   // lam lies where phi_K was, which nothing reads when lam is written, unless phi_k come back there.
   FASTMETA_HD int lam() const { return spilled ? phi + packed : phi_at(steps); }
@@ -64,10 +70,10 @@ struct Plan {
   FASTMETA_HD std::int64_t tape() const { return packed + static_cast<std::int64_t>(rows[0]) * pass; }
 };
 
-inline int whole(int count, int step) { return (count + step - 1) / step * step; }
+FASTMETA_HD constexpr int whole(int count, int step) { return (count + step - 1) / step * step; }
 
 // Elements from row to row for rows of `count`: an odd number of quads.
-inline int row_stride(int count) { return 4 * ((count + 3) / 4 | 1); }
+FASTMETA_HD constexpr int row_stride(int count) { return 4 * ((count + 3) / 4 | 1); }
 
 inline bool keeps_slope(Activation f) {
   return f == Activation::leaky_relu || f == Activation::silu || f == Activation::gelu;
@@ -75,7 +81,33 @@ inline bool keeps_slope(Activation f) {
 
 inline bool keeps_curvature(Activation f) { return f == Activation::silu || f == Activation::gelu; }
 
-// The layers: their matrices, tiles and gradients, and their part of a pass.
+struct Sizes {
+  int packed, tiles, pass;
+};
+
+// Places of layers whose widths and biases are known: their matrices and tiles, activations and cotangents.
+FASTMETA_HD constexpr Sizes lay_out(Layer* layer, int layers) {
+  Sizes sizes{};
+  for (int i = 0; i < layers; ++i) {
+    Layer& l = layer[i];
+    const int columns = l.in + l.bias;
+    l.quads = (columns + 3) / 4, l.stride = row_stride(columns);
+    l.w = sizes.packed, l.first_tile = sizes.tiles;
+    sizes.packed += whole(l.out, 4) * l.stride;
+    sizes.tiles += whole(l.out, 4) / 4 * l.quads;
+  }
+  for (int i = 0; i < layers; ++i) {
+    Layer& l = layer[i];
+    l.a_stride = i + 1 < layers ? layer[i + 1].stride : row_stride(l.out);
+    l.d_stride = row_stride(l.out);
+    l.x = i > 0 ? layer[i - 1].a : absent;
+    l.a = sizes.pass, l.d = l.a + l.a_stride;
+    sizes.pass = l.d + l.d_stride;
+  }
+  return sizes;
+}
+
+// The layers: their numbers and gradients, their matrices, and their part of a pass.
 inline void place_layers(Plan& plan, const Network& net, int differentiated) {
   std::int64_t sizes[2 * most_layers] = {};  // by number of the parameter
   for (const Linear& l : net.layers) {
@@ -96,19 +128,9 @@ inline void place_layers(Plan& plan, const Network& net, int differentiated) {
     l.negative_slope = given.negative_slope;
     l.parameter[0] = given.weight, l.parameter[1] = given.bias;
     l.gradient[0] = place(given.weight), l.gradient[1] = place(given.bias);
-    const int columns = l.in + l.bias;
-    l.quads = (columns + 3) / 4, l.stride = row_stride(columns);
-    l.w = plan.packed, l.first_tile = plan.tiles;
-    plan.packed += whole(l.out, 4) * l.stride;
-    plan.tiles += whole(l.out, 4) / 4 * l.quads;
   }
-  for (int i = 0; i < plan.layers; ++i) {
-    Layer& l = plan.layer[i];
-    l.a_stride = i + 1 < plan.layers ? plan.layer[i + 1].stride : row_stride(l.out);
-    l.d_stride = row_stride(l.out);
-    l.a = plan.pass, l.d = l.a + l.a_stride;
-    plan.pass = l.d + l.d_stride;
-  }
+  const Sizes all = lay_out(plan.layer, plan.layers);
+  plan.packed = all.packed, plan.tiles = all.tiles, plan.pass = all.pass;
 }
 
 // Everything for one kind of meta-step; `spilled`: its passes are kept in global memory.

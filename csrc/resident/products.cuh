@@ -32,8 +32,9 @@ template <class R>
 struct Dots {
   R part[2][2][4] = {};
 
+  template <int unrolled>
   FASTMETA_DEVICE void add(const R* a, int a_stride, const R* first, const R* second, int quads) {
-#pragma unroll 2
+#pragma unroll unrolled
     for (int q = 0; q < quads; ++q) {
       const Quad<R> rows[2] = {quad(a + 4 * q), quad(a + a_stride + 4 * q)};
       const Quad<R> columns[2] = {quad(first + 4 * q), quad(second + 4 * q)};
@@ -57,8 +58,9 @@ template <class R>
 struct Backs {
   R part[2][2][2] = {};
 
+  template <int unrolled>
   FASTMETA_DEVICE void add(const R* d, int d_stride, const R* w, int w_stride, int quads) {
-#pragma unroll 2
+#pragma unroll unrolled
     for (int q = 0; q < quads; ++q) {
       const Quad<R> rows[2] = {quad(d + 4 * q), quad(d + d_stride + 4 * q)};
 #pragma unroll

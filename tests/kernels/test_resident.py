@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -271,6 +272,42 @@ def changed(tmp_path: Path, name: str, old: str, new: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(resident_shim.build(tmp_path, tmp_path, "-O0")))
 
 
+COMMON = {
+    f"{width} {activation}": Net((1, width, width, 1), (activation, activation, "identity"), (True, True, True))
+    for width in (40, 64)
+    for activation in ("relu", "tanh")
+}
+
+
+@pytest.fixture(scope="module")
+def any_layers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library without kernels for layers that are known."""
+    text = (ROOT / "csrc" / "resident" / "cuda.cu").read_text()
+    begin = text.index("using Common = ")
+    old = text[begin : text.index(";", begin) + 1]
+    assert old.count("Regressor<") == len(COMMON)
+    return changed(tmp_path_factory.mktemp("any"), "cuda.cu", old, "using Common = Kinds<>;")
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"rates": "tensor"}, {"second_order": False}], ids=str)
+@pytest.mark.parametrize("name", COMMON)
+def test_kernels_for_known_layers_give_the_same_numbers(
+    name: str, options: dict[str, Any], any_layers: ctypes.CDLL
+) -> None:
+    truth = Truth(COMMON[name], 2, **options)
+    little = (40 if name.startswith("40") else 80) << 10  # bytes of shared memory that hold no step but the present one
+    spilled = []
+    for more in ({}, {"limit": little}, {"threads": 64}, {"gradient": False}):
+        own = truth.run(torch.float32, seed=1, **more)
+        other = truth.run(torch.float32, seed=1, of=any_layers, **more)
+        spilled.append(own.spilled)
+        for got, want in zip(own.tensors(), other.tensors(), strict=True):
+            assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert spilled == [False, truth.second_order, False, False]  # of first order it holds one step alone
+    assert relative_error(truth.run(torch.float32).loss, truth.loss.detach()) < 64 * EPS32
+
+
 BARRIERS = {
     "before the step": (
         "    pass<smooth>(plan, io, block, k);\n    __syncthreads();\n",
@@ -300,7 +337,7 @@ def test_a_missing_barrier_is_found(tmp_path: Path, place: str) -> None:
 @needs_compiler
 def test_a_missing_wait_of_a_warp_is_found(tmp_path: Path) -> None:
     truth = Truth(SINUSOID, 2)
-    old = "    put_behind(a, l.a_stride, l.out, one_behind<R>(plan, i), rows.lane);\n    __syncwarp();\n"
+    old = "    put_behind<P>(a, l.a_stride, l.out, one_behind<R>(plan, i), rows.lane);\n    __syncwarp();\n"
     library = changed(tmp_path, "passes.cuh", old, old.replace("    __syncwarp();\n", ""))
     errors = [relative_error(truth.run(of=library, seed=s).gradient, truth.gradient) for s in range(3)]
     assert not max(errors) < FLOAT64_BOUND
