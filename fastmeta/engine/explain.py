@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core import rates
-from fastmeta.core.task_op import Need, Tensors
+from fastmeta.core.task_op import Need, TaskOp, Tensors
 from fastmeta.engine import cost, executor, tables
 from fastmeta.engine.capture import objection
 from fastmeta.engine.compiler import Fit, Programs
@@ -21,6 +21,7 @@ from fastmeta.engine.resident import ResidentStep
 from fastmeta.engine.tables import Held
 from fastmeta.engine.work import Work, leaves
 
+LIBRARIES = {"linear": "cublas", "matmul": "cublas", "conv2d": "cudnn", "view": "view"}  # of PyTorch's, on a GPU
 Plans = dict[int, tuple[float, float] | Held | str]  # of factor.compared and tables.compared
 
 
@@ -36,7 +37,8 @@ class Row:
         plan: how the fast weights are held: ``resident`` in the workspace of a task at work, ``dense`` for all tasks,
             or ``shared`` where no task has its own.
         backend: who runs it: ``native``, ``cuda``, ``triton``, ``reference``, or ``callback`` for what the native
-            executor has the operation's own maps for.
+            executor has the operation's own maps for. On a GPU the reference's kernels are ``cublas``, ``cudnn`` and
+            PyTorch's own, ``torch``; a ``view`` has none.
         flops: of the products in the four maps over all tasks and inner steps, and in the query's two.
         saved: bytes kept for its maps, per inner step, for all tasks; once for all steps where it runs once.
         cotangents: bytes of the cotangents kept for its tangent maps, likewise.
@@ -193,11 +195,24 @@ def rows_of(work: Work, programs: Programs, executor: str) -> list[Row]:
         return _natively(work, programs, native, plans)
     if executor == "resident":
         return [_row(call, "cuda", cost.flops(work, call, query), 0, 0, plans) for call, query in calls]
-    switches = formed_after(programs.support, work.steps)
+    switches, cuda = formed_after(programs.support, work.steps), work.alpha.is_cuda
     return [
-        _row(call, call.op.backend, cost.flops(work, call, query), 0, 0, plans, formed_after=switches.get(id(call), 0))
+        _row(
+            call,
+            backend_of(call.op, cuda=cuda),
+            cost.flops(work, call, query),
+            0,
+            0,
+            plans,
+            formed_after=switches.get(id(call), 0),
+        )
         for call, query in calls
     ]
+
+
+def backend_of(op: TaskOp, *, cuda: bool) -> str:
+    """Who runs an operation's maps on the task-batched executor, on a GPU or not."""
+    return LIBRARIES.get(op.name, "torch") if cuda and op.backend == "reference" else op.backend
 
 
 def _plans(work: Work, programs: Programs) -> Plans:
@@ -298,7 +313,8 @@ def _by_reference(work: Work, programs: Programs, plans: Plans) -> tuple[list[Ro
         saved = _new_bytes(tape.saved[i], seen) if kept_tapes else 0
         cotangents = _new_bytes(tape.d_y[i] or (), seen) if kept_tapes else 0
         flops, after = cost.flops(work, call, query), switches.get(id(call), 0)
-        rows.append(_row(call, call.op.backend, flops, saved, cotangents, plans, formed_after=after))
+        backend = backend_of(call.op, cuda=work.alpha.is_cuda)
+        rows.append(_row(call, backend, flops, saved, cotangents, plans, formed_after=after))
     kept = {}
     once = sum(row.saved for row, i in zip(rows, program.instructions, strict=True) if i.invariant)
     if second_order:

@@ -73,9 +73,15 @@ def block(kind: str, summed: bool) -> SumBlock:
     return SumBlock(Call.example(aten.add.Tensor, x, x) if summed else None, curve)
 
 
-@pytest.mark.parametrize("layouts", [(a, b) for a in LAYOUTS for b in LAYOUTS if "plain" in (a, b) or a == b], ids=str)
 @pytest.mark.parametrize("summed", [True, False], ids=["sum", "alone"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        *((kind, ("plain", "plain")) for kind in KINDS),
+        *(("gelu", (a, b)) for a in LAYOUTS for b in LAYOUTS if ("plain" in (a, b)) != (a == b)),
+    ],
+    ids=str,
+)
 def test_the_maps_are_the_reference(kind: str, summed: bool, layouts: tuple[str, str], nan_poison: None) -> None:
     there = device()
     if kind == "identity" and not summed:
