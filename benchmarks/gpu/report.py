@@ -77,7 +77,7 @@ def table(found: dict[str, Any]) -> str:
     for key, result in found.items():
         if key.startswith("kernels "):
             lines += ["", f"## Kernels: {result['title']}", "", *_kernel_rows(result)]
-    for key, title in (("vectors", "Inner update"), ("conv", "Convolution blocks"), ("attention", "Attention")):
+    for key, title in (("vectors", "Vectors"), ("conv", "Convolution blocks"), ("attention", "Attention")):
         if found.get(key):
             lines += ["", f"## {title}", "", *_rows(found[key])]
     lines += [f"\n{key} failed: {reason}." for key, reason in found.get("failed", {}).items()]

@@ -1,4 +1,4 @@
-"""The inner update on a GPU beside a copy: vectors beyond any cache, whose time is that of their bytes."""
+"""What goes over vectors on a GPU, beside a copy: they lie beyond any cache, so that time is that of their bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from fastmeta.bench.gpu_peaks import Peaks
 from fastmeta.bench.gpu_timing import graphed, interleaved
+from fastmeta.core.curves import Curve
+from fastmeta.ops import conjugate_gradients as cg
 from fastmeta.ops.inner_update import op as inner_update
 
 TASKS, PARTS, ELEMENTS = 16, 8, 1 << 22  # of a task: 256 MiB a vector in all
@@ -16,6 +18,8 @@ TASKS, PARTS, ELEMENTS = 16, 8, 1 << 22  # of a task: 256 MiB a vector in all
 
 def rows(peaks: Peaks) -> list[dict[str, Any]]:
     """Milliseconds, bytes and the share of the copy's rate of each map."""
+    from fastmeta.ops.sum_block import triton as sum_block
+
     theta, g = (torch.randn(TASKS, ELEMENTS, device="cuda") for _ in range(2))
     out, alpha = torch.empty_like(theta), torch.tensor([0.1], device="cuda")
     parts = [part.contiguous() for part in g.split(ELEMENTS // PARTS, 1)]
@@ -25,8 +29,21 @@ def rows(peaks: Peaks) -> list[dict[str, Any]]:
         f"step of {PARTS} gradients": (3, lambda: inner_update.step_parts(theta, parts, alpha, out=out)),
         "adjoint": (2, lambda: inner_update.adjoint(theta, g, alpha, need_alpha=False)),
         "adjoint, rates learned": (4, lambda: inner_update.adjoint(theta, g, alpha)),
+        "sum and ReLU": (3, lambda: sum_block.forward(Curve("relu"), theta, g)),
+        "sum and ReLU, tangent": (4, lambda: sum_block.derivative(Curve("relu"), out, theta, g)),
     }
-    times = interleaved({name: graphed(call) for name, (_, call) in maps.items()}, rounds=5)
+    calls = {name: graphed(call) for name, (_, call) in maps.items()}
+    state, diagonal = cg.start(theta, 0.0), g.abs()
+    state.enough.fill_(-1.0)  # so that no task ends
+
+    def iteration() -> None:
+        cg.advance(state, torch.mul(diagonal, state.p, out=out), 0.5)
+
+    name = (
+        "conjugate gradients of a diagonal"  # the next iteration goes on from this one, which a graph's replay cannot
+    )
+    maps[name], calls[name] = (14, iteration), iteration
+    times = interleaved(calls, rounds=5)
     return [
         {
             "map": name,
