@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Need, TaskOp, Tensors, Unsupported, registry
 from fastmeta.ops.pool import reference
 from fastmeta.ops.pool.reference import Window
+
+LARGEST = 1 << 27  # elements of an image that a GPU's kernels take: they count these in int32
 
 
 def _pair(value: Sequence[int] | int) -> tuple[int, ...]:
@@ -32,6 +35,9 @@ class Pool(TaskOp):
             raise Unsupported(f"{self.name}: input must be floating, got {call['self'].dtype}")
         self.shape, self.result = tuple(call["self"].shape), tuple(call.outputs[0].shape)
         self.images = math.prod(self.shape[:-3])
+        largest = max(math.prod(shape[-3:]) for shape in (self.shape, self.result))
+        sides = zip(self.shape[-2:], self.result[-2:], strict=True)  # their product bounds adaptive windows
+        self.fits_kernels = largest <= LARGEST and all((a + 1) * (b + 1) < 1 << 31 for a, b in sides)
 
     def _window(self) -> Window:
         get = self.call.arguments.get
@@ -70,6 +76,16 @@ class Pool(TaskOp):
     ) -> Tensors:
         return self.backward(saved, d_y_dot, need)
 
+    def _on_gpu(self, value: Tensor) -> bool:
+        """Whether Triton's kernels run."""
+        return self.fits_kernels and value.is_cuda and not triton_support.missing_reason(value.device, value.dtype)
+
+    def _linear(self, x: Tensor) -> tuple[Tensors, Tensors]:
+        """The forward map of a pooling that is linear."""
+        if self._on_gpu(x):
+            self.backend = "triton"
+        return (self._tasks(self._push(self._planes(x), ()), self.result),), ()
+
     @abstractmethod
     def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
         """``L x_dot``."""
@@ -81,7 +97,7 @@ class Pool(TaskOp):
 
 @registry.register
 class MaxPool(Pool):
-    """Maximum of every window; saves where it lies."""
+    """Maximum of every window; saves where it lies, as int64 or, for kernels that alone read it, int32."""
 
     name: ClassVar[str] = "max_pool"
     targets: ClassVar[tuple[str, ...]] = ("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default")
@@ -92,14 +108,30 @@ class MaxPool(Pool):
         self.window = self._window()
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        y, where = reference.maximum(self._planes(x[0]), self.window)
+        planes = self._planes(x[0])
+        if self._on_gpu(planes):
+            from fastmeta.ops.pool import triton
+
+            self.backend = "triton"
+            positions = torch.int32 if len(self.call.outputs) == 1 else torch.int64
+            y, where = triton.maximum(planes, self.window, self.result[-2:], positions)
+        else:
+            y, where = reference.maximum(planes, self.window)
         outputs = (self._tasks(y, self.result), self._tasks(where, self.result))
         return outputs[: len(self.call.outputs)], (where,)
 
     def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        if self._on_gpu(x_dot):
+            from fastmeta.ops.pool import triton
+
+            return triton.maximum_tangent(x_dot, saved[0])
         return reference.maximum_tangent(x_dot, saved[0])
 
     def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        if self._on_gpu(d):
+            from fastmeta.ops.pool import triton
+
+            return triton.maximum_transpose(d, saved[0], self.window, size)
         return reference.maximum_transpose(d, saved[0], self.window, size)
 
 
@@ -116,12 +148,20 @@ class AveragePool(Pool):
         self.rule = call["count_include_pad"], call["divisor_override"]
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        return (self._tasks(self._push(self._planes(x[0]), ()), self.result),), ()
+        return self._linear(x[0])
 
     def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        if self._on_gpu(x_dot):
+            from fastmeta.ops.pool import triton
+
+            return triton.average(x_dot, self.window, *self.rule, self.result[-2:])
         return reference.average(x_dot, self.window, *self.rule)
 
     def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        if self._on_gpu(d):
+            from fastmeta.ops.pool import triton
+
+            return triton.average_transpose(d, self.window, *self.rule, size)
         return reference.average_transpose(d, self.window, *self.rule, size)
 
 
@@ -133,10 +173,18 @@ class AdaptiveAveragePool(Pool):
     targets: ClassVar[tuple[str, ...]] = ("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-        return (self._tasks(self._push(self._planes(x[0]), ()), self.result),), ()
+        return self._linear(x[0])
 
     def _push(self, x_dot: Tensor, saved: tuple[Any, ...]) -> Tensor:
+        if self._on_gpu(x_dot):
+            from fastmeta.ops.pool import triton
+
+            return triton.adaptive(x_dot, self.result[-2:])
         return reference.adaptive(x_dot, self.result[-2:])
 
     def _transpose(self, d: Tensor, saved: tuple[Any, ...], size: tuple[int, ...]) -> Tensor:
+        if self._on_gpu(d):
+            from fastmeta.ops.pool import triton
+
+            return triton.adaptive_transpose(d, size)
         return reference.adaptive_transpose(d, size)

@@ -58,7 +58,9 @@ def average_transpose(
 ) -> Tensor:
     """``d_x``: each cotangent spread evenly over its window."""
     kernel, stride, padding, _, ceil_mode = window
-    if d.is_cuda:  # torch 2.11 is wrong there for images with channels last: padding and divisor are not as given
+    # torch 2.11 is wrong on a GPU for images with channels last: padding and divisor are not as given. What kernels of
+    # ours do not take comes here, float64 above all.
+    if d.is_cuda:
         d_x = aten.avg_pool2d_backward(
             d.contiguous(), d.new_empty(tuple(size)), kernel, stride, padding, ceil_mode, count_include_pad, divisor
         )
