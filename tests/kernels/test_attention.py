@@ -145,6 +145,10 @@ SHAPES = [
     Shape(mask=(2, 1, 2, 5, 3), boolean=True, queries=5, keys=3),  # some attend to nothing
     Shape(width=64, queries=40, keys=40, tasks=1, heads=1),
     Shape(width=128, queries=33, keys=35, tasks=1, heads=1),
+    Shape(width=128, queries=1, keys=1),
+    Shape(width=96, queries=70, keys=35, tasks=1, causal=True),
+    Shape(width=100, queries=9, keys=70, mask=(2, 1, 1, 1, 70)),
+    Shape(width=74, queries=5, keys=3, mask=(2, 1, 2, 5, 3), boolean=True),  # some attend to nothing
     Shape(width=7, queries=5, keys=6),
 ]
 
@@ -175,16 +179,18 @@ def test_tangents_that_lie_otherwise() -> None:
 @pytest.mark.parametrize(
     "present", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0), (1, 1, 1, 0)]
 )
-def test_missing_tangents_are_zero(present: tuple[int, ...]) -> None:
-    operands = draw(Shape(queries=9, keys=11))
+@pytest.mark.parametrize("width", [32, 96])
+def test_missing_tangents_are_zero(present: tuple[int, ...], width: int) -> None:
+    operands = draw(Shape(queries=9, keys=11, width=width))
     operands.x_dot = [x if name in present else None for x, name in zip(operands.x_dot, "qkv", strict=True)]
     operands.d_o_dot = operands.d_o_dot if "d_o" in present else None
     check(operands)
 
 
 @pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])
-def test_one_cotangent_alone(need: tuple[bool, bool, bool]) -> None:
-    check(draw(Shape(queries=9, keys=11)), need)
+@pytest.mark.parametrize("width", [32, 96])
+def test_one_cotangent_alone(need: tuple[bool, bool, bool], width: int) -> None:
+    check(draw(Shape(queries=9, keys=11, width=width)), need)
 
 
 def test_all_masked() -> None:
@@ -221,8 +227,9 @@ def test_no_tasks() -> None:
     assert all(value.numel() == 0 for value in kernels(operands).values())
 
 
-def test_programs_in_any_order_and_bits_in_every_run() -> None:
-    operands = draw(Shape(queries=70, keys=70, heads=1, mask=(2, 1, 1, 1, 70)))
+@pytest.mark.parametrize("width", [32, 96])
+def test_programs_in_any_order_and_bits_in_every_run(width: int) -> None:
+    operands = draw(Shape(queries=70, keys=70, width=width, heads=1, mask=(2, 1, 1, 1, 70)))
     first = kernels(operands)
     with running.reversed_programs():
         again = kernels(operands)
@@ -234,8 +241,9 @@ BFLOAT16 = 8 * 2.0**-8
 
 
 @pytest.mark.parametrize(("setting", "bound"), [("high", 8 * 2.0**-10), ("medium", BFLOAT16)])
-def test_less_precise_products_are_asked_for(setting: str, bound: float) -> None:
-    operands = draw(Shape(queries=40, keys=40, heads=1))
+@pytest.mark.parametrize("width", [32, 96])
+def test_less_precise_products_are_asked_for(setting: str, bound: float, width: int) -> None:
+    operands = draw(Shape(queries=40, keys=40, width=width, heads=1))
     truth = run(reference, operands, torch.float64, torch.device("cpu"))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
@@ -313,9 +321,10 @@ def test_every_build_has_a_name_of_its_own() -> None:
 
     builds = triton.shipped()
     assert len({build.name for build in builds}) == len(builds)
-    for capability, values in ((80, 1), (90, 2)):  # of five widths and precisions, some have values apart
-        assert sum(capability in build.capabilities for build in builds) == 5 * 6 + values
+    for capability, values in ((80, 2), (90, 3)):  # of seven widths and precisions, some have values apart
+        assert sum(capability in build.capabilities for build in builds) == 7 * 6 + values
     assert all(set(build.signature) == set(build.kernel.arg_names) for build in builds)
     alone = "tangent_backward_values", 64
     whole = {(kernel, width) for kernel in triton.KERNELS if kernel != alone[0] for width in (16, 32, 64, 128)}
     assert set(triton.TILES) == whole | {alone}
+    assert set(triton.WIDE_TILES) == set(triton.WIDE_KERNELS) == set(triton.KERNELS)

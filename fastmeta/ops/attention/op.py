@@ -15,8 +15,7 @@ from fastmeta.core.task_op import Call, Input, Need, TaskOp, Tensors, Unsupporte
 from fastmeta.ops.attention import reference
 from fastmeta.ops.attention.reference import Saved, SavedDot, Setting
 
-# Numbers of a head that registers hold, by precision of the products: three tf32 products hold all operands twice.
-WIDEST = {"tf32x3": 64, "tf32": 128, "bf16": 128}
+WIDEST = 128  # columns of a head; the sums of a wider one do not fit registers
 
 
 def backends(
@@ -29,9 +28,8 @@ def backends(
         kernels = triton_support.backend(device or torch.device("cuda"), dtype or torch.float32)
     if kernels.available and width != value_width:
         kernels = Backend("triton", False, f"values must be as wide as keys, got {value_width} and {width}")
-    elif kernels.available and width > (widest := WIDEST[triton_support.precision()]):
-        reason = f"a head must be at most {widest} wide for products of {triton_support.precision()}, got {width}"
-        kernels = Backend("triton", False, reason)
+    elif kernels.available and width > WIDEST:
+        kernels = Backend("triton", False, f"a head must be at most {WIDEST} wide, got {width}")
     return kernels, Backend("reference", True, "torch")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from fastmeta.core.triton_support import Shipped, build_precision
-from fastmeta.ops.attention import triton_kernels, triton_tangent_kernels
+from fastmeta.ops.attention import triton_kernels, triton_tangent_kernels, triton_wide_kernels
 from fastmeta.ops.attention.reference import Cotangents, Need, Saved, SavedDot, Setting
 
 NARROWEST = 16  # columns of a tile that tensor cores multiply
@@ -30,6 +30,15 @@ KERNELS = {
     "tangent_backward_queries": triton_tangent_kernels.tangent_backward_queries,
     "tangent_backward_keys": triton_tangent_kernels.tangent_backward_keys,
     "tangent_backward_values": triton_tangent_kernels.tangent_backward_keys,  # of values alone
+}
+WIDE_KERNELS = {
+    "forward": triton_wide_kernels.forward,
+    "backward_queries": triton_wide_kernels.backward_queries,
+    "backward_keys": triton_wide_kernels.backward_keys,
+    "tangent": triton_wide_kernels.tangent,
+    "tangent_backward_queries": triton_wide_kernels.tangent_backward_queries,
+    "tangent_backward_keys": triton_wide_kernels.tangent_backward_keys,
+    "tangent_backward_values": triton_wide_kernels.tangent_backward_keys,
 }
 
 
@@ -71,7 +80,7 @@ TILES = {
         Tiles(Tile(32, 16, 4, 1), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 2)),
     ),
     ("backward_keys", 64): Tiles(Tile(32, 32, 4, 1), Tile(64, 64, 4, 2), Tile(16, 64, 4, 1), Tile(64, 64, 4, 2)),
-    ("backward_keys", 128): Tiles(*(Tile(32, 16, 8, 1), Tile(32, 64, 8, 1)) * 2),
+    ("backward_keys", 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 64, 8, 1), Tile(32, 16, 4, 1), Tile(32, 64, 8, 1)),
     **dict.fromkeys(
         (("tangent", 16), ("tangent", 32)),
         Tiles(Tile(32, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
@@ -100,8 +109,29 @@ TILES = {
 }
 
 
+# Of the wide kernels, by tf32 parts and by bfloat16 parts for Hopper's cores, and the columns that a product over them
+# takes at a time: more, or larger tiles, spill with a mask.
+COLUMNS = 16
+WIDE_TILES = {
+    "forward": (Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    "backward_queries": (Tile(32, 16, 8, 1), Tile(64, 32, 8, 1)),
+    "backward_keys": (Tile(32, 16, 8, 1), Tile(16, 64, 8, 1)),
+    "tangent": (Tile(32, 32, 8, 1), Tile(64, 16, 8, 1)),
+    "tangent_backward_queries": (Tile(32, 16, 8, 1), Tile(64, 16, 8, 1)),
+    "tangent_backward_keys": (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+    "tangent_backward_values": (Tile(32, 32, 8, 1), Tile(16, 64, 8, 1)),
+}
+
+
+def kernel_of(name: str, width: int, precision: str) -> Any:
+    """The kernel for heads of ``width`` columns, a power of two."""
+    return (WIDE_KERNELS if _is_wide(precision, width) else KERNELS)[name]
+
+
 def tile(kernel: str, width: int, precision: str, *, hopper: bool) -> Tile:
     """The tile of a kernel for heads of ``width`` columns, a power of two."""
+    if _is_wide(precision, width):
+        return WIDE_TILES[kernel][hopper]
     tiles = TILES[kernel, width]
     if precision in ("bf16", "bf16 rounded"):
         return tiles.bf16_hopper if hopper else tiles.bf16
@@ -189,6 +219,8 @@ class _Launch:
             "ALIGNED": aligned,
             "PRECISION": self.precision,
         }
+        if _is_wide(self.precision, self.constants["WIDTH"]):
+            self.constants["COLUMNS"] = COLUMNS
 
     def apart(self) -> bool:
         """Whether keys and values have launches of their own: the sums of both do not fit the registers together."""
@@ -203,7 +235,8 @@ class _Launch:
         self._run(name, 1, tensors, flags)
 
     def _run(self, name: str, side: int, tensors: dict[str, Tensor | None], flags: dict[str, bool]) -> None:
-        kernel, sizes = KERNELS[name], tile(name, self.constants["WIDTH"], self.precision, hopper=self.hopper)
+        kernel = kernel_of(name, self.constants["WIDTH"], self.precision)
+        sizes = tile(name, self.constants["WIDTH"], self.precision, hopper=self.hopper)
         programs = self.rows * -(-self.lengths[side] // (sizes.queries, sizes.keys)[side])
         if not programs:
             return
@@ -226,7 +259,7 @@ class _Launch:
 
 def shipped() -> list[Shipped]:
     """Builds of every kernel for the usual widths of a head, all operands varying, without a mask."""
-    builds = [(32, "tf32x3"), (64, "tf32x3"), (64, "tf32"), (64, "bf16"), (128, "bf16")]
+    builds = [(32, "tf32x3"), (64, "tf32x3"), (64, "tf32"), (64, "bf16"), (128, "tf32x3"), (128, "tf32"), (128, "bf16")]
     found = []
     for name in KERNELS:
         for width, asked in builds:
@@ -246,13 +279,15 @@ def shipped() -> list[Shipped]:
 
 
 def _build(name: str, width: int, precision: str, sizes: Tile, capabilities: tuple[int, ...]) -> Shipped:
-    kernel = KERNELS[name]
+    kernel = kernel_of(name, width, precision)
     flags = {"WANTED", "WANT_K", "WANT_V", "Q_DOT", "K_DOT", "V_DOT", "D_O_DOT"}
     constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
     if KERNELS[name] is KERNELS["tangent_backward_values"] and _is_apart(precision, width):
         constants |= {"WANT_K": name != "tangent_backward_values", "WANT_V": name == "tangent_backward_values"}
     constants |= {"D": width, "WIDTH": width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
     constants |= {"MASK": "none", "CAUSAL": False, "ALIGNED": True, "PRECISION": precision}
+    if _is_wide(precision, width):
+        constants["COLUMNS"] = COLUMNS
     numbers = {*triton_kernels.INTEGERS, "scale"}
     signature = {
         n: "constexpr" if n in constants else "*fp32" if n not in numbers else "fp32" if n == "scale" else "i32"
@@ -324,7 +359,12 @@ def _precision(asked: str, *, hopper: bool) -> str:
 
 
 def _is_apart(precision: str, width: int) -> bool:
-    return precision in ("bf16x6", "tf32") and width == 64
+    return (precision in ("bf16x6", "tf32") and width == 64) or _is_wide(precision, width)
+
+
+def _is_wide(precision: str, width: int) -> bool:
+    """Whether operands are read a few columns at a time: in parts, as float32's accuracy takes them, none fits."""
+    return precision in ("tf32x3", "bf16x6", "ieee") and width == 128
 
 
 def _is_hopper(device: torch.device) -> bool:
