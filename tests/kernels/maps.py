@@ -27,9 +27,9 @@ def runs(case: Case, layout: str = "plain", **options: Any) -> tuple[Run, Run]:
     return run, wide
 
 
-def check(got: Maps, want: Maps, longest: int) -> None:
+def check(got: Maps, want: Maps, longest: int, roundings: int = 20) -> None:
     """Some twenty roundings of a formula, and sums of so many terms."""
-    bound = EPS * (20 + SUMMATION_FACTOR * math.sqrt(longest))
+    bound = EPS * (roundings + SUMMATION_FACTOR * math.sqrt(longest))
     for (name, values), (_, truths) in zip(got.cpu(), want, strict=True):
         for i, (value, truth) in enumerate(zip(values, truths, strict=True)):
             gap = distance(value, truth)

@@ -13,12 +13,13 @@ from fastmeta.ops.pool import AdaptiveAveragePool, AveragePool, MaxPool, referen
 from fastmeta.ops.pool.op import LARGEST, Pool
 from fastmeta.ops.pool.reference import Window
 from tests.kernels import running
-from tests.ops.four_maps import SUMMATION_FACTOR, A, Case, Maps, Run, distance
+from tests.kernels.maps import check, runs
+from tests.ops.four_maps import A, Case
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 aten = torch.ops.aten
-EPS = torch.finfo(torch.float32).eps
+DIVISION = 4  # roundings of each term, beside its sum
 X = A((2, 3, 5, 6), "spread")  # one clear maximum in a window, in float32 as in float64
 
 
@@ -83,43 +84,24 @@ def _kernels(monkeypatch) -> torch.device:
     return running.device()
 
 
-def runs(case: Case, layout: str = "plain", tasks: int = 3) -> tuple[Run, Run]:
-    """The same drawn numbers in float32, where kernels run, and in float64 on a CPU."""
-    run, wide = (Run(case, dtype=dtype, layout=layout, tasks=tasks) for dtype in (torch.float32, torch.float64))
-    for name in ("x", "x_dot", "d_y", "d_y_dot"):
-        drawn = getattr(run, name)
-        setattr(wide, name, [v.double() for v in drawn])
-        setattr(run, name, [v.to(running.device()) for v in drawn])
-    wide.truth = type(wide.truth)(case, wide.call, wide.x, tasks)
-    return run, wide
-
-
-def check(got: Maps, want: Maps, longest: int) -> None:
-    """A division of each term, and sums of so many."""
-    bound = EPS * (4 + SUMMATION_FACTOR * math.sqrt(longest))
-    for (name, values), (_, truths) in zip(got.cpu(), want, strict=True):
-        for i, (value, truth) in enumerate(zip(values, truths, strict=True)):
-            gap = distance(value, truth)
-            assert gap <= bound, f"{name}[{i}] is off by {gap:.2e}, allowed {bound:.1e}"
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_map(case: Case) -> None:
     longest = math.prod(case.args[0].shape[-2:])
     small = math.prod(case.args[0].shape) < 200
     for layout, tasks in (("plain", 1), ("strided", 3), ("expanded", 2))[: 3 if small else 1]:
-        run, wide = runs(case, layout, tasks)
+        run, wide = runs(case, layout, tasks=tasks)
         with running.reversed_programs():
-            check(run.maps(), wide.expected(), longest)
+            check(run.maps(), wide.expected(), longest, DIVISION)
         assert run.op.backend == "triton"
 
 
 @pytest.mark.parametrize("case", [CASES[0], *CASES[-4:-2]], ids=str)
 def test_missing_cotangents(case: Case) -> None:
+    longest = math.prod(case.args[0].shape[-2:])
     run, wide = runs(case)
     for d, d_dot in ((True, False), (False, True)):
         given = [([one.d_y[0] if d else None], [one.d_y_dot[0] if d_dot else None]) for one in (run, wide)]
-        check(run.maps(None, *given[0]), wide.expected(None, *given[1]), math.prod(case.args[0].shape[-2:]))
+        check(run.maps(None, *given[0]), wide.expected(None, *given[1]), longest, DIVISION)
 
 
 def operation(kind: type[Pool], target: torch._ops.OpOverload, x: Tensor, *window: object) -> Pool:

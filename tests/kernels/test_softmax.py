@@ -11,12 +11,12 @@ from fastmeta.core.task_op import Call, Need
 from fastmeta.ops.softmax import LogSoftmax, Softmax
 from fastmeta.ops.softmax.op import WIDEST, _AlongAxis
 from tests.kernels import running
-from tests.ops.four_maps import SUMMATION_FACTOR, A, Case, Maps, Run, distance
+from tests.kernels.maps import EPS, check, runs
+from tests.ops.four_maps import A, Case, distance
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 aten = torch.ops.aten
-EPS = torch.finfo(torch.float32).eps
 KINDS = [(aten.softmax.int, Softmax), (aten.log_softmax.int, LogSoftmax)]
 SHAPES = [(1,), (5,), (70, 33), (2, 3, 4, 6), (2, 1100), (1, 2500)]
 
@@ -27,32 +27,12 @@ def _kernels(monkeypatch) -> torch.device:
     return running.device()
 
 
-def runs(case: Case, layout: str = "plain", tasks: int = 3) -> tuple[Run, Run]:
-    """The same drawn numbers in float32, where kernels run, and in float64 on a CPU."""
-    run, wide = (Run(case, dtype=dtype, layout=layout, tasks=tasks) for dtype in (torch.float32, torch.float64))
-    for name in ("x", "x_dot", "d_y", "d_y_dot"):
-        drawn = getattr(run, name)
-        setattr(wide, name, [v.double() for v in drawn])
-        setattr(run, name, [v.to(running.device()) for v in drawn])
-    wide.truth = type(wide.truth)(case, wide.call, wide.x, tasks)
-    return run, wide
-
-
-def check(got: Maps, want: Maps, width: int) -> None:
-    """Some twenty roundings of a formula, and sums of so many terms."""
-    bound = EPS * (20 + SUMMATION_FACTOR * math.sqrt(width))
-    for (name, values), (_, truths) in zip(got.cpu(), want, strict=True):
-        for i, (value, truth) in enumerate(zip(values, truths, strict=True)):
-            gap = distance(value, truth)
-            assert gap <= bound, f"{name}[{i}] is off by {gap:.2e}, allowed {bound:.1e}"
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("target", [target for target, _ in KINDS], ids=str)
 def test_every_map(target, shape) -> None:
     case = Case("kernel", target, (A(shape), -1))
     for layout, tasks in (("plain", 1), ("strided", 3), ("expanded", 2)):
-        run, wide = runs(case, layout, tasks)
+        run, wide = runs(case, layout, tasks=tasks)
         with running.reversed_programs():
             check(run.maps(), wide.expected(), shape[-1])
         assert run.op.backend == "triton"
