@@ -8,17 +8,11 @@ from typing import Any
 
 import torch
 
+from fastmeta.core.curves import curve_of
+from fastmeta.core.task_op import Unsupported
 from fastmeta.engine.lower.lowering import ABSENT, Data, Lowering, NotLowered, Value
 from fastmeta.engine.program import Instruction
 
-ACTIVATIONS = {
-    "aten.relu.default": "relu",
-    "aten.leaky_relu.default": "leaky_relu",
-    "aten.tanh.default": "tanh",
-    "aten.sigmoid.default": "sigmoid",
-    "aten.silu.default": "silu",
-    "aten.gelu.default": "gelu",
-}
 NO_POOL = {"pool": "none", "pool_kernel": (1, 1), "pool_stride": (1, 1), "pool_padding": (0, 0)}
 
 
@@ -91,11 +85,11 @@ def activated(lowering: Lowering, slot: int) -> tuple[int, dict[str, Any]]:
 
 
 def _activation(instruction: Instruction) -> dict[str, Any] | None:
-    call = instruction.op.call
-    name = ACTIVATIONS.get(str(call.target))
-    if name is None or (name == "gelu" and call["approximate"] != "none"):
+    try:
+        curve = curve_of(instruction.op.call)
+    except Unsupported:
         return None
-    return {"activation": name, "slope": float(call["negative_slope"]) if name == "leaky_relu" else 0.0}
+    return {"activation": curve.kind, "slope": curve.below}
 
 
 def _pooled(lowering: Lowering, slot: int, shape: tuple[int, ...]) -> tuple[int, dict[str, Any], tuple[int, ...]]:
