@@ -147,7 +147,7 @@ def test_operands_are_those_that_the_native_executor_counts(name: str) -> None:
 
 
 def test_the_networks_have_every_operation_of_the_catalogue() -> None:
-    seen = {"inner_update", "adaptive_update"}
+    seen = {"inner_update", "adaptive_update", "conjugate_gradients"}  # which no program calls
     for network in (QUICK, NETWORKS["omniglot_5way"], NETWORKS["encoder"], NETWORKS["ranking"]):
         model, loss, tasks = built(network)
         maml = MAML(model, loss, 0.01, 2, plan="dense", executor="reference")
@@ -155,7 +155,7 @@ def test_the_networks_have_every_operation_of_the_catalogue() -> None:
         assert programs is not None
         seen |= {type(instruction.op).__module__.split(".")[2] for instruction in programs.support.instructions}
     # On a CPU these are calls of several others in the program, and single operations of the native executor.
-    assert set(NAMES) - seen == {"conv_block", "linear_block"}
+    assert set(NAMES) - seen == {"conv_block", "linear_block", "sum_block"}
 
 
 def test_recording_leaves_no_trace() -> None:
