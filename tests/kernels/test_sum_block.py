@@ -160,7 +160,7 @@ class Residual(nn.Module):
         return self.head(h + self.curve(self.norm(h)))
 
 
-@pytest.mark.parametrize("curve", [nn.ReLU, nn.Tanh, nn.GELU])
+@pytest.mark.parametrize("curve", [nn.ReLU, nn.GELU])  # straight, and bent; the kernels are tested for all
 def test_meta_steps_agree_with_float64(curve: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     there = device()
     monkeypatch.setattr(joined, "IN_INTERPRETER", True)
