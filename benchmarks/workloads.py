@@ -141,11 +141,11 @@ def sinusoid(
     return Problem(model, F.mse_loss, batch(), batch(), 0.01, steps)
 
 
-def mlp784() -> Problem:
-    """A five-layer perceptron on flat 28x28 images, 5-way 5-shot, 25 query images."""
+def mlp784(*hidden: int) -> Problem:
+    """A perceptron on flat 28x28 images, with 256, 128 and 64 hidden units as a rule; 5-way 5-shot, 25 query images."""
     support, query, note = characters(tasks=32, ways=5, shots=5, queries=5)
     flat = (support[0].flatten(2), support[1]), (query[0].flatten(2), query[1])
-    return Problem(_seeded(lambda: mlp(784, 256, 128, 64, 5)), F.cross_entropy, *flat, 0.01, 5, note)
+    return Problem(_seeded(lambda: mlp(784, *(hidden or (256, 128, 64)), 5)), F.cross_entropy, *flat, 0.01, 5, note)
 
 
 def omniglot(tasks: int, ways: int, steps: int, lr: float, filters: int = 64, **kinds: Any) -> Problem:

@@ -40,6 +40,7 @@ def main() -> None:
         (network(5, 33, 7, 3, activation=nn.GELU, bias=False), F.cross_entropy, 5, 3, {"steps": 2}),
         (network(3, 9, 2, activation=nn.Sigmoid), F.binary_cross_entropy_with_logits, 3, 2, {"first_order": True}),
         (network(1, 64, 64, 1), F.mse_loss, 1, 1, {"steps": 12}),  # more than shared memory holds
+        (network(784, 64, 64, 5), F.cross_entropy, 784, 5, {"steps": 2}),  # the first layer factored
         (network(2, 6, 2), F.mse_loss, 2, 2, {"steps": 3, "lr": nn.Parameter(torch.full((3,), 0.1, device="cuda"))}),
     ]
     for model, loss, fan_in, out, options in runs:

@@ -33,6 +33,7 @@ WORKLOADS: dict[str, tuple[str, Callable[[], Problem]]] = {
         lambda: sinusoid(5, tasks=100, width=64, activation=nn.Tanh),
     ),
     "mlp784": ("MLP 784-256-128-64-5, T = 32, K = 5", mlp784),
+    "mlp784_narrow": ("MLP 784-64-64-5, T = 32, K = 5", lambda: mlp784(64, 64)),
     "omniglot_5way": ("Conv4-64 28x28, 5-way 1-shot, T = 32, K = 1", lambda: omniglot(32, 5, 1, 0.4)),
     "omniglot_20way": ("Conv4-64 28x28, 20-way 1-shot, T = 16, K = 5", lambda: omniglot(16, 20, 5, 0.1)),
     "conv4_84": ("Conv4-32 84x84, T = 4, 5 + 75, K = 5", mini84),

@@ -73,10 +73,11 @@ class Call {
     prepare<R>(plan_, device);
   }
 
-  std::int64_t shared_bytes() const { return std::int64_t{plan_.elements} * sizeof(R); }
+  std::int64_t shared_bytes() const { return plan_.elements * std::int64_t{sizeof(R)}; }
   std::int64_t gradient_elements() const { return plan_.gradient_elements; }
   int threads() const { return plan_.threads; }
   bool spilled() const { return plan_.spilled; }
+  bool factored() const { return plan_.factored(); }
 
   std::int64_t workspace_elements(std::int64_t tasks) const {
     const auto [gradients, products, tape] = workspace(tasks);
@@ -84,18 +85,24 @@ class Call {
   }
 
   // Tensors on the device, of the program's shapes and dtype: what is read may lie as it likes, results and the workspace,
-  // of so many elements, have no gaps. None for a result that is not wanted.
+  // of so many elements, have no gaps. None for a result that is not wanted. Where the first layer is factored, data are
+  // inner products of the rows with those of the support set, and `first` has of support and query set the products with
+  // the first weight, and results for the rows' coefficients in its gradient.
   void run(std::int64_t tasks, const py::list& parameters, const py::tuple& data, py::handle alpha,
            py::handle d_losses, py::handle loss, py::handle losses, py::handle support_losses, py::handle outputs,
-           py::handle gradient, py::handle d_alpha, py::handle workspace_at, std::int64_t elements,
-           Address stream) const {
+           py::handle gradient, py::handle d_alpha, const py::tuple& first, py::handle workspace_at,
+           std::int64_t elements, Address stream) const {
     if (tasks < 1) refuse("there must be tasks");
     if (static_cast<int>(parameters.size()) != parameters_ || data.size() != 4) refuse("wrong number of tensors");
+    if (first.size() != (plan_.factored() ? 4 : 0)) refuse("wrong number of tensors for the first layer");
     if (elements < workspace_elements(tasks)) refuse("the workspace is too small");
     tensor::Addresses read;  // copies live until both launches are on the stream, whose memory is not given away before
     const auto of = [&](py::handle given) { return existing(read.contiguous(given).address); };
     const auto place = [](py::handle given) {
       return given.is_none() ? nullptr : reinterpret_cast<R*>(tensor::address(given));
+    };
+    const auto item = [](const py::tuple& from, std::size_t at) {
+      return py::handle(PyTuple_GET_ITEM(from.ptr(), static_cast<Py_ssize_t>(at)));
     };
     std::vector<Address> numbered;
     for (const py::handle parameter : parameters) numbered.push_back(of(parameter));
@@ -106,9 +113,11 @@ class Call {
         if (const int number = plan_.layer[i].parameter[part]; number != absent)
           io.parameter[i][part] = reinterpret_cast<const R*>(numbered[static_cast<std::size_t>(number)]);
     for (std::size_t i = 0; i < 2; ++i) {
-      const auto item = [&](std::size_t at) { return PyTuple_GET_ITEM(data.ptr(), static_cast<Py_ssize_t>(at)); };
-      io.x[i] = reinterpret_cast<const R*>(of(item(2 * i)));
-      io.target[i] = reinterpret_cast<const void*>(of(item(2 * i + 1)));
+      io.x[i] = reinterpret_cast<const R*>(of(item(data, 2 * i)));
+      io.target[i] = reinterpret_cast<const void*>(of(item(data, 2 * i + 1)));
+      if (!plan_.factored()) continue;
+      io.base[i] = reinterpret_cast<const R*>(of(item(first, i)));
+      io.coefficients[i] = place(item(first, 2 + i));
     }
     io.alpha = reinterpret_cast<const R*>(of(alpha));
     io.d_losses = d_losses.is_none() ? nullptr : reinterpret_cast<const R*>(of(d_losses));
@@ -157,6 +166,7 @@ void bind_type(py::module_& m, const char* name) {
       .def_property_readonly("gradient_elements", &Self::gradient_elements)
       .def_property_readonly("threads", &Self::threads)
       .def_property_readonly("spilled", &Self::spilled)
+      .def_property_readonly("factored", &Self::factored)
       .def("workspace_elements", &Self::workspace_elements)
       .def("run", &Self::run);
 }

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <climits>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -44,9 +46,10 @@ bool with_common(const Plan& plan, F& f, Kinds<P, Others...>) {
   return true;
 }
 
-// f(plan, kernel) with a plan's kernel. In float64, which is for checking, there is one for all.
+// f(plan, kernel) with a plan's kernel. In float64, which is for checking, there is one for all activations.
 template <class R, class F>
 void with_kernel(const Plan& plan, F f) {
+  if (plan.factored()) return f(Factored(plan), meta_step<R, Factored, true>);
   bool smooth = false;
   for (int i = 0; i < plan.layers; ++i) smooth = smooth || plan.layer[i].activation >= Activation::tanh;
   if constexpr (sizeof(R) == sizeof(float)) {
@@ -75,14 +78,16 @@ int shared_limit(int device) {
 
 template <class R>
 Plan fitting_plan(const Network& net, const Kind& kind, int limit) {
-  const Plan whole = plan_of(net, kind, false);
-  if (bytes<R>(whole) <= static_cast<std::size_t>(limit)) return whole;
-  const Plan spilled = plan_of(net, kind, true);
-  const std::size_t least = std::min(bytes<R>(whole), bytes<R>(spilled));
-  if (least > static_cast<std::size_t>(limit))
-    throw std::invalid_argument("a task takes " + std::to_string(least) + " bytes of shared memory, and a block has " +
-                                std::to_string(limit));
-  return spilled;
+  std::size_t least = std::numeric_limits<std::size_t>::max();
+  for (const bool factored : {false, true}) {  // factored last, for it takes products around its launches
+    for (const bool spilled : {false, true}) {
+      const Plan plan = plan_of(net, kind, spilled, factored);
+      if (bytes<R>(plan) <= static_cast<std::size_t>(limit)) return plan;
+      least = std::min(least, bytes<R>(plan));
+    }
+  }
+  throw std::invalid_argument("a task takes " + std::to_string(least) + " bytes of shared memory, and a block has " +
+                              std::to_string(limit));
 }
 
 template <class R>

@@ -23,7 +23,8 @@ struct Place {
   FASTMETA_DEVICE int in() const { return l.in; }
 };
 
-FASTMETA_DEVICE Place<Plan> place_of(const Plan& plan, int tile) {
+template <class P>
+FASTMETA_DEVICE Place<P> place_of(const P& plan, int tile) {
   int layer = 0;
   while (layer + 1 < plan.layers && tile >= plan.layer[layer + 1].first_tile) ++layer;
   const int within = tile - plan.layer[layer].first_tile, row = within / plan.layer[layer].quads;
@@ -65,8 +66,8 @@ struct Block {
   template <class P>
   FASTMETA_DEVICE Set<R> set(const P& plan, int which) const {
     const R* target = memory + plan.target[which];
-    return {memory + plan.x[which], target, reinterpret_cast<const int*>(target), plan.n[which],
-            memory[plan.scale + which]};
+    return {memory + plan.x[which], P::factors ? memory + plan.base[which] : nullptr, target,
+            reinterpret_cast<const int*>(target), plan.n[which], memory[plan.scale + which]};
   }
   FASTMETA_DEVICE Rows<R> rows(int place, int count, int first) const { return {memory + place, count, first, lane}; }
   template <class P>
@@ -75,8 +76,9 @@ struct Block {
   }
 };
 
-// Rows of a matrix as they lie in shared memory: `behind` each row a column of its own or a constant, then zeros.
-template <class R>
+// Rows of a matrix as they lie in shared memory: `behind` each row a column of its own or a constant, then zeros. An
+// empty one has zeros for the rows as well.
+template <class R, bool empty = false>
 FASTMETA_DEVICE void stage_rows(const Block<R>& block, R* to, int stride, int places, const R* from, int rows,
                                 int columns, const R* behind, R constant) {
 #pragma unroll 1
@@ -84,7 +86,7 @@ FASTMETA_DEVICE void stage_rows(const Block<R>& block, R* to, int stride, int pl
 #pragma unroll 1
     for (int column = block.lane; column < stride; column += warp_size) {
       R* place = to + row * stride + column;
-      if (row < rows && column < columns) copy_ahead(place, from + row * columns + column);
+      if (!empty && row < rows && column < columns) copy_ahead(place, from + row * columns + column);
       else if (row < rows && column == columns && behind != nullptr) copy_ahead(place, behind + row);
       else *place = row < rows && column == columns ? constant : R(0);
     }
@@ -109,6 +111,9 @@ FASTMETA_DEVICE void stage(const P& plan, const Tensors<R>& io, const Block<R>& 
     const int n = plan.n[which];
     stage_rows<R>(block, block.memory + plan.x[which], first.stride, plan.rows[which],
                   io.x[which] + block.task * n * first.in, n, first.in, nullptr, first.bias ? R(1) : R(0));
+    if constexpr (P::factors)
+      stage_rows<R>(block, block.memory + plan.base[which], first.d_stride, plan.rows[which],
+                    io.base[which] + block.task * n * first.out, n, first.out, nullptr, R(0));
     if (plan.loss == Loss::cross_entropy) continue;
     const R* target = static_cast<const R*>(io.target[which]) + block.task * n * last.out;
     for (int i = threadIdx.x; i < n * last.out; i += blockDim.x)
@@ -116,8 +121,13 @@ FASTMETA_DEVICE void stage(const P& plan, const Tensors<R>& io, const Block<R>& 
   }
   for (int i = 0; i < plan.layers; ++i) {
     const Layer& l = plan.layer[i];
-    stage_rows<R>(block, block.memory + plan.phi + l.w, l.stride, 4 * ((l.out + 3) / 4), io.parameter[i][0], l.out,
-                  l.in, l.bias ? io.parameter[i][1] : nullptr, R(0));
+    R* to = block.memory + plan.phi + l.w;
+    const R* bias = l.bias ? io.parameter[i][1] : nullptr;
+    if constexpr (P::factors) {
+      if (i == 0) stage_rows<R, true>(block, to, l.stride, whole(l.out, 4), nullptr, l.out, l.in, bias, R(0));
+      if (i == 0) continue;
+    }
+    stage_rows<R>(block, to, l.stride, whole(l.out, 4), io.parameter[i][0], l.out, l.in, bias, R(0));
   }
   for (int i = threadIdx.x; i < 2 * plan.steps * plan.layers; i += blockDim.x)
     block.memory[plan.rates + i] = rate_of(plan, io, i);
@@ -156,7 +166,7 @@ FASTMETA_DEVICE void pass(const P& plan, const Tensors<R>& io, const Block<R>& b
   if (which) factor = io.d_losses == nullptr ? R(1) / static_cast<R>(io.tasks) : io.d_losses[block.task];
   for (int first = rows_at_once * block.warp; first < plan.rows[which]; first += rows_at_once * block.warps) {
     const Rows<R> rows = block.rows(place, plan.rows[which], first);
-    forward<smooth>(plan, phi, set.x, rows, curvatures);
+    forward<smooth>(plan, phi, set, rows, curvatures);
     loss<smooth>(plan, set, rows, factor, block.memory + plan.row_loss, curvatures);
     if (!which || plan.gradient) backward<smooth>(plan, phi, rows, curvatures);
     if (!which || io.outputs == nullptr) continue;
@@ -186,6 +196,26 @@ FASTMETA_DEVICE void add_outer(const P& plan, Outer<R>& sums, const Place<P>& at
   sums.add(d_pass + count * at.d() + at.row, at.d_stride(), a + at.column, at.stride(), plan.n[which]);
 }
 
+// A tile of a set's gradient. A factored first layer's has the cotangents of the support set's rows for coefficients, none
+// of the query set's, which put_coefficients hands over, and its bias behind them.
+template <class R, class P>
+FASTMETA_DEVICE void add_gradient(const P& plan, Outer<R>& sums, const Place<P>& at, int which, const R* d_pass,
+                                  const R* a_pass, const R* x) {
+  if constexpr (P::factors) {
+    if (at.layer == 0) {
+      if (at.column + 4 > at.in()) add_outer(plan, sums, at, which, d_pass, a_pass, x);
+      const R* d = d_pass + plan.rows[which] * at.d() + at.row;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (at.column + j < at.in()) sums.sum[i][j] = which == 0 ? d[(at.column + j) * at.d_stride() + i] : R(0);
+      return;
+    }
+  }
+  add_outer(plan, sums, at, which, d_pass, a_pass, x);
+}
+
 // f(tile, place, sums) for the tiles of this thread.
 template <class R, class P, class Add, class Use>
 FASTMETA_DEVICE void for_tiles(const P& plan, Add add, Use use) {
@@ -204,7 +234,7 @@ FASTMETA_DEVICE void step(const P& plan, const Block<R>& block, int k) {
   const R* now = block.memory + plan.phi_at(k);
   R* next = block.memory + plan.phi_at(k + 1);
   for_tiles<R>(
-      plan, [&](const Place<P>& at, Outer<R>& g) { add_outer(plan, g, at, 0, pass, pass, x); },
+      plan, [&](const Place<P>& at, Outer<R>& g) { add_gradient(plan, g, at, 0, pass, pass, x); },
       [&](int, const Place<P>& at, const Outer<R>& g) {
         const R rates[2] = {block.rate(plan, k, at.layer, 0), block.rate(plan, k, at.layer, 1)};
 #pragma unroll
@@ -217,12 +247,27 @@ FASTMETA_DEVICE void step(const P& plan, const Block<R>& block, int k) {
       });
 }
 
+// What the first weight's gradient has of the support set's rows, of one row of a tile.
+template <class R, class P>
+FASTMETA_DEVICE void put_coefficients(const P& plan, const Tensors<R>& io, const Block<R>& block, const Place<P>& at,
+                                      int i, const Quad<R>& lam) {
+  const int feature = at.row + i, features = plan.first().out;
+  if (at.layer > 0 || feature >= features || io.coefficients[0] == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (at.column + j < at.in())
+      io.coefficients[0][(block.task * plan.n[0] + at.column + j) * features + feature] = lam.v[j];
+}
+
 // lam of some elements is put where the adjoint's next step finds it, with u = alpha_k lam, eq. (5); or among the results.
 template <class R, class P>
 FASTMETA_DEVICE void put_lam(const P& plan, const Tensors<R>& io, const Block<R>& block, const Place<P>& at, int i, int k,
                              const Quad<R>& lam) {
   const int place = at.element(i);
-  if (k < 0 || !plan.second_order) put(io.task_gradients + block.task * plan.packed + place, lam);
+  if (k < 0 || !plan.second_order) {
+    put(io.task_gradients + block.task * plan.packed + place, lam);
+    if constexpr (P::factors) put_coefficients(plan, io, block, at, i, lam);
+  }
   if (k < 0) return;
   put(block.memory + plan.lam() + place, lam);
   if (!plan.second_order) return;
@@ -233,12 +278,39 @@ FASTMETA_DEVICE void put_lam(const P& plan, const Tensors<R>& io, const Block<R>
   put(block.memory + plan.u + place, u);
 }
 
+// The query set's part of a factored first layer's lam_K: its coefficients, and as the base of lam, in the place of the
+// weight's, its product with the support set's rows.
+template <class R, class P>
+FASTMETA_DEVICE void begin_factors(const P& plan, const Tensors<R>& io, const Block<R>& block) {
+  const Layer& l = plan.first();
+  const R *pass = block.memory + plan.query, *d = pass + plan.rows[1] * l.d, *x = block.memory + plan.x[1];
+  if (io.coefficients[1] != nullptr)
+    for (int row = block.warp; row < plan.n[1]; row += block.warps)
+      for (int j = block.lane; j < l.out; j += warp_size)
+        io.coefficients[1][(block.task * plan.n[1] + row) * l.out + j] = d[row * l.d_stride + j];
+  R* base = block.memory + plan.base[0];
+  for_tiles<R>(
+      plan,
+      [&](const Place<P>& at, Outer<R>& product) {
+        if (at.layer == 0) add_outer(plan, product, at, 1, pass, pass, x);
+      },
+      [&](int, const Place<P>& at, const Outer<R>& product) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (at.layer == 0 && at.column + j < at.in())
+              base[(at.column + j) * l.d_stride + at.row + i] = product.sum[i][j];
+      });
+}
+
 // lam_K, the query loss's gradient.
 template <class R, class P>
 FASTMETA_DEVICE void begin_adjoint(const P& plan, const Tensors<R>& io, const Block<R>& block) {
   const R *pass = block.memory + plan.query, *x = block.memory + plan.x[1];
+  if constexpr (P::factors) begin_factors(plan, io, block);
   for_tiles<R>(
-      plan, [&](const Place<P>& at, Outer<R>& g) { add_outer(plan, g, at, 1, pass, pass, x); },
+      plan, [&](const Place<P>& at, Outer<R>& g) { add_gradient(plan, g, at, 1, pass, pass, x); },
       [&](int, const Place<P>& at, const Outer<R>& g) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -252,10 +324,11 @@ template <bool smooth, class R, class P>
 FASTMETA_DEVICE void tangent_pass(const P& plan, const Block<R>& block, int k) {
   const Set<R> set = block.set(plan, 0);
   const R *phi = block.memory + plan.phi_at(k), *u = block.memory + plan.u;
+  const R rate = P::factors ? block.rate(plan, k, 0, 0) : R(0);
   for (int first = rows_at_once * block.warp; first < plan.rows[0]; first += rows_at_once * block.warps) {
     const Rows<R> rows = block.rows(plan.pass_at(k), plan.rows[0], first);
     const Rows<R> dots = block.rows(plan.query, plan.rows[0], first);
-    tangent<smooth>(plan, phi, u, set.x, rows, dots);
+    tangent<smooth>(plan, phi, u, set, rate, rows, dots);
     loss_tangent<smooth>(plan, set, rows, dots);
     tangent_backward<smooth>(plan, phi, u, rows, dots);
   }
@@ -269,7 +342,7 @@ FASTMETA_DEVICE void adjoint_step(const P& plan, const Tensors<R>& io, const Blo
   for_tiles<R>(
       plan,
       [&](const Place<P>& at, Outer<R>& h) {
-        add_outer(plan, h, at, 0, dots, pass, x);
+        add_gradient(plan, h, at, 0, dots, pass, x);
         add_outer<R>(plan, h, at, 0, pass, dots, nullptr);
       },
       [&](int, const Place<P>& at, const Outer<R>& h) {
@@ -281,6 +354,19 @@ FASTMETA_DEVICE void adjoint_step(const P& plan, const Tensors<R>& io, const Blo
           put_lam(plan, io, block, at, i, k - 1, value);
         }
       });
+}
+
+// The part of <g_k, lam_(k+1)> that a factored first layer's base has: each row of tiles by its first tile.
+template <class R, class P>
+FASTMETA_DEVICE R base_product(const P& plan, const Block<R>& block, const Place<P>& at, const R* pass) {
+  R sum = 0;
+  if (at.layer > 0 || at.column > 0) return sum;
+  const int distance = at.d_stride();
+  const R *d = pass + plan.rows[0] * at.d() + at.row, *base = block.memory + plan.base[0] + at.row;
+  for (int row = 0; row < plan.n[0]; ++row)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += d[row * distance + i] * base[row * distance + i];
+  return sum;
 }
 
 // <g_k, lam_(k+1)> of each tile's weights and biases, eq. (7).
@@ -303,6 +389,7 @@ FASTMETA_DEVICE void tile_products(const P& plan, const Block<R>& block, int k) 
             else weight += product;
           }
         }
+        if constexpr (P::factors) weight += base_product(plan, block, at, pass);
         partial[2 * tile] = weight, partial[2 * tile + 1] = bias;
       });
 }

@@ -75,7 +75,7 @@ struct Fixed : Plan {
 
   // Whether a plan has these layers.
   static bool fits(const Plan& plan) {
-    if (plan.layers != layers || plan.loss != loss) return false;
+    if (plan.layers != layers || plan.loss != loss || plan.factored()) return false;
     constexpr auto table = Shape::table();
     for (int i = 0; i < layers; ++i) {
       const Layer &own = table.layer[i], &other = plan.layer[i];

@@ -34,6 +34,7 @@ struct Rows {
 template <class R>
 struct Set {
   const R* x;         // rows with a 1 behind them, where the first layer has a bias
+  const R* base;      // what a factored first layer adds to its product with them
   const R* target;    // numbers
   const int* labels;
   int n;
@@ -62,9 +63,16 @@ FASTMETA_DEVICE R one_behind(const P& plan, Index layer) {
   }
 }
 
+// What a factored first layer adds to one element of its product.
+template <class P, class R>
+FASTMETA_DEVICE R base_of(const P& plan, const Set<R>& set, int layer, int row, int feature) {
+  if constexpr (P::factors) return layer == 0 ? set.base[row * plan.first().d_stride + feature] : R(0);
+  else return R(0);
+}
+
 template <bool smooth, class P, class R>
-FASTMETA_DEVICE void forward(const P& plan, const R* phi, const R* x, const Rows<R>& rows, bool curvatures) {
-  const R* input = x + rows.first * plan.first().stride;
+FASTMETA_DEVICE void forward(const P& plan, const R* phi, const Set<R>& set, const Rows<R>& rows, bool curvatures) {
+  const R* input = set.x + rows.first * plan.first().stride;
   int stride = plan.first().stride;
   upward(plan, [&](auto i) {
     const Layer& l = plan.at(i);
@@ -80,7 +88,9 @@ FASTMETA_DEVICE void forward(const P& plan, const R* phi, const R* x, const Rows
         if (feature >= l.out) continue;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const Point<R> y = point<smooth>(l.activation, z.sum(r, f), static_cast<R>(l.negative_slope));
+          R sum = z.sum(r, f);
+          if constexpr (P::factors) sum += base_of(plan, set, i, rows.first + r, feature);
+          const Point<R> y = point<smooth>(l.activation, sum, static_cast<R>(l.negative_slope));
           a[r * l.a_stride + feature] = y.value;
           if (l.s != absent) rows.s(l)[r * l.d_stride + feature] = y.slope;
           if (curvatures && l.c != absent) rows.c(l)[r * l.d_stride + feature] = y.bend;
@@ -175,11 +185,12 @@ FASTMETA_DEVICE void backward(const P& plan, const R* phi, const Rows<R>& rows, 
   });
 }
 
-// Tangents in the direction u. A layer's d_dot first holds f''(z) d_y z_dot, which its cotangent's tangent begins with.
+// Tangents in the direction u, to which a factored first layer adds `rate` times its set's base. A layer's d_dot first
+// holds f''(z) d_y z_dot, which its cotangent's tangent begins with.
 template <bool smooth, class P, class R>
-FASTMETA_DEVICE void tangent(const P& plan, const R* phi, const R* u, const R* x, const Rows<R>& rows,
+FASTMETA_DEVICE void tangent(const P& plan, const R* phi, const R* u, const Set<R>& set, R rate, const Rows<R>& rows,
                              const Rows<R>& dots) {
-  const R* input = x + rows.first * plan.first().stride;
+  const R* input = set.x + rows.first * plan.first().stride;
   int stride = plan.first().stride;
   const R* input_dot = nullptr;  // data have no tangent
   upward(plan, [&](auto i) {
@@ -198,7 +209,9 @@ FASTMETA_DEVICE void tangent(const P& plan, const R* phi, const R* u, const R* x
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int at = r * l.d_stride + feature;
-          const R y = rows.a(l)[r * l.a_stride + feature], z_dot = z.sum(r, f);
+          const R y = rows.a(l)[r * l.a_stride + feature];
+          R z_dot = z.sum(r, f);
+          if constexpr (P::factors) z_dot += rate * base_of(plan, set, i, rows.first + r, feature);
           a_dot[r * l.a_stride + feature] = slope_of<smooth>(l.activation, y, rows.s(l) + at) * z_dot;
           d_dot[at] = curvature_of<smooth>(l.activation, y, rows.d(l)[at], rows.c(l) + at) * z_dot;
         }

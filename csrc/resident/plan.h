@@ -8,6 +8,11 @@
 // A pass is what the rows of one set leave: activations `a`, cotangents `d` by what the activation was applied to; slopes
 // `s` and, for Hessian-vector products, curvatures `c`, where an activation's result does not tell them; and the loss's
 // probabilities `p`. Its arrays are given by the elements one row has before them.
+//
+// A first layer may be factored: its weight moves by sums of the support set's rows alone, so W itself is never here. Its
+// matrix has their coefficients instead, Ns columns for any width of the data; the layer reads rows of inner products with
+// the support set, and adds `base`, the rows' product with the weight as it was. Only the first layer can be, for nothing
+// below it wants a cotangent.
 #pragma once
 
 #include <algorithm>
@@ -53,21 +58,30 @@ struct Plan {
   int p;               // place of probabilities in a pass
   int pass;            // elements of one row in a pass
   // Places in shared memory, in elements.
-  int x[2], target[2], rates, phi;
-  int passes, query, u, row_loss, scale, partial, elements;
+  int x[2], target[2], base[2], rates, phi;  // base: absent unless factored
+  int passes, query, u, row_loss, scale, partial;
+  std::int64_t elements;
   std::int64_t gradient_elements;
 
-  static constexpr bool fixed = false;
+  static constexpr bool fixed = false, factors = false;
   static constexpr int most_unrolled = 2;  // quads of a product in a row
   FASTMETA_HD const Layer& at(int i) const { return layer[i]; }
   FASTMETA_HD const Layer& first() const { return layer[0]; }
   FASTMETA_HD const Layer& last() const { return layer[layers - 1]; }
 
+  bool factored() const { return base[0] != absent; }
   FASTMETA_HD int phi_at(int k) const { return phi + (kept && !spilled ? k * packed : 0); }
   // lam lies where phi_K was, which nothing reads when lam is written, unless phi_k come back there.
   FASTMETA_HD int lam() const { return spilled ? phi + packed : phi_at(steps); }
   FASTMETA_HD int pass_at(int k) const { return passes + (kept && !spilled ? k * rows[0] * pass : 0); }
   FASTMETA_HD std::int64_t tape() const { return packed + static_cast<std::int64_t>(rows[0]) * pass; }
+};
+
+// A plan whose first layer is factored, as kernels for it know.
+struct Factored : Plan {
+  static constexpr bool factors = true;
+
+  explicit Factored(const Plan& plan) : Plan(plan) {}
 };
 
 FASTMETA_HD constexpr int whole(int count, int step) { return (count + step - 1) / step * step; }
@@ -108,12 +122,13 @@ FASTMETA_HD constexpr Sizes lay_out(Layer* layer, int layers) {
 }
 
 // The layers: their numbers and gradients, their matrices, and their part of a pass.
-inline void place_layers(Plan& plan, const Network& net, int differentiated) {
+inline void place_layers(Plan& plan, const Network& net, int differentiated, bool factored) {
   std::int64_t sizes[2 * most_layers] = {};  // by number of the parameter
   for (const Linear& l : net.layers) {
     sizes[l.weight] = std::int64_t{l.in} * l.out;
     if (l.bias != absent) sizes[l.bias] = l.out;
   }
+  if (factored) sizes[net.layers[0].weight] = 0;  // its gradient is a product of its own
   const auto place = [&](int parameter) {
     if (parameter == absent || parameter >= differentiated) return std::int64_t{absent};
     std::int64_t before = 0;
@@ -129,12 +144,13 @@ inline void place_layers(Plan& plan, const Network& net, int differentiated) {
     l.parameter[0] = given.weight, l.parameter[1] = given.bias;
     l.gradient[0] = place(given.weight), l.gradient[1] = place(given.bias);
   }
+  if (factored) plan.layer[0].in = net.support, plan.layer[0].gradient[0] = absent;
   const Sizes all = lay_out(plan.layer, plan.layers);
   plan.packed = all.packed, plan.tiles = all.tiles, plan.pass = all.pass;
 }
 
-// Everything for one kind of meta-step; `spilled`: its passes are kept in global memory.
-inline Plan plan_of(const Network& net, const Kind& kind, bool spilled) {
+// Everything for one kind of meta-step; `spilled`: its passes are kept in global memory; `factored`: its first layer is.
+inline Plan plan_of(const Network& net, const Kind& kind, bool spilled, bool factored) {
   Plan plan{};
   plan.layers = static_cast<int>(net.layers.size());
   plan.loss = net.loss, plan.mean = net.mean, plan.ignored = net.ignored;
@@ -147,7 +163,7 @@ inline Plan plan_of(const Network& net, const Kind& kind, bool spilled) {
   plan.learned = kind.gradient && kind.learned && kind.steps > 0;
   plan.kept = plan.second_order || plan.learned;
   plan.spilled = plan.kept && spilled;
-  place_layers(plan, net, kind.differentiated);
+  place_layers(plan, net, kind.differentiated, factored);
 
   const Layer& last = plan.layer[plan.layers - 1];
   const int tangents = plan.pass;  // activations and cotangents have tangents
@@ -169,13 +185,14 @@ inline Plan plan_of(const Network& net, const Kind& kind, bool spilled) {
   const auto take = [&](std::int64_t elements) {
     const std::int64_t place = at;
     at += (elements + 3) / 4 * 4;
-    if (at > (std::int64_t{1} << 28)) throw std::invalid_argument("the network is too large for shared memory");
-    return static_cast<int>(place);
+    return static_cast<int>(place);  // of a plan too large for shared memory, nothing but `elements` is asked
   };
   const std::int64_t packed = plan.packed, support = plan.rows[0], query = plan.rows[1];
   const bool labels = net.loss == Loss::cross_entropy;
   for (int i = 0; i < 2; ++i) plan.x[i] = take(std::int64_t{plan.rows[i]} * plan.layer[0].stride);
   for (int i = 0; i < 2; ++i) plan.target[i] = take(std::int64_t{plan.n[i]} * (labels ? 1 : last.out));
+  for (int i = 0; i < 2; ++i)
+    plan.base[i] = factored ? take(std::int64_t{plan.rows[i]} * plan.layer[0].d_stride) : absent;
   plan.rates = take(std::int64_t{plan.steps} * plan.layers * 2);
   plan.phi = take(packed * (!plan.kept ? 1 : plan.spilled ? 2 : plan.steps + 1));
   plan.passes = take(plan.steps == 0 ? 0 : support * plan.pass * (plan.kept && !plan.spilled ? plan.steps : 1));
@@ -184,7 +201,7 @@ inline Plan plan_of(const Network& net, const Kind& kind, bool spilled) {
   plan.row_loss = take(std::max(plan.n[0], plan.n[1]));
   plan.scale = take(2);
   plan.partial = take(plan.learned ? 2 * plan.tiles : 0);
-  plan.elements = static_cast<int>(at);
+  plan.elements = at;
   // One tile a thread, one pair of rows a warp, where a block can have so many threads. Results do not depend on it.
   const int pairs = std::max(support, query) / rows_at_once;
   plan.threads = std::min(most_threads, std::max(warp_size * pairs, whole(plan.tiles, warp_size)));

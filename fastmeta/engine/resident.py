@@ -3,11 +3,16 @@
 csrc/resident holds each task's parameters and activations in shared memory through all inner steps, the query set and
 the adjoint (docs/maths.md, eq. 1-8'); a second launch sums over tasks. It takes the native executor's lowered programs
 where they are a chain of linear layers, each with its activation, and a loss.
+
+A first layer too wide for shared memory is factored (eq. 10-12): its weight moves along the support set's rows alone.
+So blocks need the rows' inner products and their products with the weight, which are formed for all tasks before the
+launch, and give the rows' coefficients in its meta-gradient, which is one product after it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -121,7 +126,8 @@ class ResidentStep:
         """What a block of threads holds, for ``explain()``."""
         made = self._native(work, gradient=work.differentiate, learned=work.alpha.requires_grad)
         block = f"one block of {made.threads} threads a task, with {made.shared_bytes / 1024:.1f} KiB of shared memory"
-        return f"{block}; inner steps are kept in global memory" if made.spilled else block
+        block += "; inner steps are kept in global memory" if made.spilled else ""
+        return f"{block}; the first layer by inner products of its rows" if made.factored else block
 
     def _native(self, work: Work, *, gradient: bool, learned: bool) -> Any:
         key = ResidentStep, gradient, learned
@@ -165,12 +171,20 @@ class ResidentStep:
 
     def _call(self, work: Work, made: Any, gradient: bool, learned: bool, outputs: bool) -> ResidentCall:
         names = self._lowered.parameters
-        shapes = [tuple(work.parameters[name].shape) for name in names[: self._differentiated]]
+        parameters = [work.parameters[name] for name in names]
+        first = None
+        if made.factored:
+            number = self._chains[0].layers[0][4]
+            moves = not work.first_order and work.steps > 0
+            first = FirstLayer(parameters[number], number, gradient and number < self._differentiated, moves)
+        differentiated = parameters[: self._differentiated]
+        shapes = [tuple(p.shape) for p in differentiated if first is None or p is not first.weight]
         starts = accumulate((math.prod(shape) for shape in shapes), initial=0)
         wanted = [(shape, _strides(shape), start) for shape, start in zip(shapes, starts, strict=False)]
         return ResidentCall(
             made,
-            [work.parameters[name] for name in names],
+            parameters,
+            first,
             (len(self._both[1].adapted), wanted) if gradient else None,
             learned and gradient,
             outputs,
@@ -191,14 +205,50 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass
+class FirstLayer:
+    """A factored first layer: what blocks of threads are given of it, and its meta-gradient of what they return.
+
+    Attributes:
+        weight: ``[out, in]``.
+        number: its place among the parameters.
+        differentiated: whether it gets a gradient.
+        moves: whether that has a part of the support set: exact ones have, eq. (12).
+    """
+
+    weight: Tensor
+    number: int
+    differentiated: bool
+    moves: bool
+
+    def before(self, sets: tuple[Tensor, Tensor]) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+        """Inner products of both sets' rows with the support set's, ``[T, N, N_s]``; and ``first`` of a run."""
+        rows = [self._rows(x) for x in sets]
+        weight, across = self.weight.detach().t(), rows[0].transpose(1, 2)
+        bases = [x @ weight for x in rows]
+        coefficients = [torch.empty_like(base) if self.differentiated else None for base in bases]
+        return [x @ across for x in rows], (*bases, *coefficients)
+
+    def gradient(self, sets: tuple[Tensor, Tensor], first: tuple[Tensor | None, ...]) -> Tensor:
+        """``sum_t C_t^T x_t`` over the query set and, where the weight moves, the support set: ``[out, in]``."""
+        rows = [self._rows(x).flatten(0, 1) for x in sets]
+        support, query = (c.flatten(0, 1).t() for c in first[2:] if c is not None)
+        found = query @ rows[1]
+        return found.addmm_(support, rows[0]) if self.moves else found
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, self.weight.shape[1])
+
+
+@dataclass
 class ResidentCall:
     """Runs meta-steps of one kind; see :meth:`ResidentStep.call`.
 
     Attributes:
         native: ``Resident32`` or ``Resident64`` of the extension.
         parameters: in the program's order.
-        wanted: how many adapt, and of all that get a gradient shape, strides and place in the flat one; ``None`` where
-            no gradient is wanted.
+        first: the first layer, where it is factored.
+        wanted: how many adapt, and of all that get a gradient, but a factored first layer's weight, shape, strides and
+            place in the flat one; ``None`` where no gradient is wanted.
         learned: whether the rates get a gradient.
         losses: whether the losses of each task and step are wanted.
         outputs: shape of a task's query outputs, where those are wanted.
@@ -208,6 +258,7 @@ class ResidentCall:
 
     native: Any
     parameters: list[Tensor]
+    first: FirstLayer | None
     wanted: tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]] | None
     learned: bool
     losses: bool
@@ -229,8 +280,13 @@ class ResidentCall:
         alpha, empty = work.alpha, self.parameters[0].new_empty
         support, query = leaves(work.support), leaves(work.query)
         (x, y), (query_x, query_y) = self.data
-        data = support[x], support[y], query[query_x], query[query_y]
-        tasks = data[0].shape[0]
+        sets = support[x], query[query_x]
+        first: tuple[Tensor | None, ...] = ()
+        read: Sequence[Tensor] = sets
+        if self.first is not None:
+            read, first = self.first.before(sets)
+        data = read[0], support[y], read[1], query[query_y]
+        tasks = sets[0].shape[0]
         wants_losses = self.losses or work.check_finite
         loss = empty(())
         losses, support_losses = _NONE, _NONE
@@ -254,6 +310,7 @@ class ResidentCall:
             outputs,
             flat,
             d_alpha,
+            first,
             empty(room),
             room,
             _stream(self.device.index),
@@ -266,5 +323,7 @@ class ResidentCall:
         if self.wanted is not None and flat is not None:
             adapted, places = self.wanted
             gradients = [flat.as_strided(*place) for place in places]
+            if self.first is not None and self.first.differentiated:
+                gradients.insert(self.first.number, self.first.gradient(sets, first))
             gradient = MetaGradient(gradients[:adapted], [*gradients[adapted:]], d_alpha)
         return Evaluation(loss, losses, support_losses, [] if outputs is None else [outputs], gradient, [])

@@ -15,7 +15,8 @@ Network network_of(const int* layers, const double* slopes, int count, const std
 
 template <class R>
 int run(const int* layers, const double* slopes, int count, const std::int64_t* loss, int support, int query,
-        const int* kind, std::int64_t tasks, void* const* tensors, int limit, int threads, unsigned seed) {
+        const int* kind, std::int64_t tasks, void* const* tensors, void* const* first, int limit, int threads,
+        unsigned seed) {
   const Network net = network_of(layers, slopes, count, loss, support, query);
   const Kind asked{kind[0], kind[1] != 0, kind[2] != 0, kind[3] != 0, kind[4], kind[5], kind[6], kind[7]};
   Plan plan{};
@@ -24,6 +25,8 @@ int run(const int* layers, const double* slopes, int count, const std::int64_t* 
   } catch (const std::invalid_argument&) {
     return -1;
   }
+  if (first == nullptr && plan.factored()) return -1;
+  if (first != nullptr && !plan.factored()) plan = plan_of(net, asked, plan.spilled, true);
   if (threads > 0) plan.threads = threads;
   const auto at = [&](int i) { return static_cast<R*>(tensors[i]); };
   Tensors<R> io{};
@@ -31,6 +34,8 @@ int run(const int* layers, const double* slopes, int count, const std::int64_t* 
   for (int i = 0; i < 2; ++i) io.x[i] = at(i), io.target[i] = tensors[2 + i];
   io.alpha = at(4), io.d_losses = at(5), io.loss = at(6), io.losses = at(7), io.support_losses = at(8);
   io.outputs = at(9), io.gradient = at(10), io.d_alpha = at(11);
+  for (int i = 0; first != nullptr && i < 2; ++i)
+    io.base[i] = static_cast<R*>(first[i]), io.coefficients[i] = static_cast<R*>(first[2 + i]);
   for (int i = 0; i < count; ++i)
     for (int part = 0; part < 2; ++part)
       if (plan.layer[i].parameter[part] != absent) io.parameter[i][part] = at(12 + plan.layer[i].parameter[part]);
@@ -47,13 +52,14 @@ int run(const int* layers, const double* slopes, int count, const std::int64_t* 
 }  // namespace
 }  // namespace fastmeta::resident
 
-// Returns whether passes were kept in global memory, or -1 where nothing fits into `limit` bytes.
-#define FASTMETA_ENTRY(name, R)                                                                                     \
-  extern "C" int name(const int* layers, const double* slopes, int count, const std::int64_t* loss, int support,   \
-                      int query, const int* kind, std::int64_t tasks, void* const* tensors, int limit, int threads, \
-                      unsigned seed) {                                                                              \
-    return fastmeta::resident::run<R>(layers, slopes, count, loss, support, query, kind, tasks, tensors, limit,    \
-                                      threads, seed);                                                               \
+// first: bases and coefficients of a factored first layer, or null where it is not. Returns whether passes were kept in
+// global memory, or -1 where nothing fits into `limit` bytes.
+#define FASTMETA_ENTRY(name, R)                                                                                      \
+  extern "C" int name(const int* layers, const double* slopes, int count, const std::int64_t* loss, int support,    \
+                      int query, const int* kind, std::int64_t tasks, void* const* tensors, void* const* first,     \
+                      int limit, int threads, unsigned seed) {                                                       \
+    return fastmeta::resident::run<R>(layers, slopes, count, loss, support, query, kind, tasks, tensors, first,     \
+                                      limit, threads, seed);                                                         \
   }
 FASTMETA_ENTRY(run32, float)
 FASTMETA_ENTRY(run64, double)

@@ -141,6 +141,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int, int]] = {
     "binary": (lambda: mlp(4, 6, 3, activation=nn.LeakyReLU), F.binary_cross_entropy_with_logits, 4, 3),
     "summed": (lambda: mlp(2, 12, 2, activation=nn.Sigmoid), summed, 2, 2),
     "one layer": (lambda: mlp(3, 2), F.mse_loss, 3, 2),
+    "wide data": (lambda: mlp(401, 96, 5, activation=nn.SiLU), F.cross_entropy, 401, 5),  # its first layer is factored
 }
 
 
@@ -218,13 +219,39 @@ def test_learned_rates(where: str, kind: str) -> None:
     assert any(name.startswith("lr") for name in ours)
 
 
-def test_a_head_that_adapts_alone(where: str) -> None:
-    module = CASES["gelu classes"][0]().double().to(where)
+@pytest.mark.parametrize("case", ["gelu classes", "wide data"])
+def test_a_head_that_adapts_alone(where: str, case: str) -> None:
+    maml, tasks, module = make(case, torch.float64, where)
     head = [n for n, _ in module.named_parameters()][-2:]
-    tasks = tasks_for(F.cross_entropy, 7, 5, torch.float64, where)
     maml = fm.MAML(module, F.cross_entropy, lr=0.1, steps=2, parameters=head, executor="native")
     *_, truth = maml_loop(module, F.cross_entropy, tasks.support, tasks.query, 0.1, 2, adapted_names=head)
     assert relative_error(maml.value_and_grad(tasks)[1], truth) < FLOAT64_BOUND
+
+
+def test_images_whose_first_layer_is_factored(where: str) -> None:
+    module = nn.Sequential(nn.Flatten(), *mlp(784, 64, 64, 5, activation=nn.ReLU)).to(where, torch.float64)
+    flat = tasks_for(F.cross_entropy, 784, 5, torch.float64, where)
+    sets = [(x.reshape(T, -1, 1, 28, 28), y) for x, y in (flat.support, flat.query)]
+    tasks = fm.TaskBatch(*sets)
+    lr = nn.Parameter(torch.full((2,), 0.1, dtype=torch.float64, device=where))
+    maml = fm.MAML(module, F.cross_entropy, lr=lr, steps=2, executor="native")
+    assert maml.explain(tasks).executor.endswith("the first layer by inner products of its rows")
+    reference = fm.MAML(module, F.cross_entropy, lr=lr, steps=2, executor="reference")
+    (value, gradient), (truth, expected) = maml.value_and_grad(tasks), reference.value_and_grad(tasks)
+    assert relative_error(value, truth) < FLOAT64_BOUND
+    assert relative_error(gradient, expected) < FLOAT64_BOUND
+    assert [tuple(d.shape) for d in gradient.values()][:2] == [(64, 784), (64,)]
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_factored_first_layer_that_gets_no_gradient(where: str, first_order: bool) -> None:
+    maml, tasks, module = make("wide data", torch.float64, where)
+    module[0].weight.requires_grad_(False)
+    *_, truth = maml_loop(module, F.cross_entropy, tasks.support, tasks.query, 0.1, 2, first_order)
+    maml = fm.MAML(module, F.cross_entropy, lr=0.1, steps=2, first_order=first_order, executor="native")
+    gradient = maml.value_and_grad(tasks)[1]
+    assert "0.weight" not in gradient
+    assert relative_error(gradient, {n: truth[n] for n in gradient}) < FLOAT64_BOUND
 
 
 def test_another_objective_on_the_task_losses(where: str) -> None:
@@ -274,7 +301,7 @@ def test_steps_that_shared_memory_cannot_hold(where: str) -> None:
 
 
 def test_what_does_not_fit_runs_on_the_reference_and_says_why(where: str) -> None:
-    module = mlp(784, 256, 5).to(where)
+    module = mlp(784, 256, 128, 5).to(where)
     tasks = tasks_for(F.cross_entropy, 784, 5, torch.float32, where)
     assert "bytes of shared memory" in fm.MAML(module, F.cross_entropy, lr=0.1, steps=1).explain(tasks).executor
     with pytest.raises(RuntimeError, match="executor 'native' is not available here: a task takes"):

@@ -154,6 +154,7 @@ def run(
     gradient: bool = True,
     adapted: int | None = None,
     d_losses: Tensor | None = None,
+    factored: bool = False,
     limit: int = LARGEST,
     threads: int = 0,
     seed: int = 0,
@@ -162,12 +163,18 @@ def run(
     """One meta-step; results begin as NaN."""
     dtype, tasks, out = parameters[0].dtype, support[0].shape[0], net.widths[-1]
     nan: Any = float("nan")
+    first: list[Tensor] = []
+    data = support[0], query[0]
+    if factored:
+        bases = [x @ parameters[0].detach().t() for x in data]
+        first = [*bases, *(torch.full_like(base, nan) for base in bases)]
+        support, query = ((x @ data[0].transpose(1, 2), y) for x, y in (support, query))
     result = Result(
         torch.full((), nan, dtype=dtype),
         torch.full((tasks,), nan, dtype=dtype),
         torch.full((steps, tasks), nan, dtype=dtype),
         torch.full((tasks, query[0].shape[1], out), nan, dtype=dtype),
-        torch.full((sum(p.numel() for p in parameters),), nan, dtype=dtype),
+        torch.full((sum(p.numel() for p in parameters[factored:]),), nan, dtype=dtype),
         torch.full(alpha.shape, nan, dtype=dtype),
     )
     layers = []
@@ -190,6 +197,7 @@ def run(
         (ctypes.c_int * 8)(*kind, len(parameters)),
         ctypes.c_int64(tasks),
         pointers,
+        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in first)) if first else None,
         limit,
         threads,
         seed,
@@ -197,4 +205,7 @@ def run(
     if spilled < 0:
         raise ValueError(f"resident: the plan must fit into {limit} bytes of shared memory")
     result.spilled = bool(spilled)
+    if factored:
+        d_weight = sum(c.flatten(0, 1).t() @ x.flatten(0, 1) for c, x in zip(first[2:], data, strict=True))
+        result.gradient = torch.cat([torch.as_tensor(d_weight).reshape(-1), result.gradient])
     return result

@@ -161,6 +161,32 @@ def fits(truth: Truth, limit: int) -> bool:
 
 
 @needs_compiler
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("name", NETS)
+def test_a_factored_first_layer(name: str, steps: int) -> None:
+    truth = Truth(NETS[name], steps, rates="scalar" if len(name) % 2 else "tensor", second_order=len(name) % 3 > 0)
+    truth.compare(truth.run(factored=True), FLOAT64_BOUND)
+
+
+@needs_compiler
+def test_a_factored_first_layer_gives_the_same_bits_and_takes_no_memory_for_its_width() -> None:
+    net = Net((97, 6, 4), ("tanh", "identity"), (True, True), "cross_entropy")
+    truth = Truth(net, 3, support=7, query=9)
+    with pytest.raises(ValueError, match="must fit into 10240 bytes"):
+        truth.run(torch.float32, limit=10240)
+    kept, spilled = {"factored": True, "limit": 10240}, {"factored": True, "limit": 8192}
+    first = truth.run(torch.float32, **kept)
+    others = [truth.run(torch.float32, seed=1, threads=threads, **kept) for threads in (64, 96)]
+    others.append(truth.run(torch.float32, seed=2, **spilled))
+    assert [one.spilled for one in (first, *others)] == [False, False, False, True]
+    for other in others:
+        for a, b in zip(first.tensors(), other.tensors(), strict=True):
+            assert torch.equal(a, b)
+    # each number of the Gram matrix sums 97 products
+    truth.compare(first, 64 * EPS32)
+
+
+@needs_compiler
 def test_cotangents_of_the_losses() -> None:
     truth = Truth(NETS["classes"], 2)
     d_losses = torch.tensor([0.0, 2.0], dtype=torch.float64)
@@ -200,8 +226,9 @@ def test_rates_of_each_step() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("second_order", [False, True])
-def test_what_does_not_adapt_has_its_gradient(second_order: bool) -> None:
+def test_what_does_not_adapt_has_its_gradient(second_order: bool, factored: bool) -> None:
     """The executor's numbering has what adapts first: here the first layer alone."""
     net = Net((3, 4, 2), ("tanh", "identity"), (True, True))
     module = net.module(torch.float64)
@@ -210,7 +237,8 @@ def test_what_does_not_adapt_has_its_gradient(second_order: bool) -> None:
     loss, *_, grads = maml_loop(module, net.criterion, support, query, 0.2, 2, not second_order, names[:2])
     alpha = torch.full((1, 1), 0.2, dtype=torch.float64)
     parameters = list(module.parameters())
-    result = resident_shim.run(net, parameters, support, query, alpha, 2, adapted=2, second_order=second_order)
+    options = {"adapted": 2, "second_order": second_order, "factored": factored}
+    result = resident_shim.run(net, parameters, support, query, alpha, 2, **options)  # type: ignore[arg-type]
     assert relative_error(result.loss, loss.detach()) < FLOAT64_BOUND
     assert relative_error(result.gradient, torch.cat([grads[n].reshape(-1) for n in names])) < FLOAT64_BOUND
 
@@ -308,6 +336,7 @@ def test_kernels_for_known_layers_give_the_same_numbers(
     assert relative_error(truth.run(torch.float32).loss, truth.loss.detach()) < 64 * EPS32
 
 
+FACTORED = Net((50, 40, 40, 3), ("tanh", "tanh", "identity"), (True, True, True))
 BARRIERS = {
     "before the step": (
         "    pass<smooth>(plan, io, block, k);\n    __syncthreads();\n",
@@ -316,6 +345,10 @@ BARRIERS = {
     "before the adjoint's step": (
         "    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n    __syncthreads();\n",
         "    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n",
+    ),
+    "before the adjoint": (
+        "  if (!plan.kept) return;\n  __syncthreads();\n",
+        "  if (!plan.kept) return;\n",
     ),
     "after the staging": (
         "  if (block.warp < 2) stage_labels(plan, io, block);\n  __syncthreads();\n",
@@ -328,10 +361,12 @@ BARRIERS = {
 @pytest.mark.parametrize("place", BARRIERS)
 def test_a_missing_barrier_is_found(tmp_path: Path, place: str) -> None:
     """Without it some order of threads gives another result."""
-    truth = Truth(SINUSOID, 2)
     library = changed(tmp_path, "kernel.cuh", *BARRIERS[place])
-    errors = [relative_error(truth.run(of=library, seed=s, threads=128).gradient, truth.gradient) for s in range(3)]
-    assert not max(errors) < FLOAT64_BOUND
+    for net, factored in ((SINUSOID, False), (FACTORED, True)):
+        truth = Truth(net, 2)
+        given: list[dict[str, Any]] = [{"seed": s, "threads": 128, "factored": factored} for s in range(3)]
+        errors = [relative_error(truth.run(of=library, **one).gradient, truth.gradient) for one in given]
+        assert not max(errors) < FLOAT64_BOUND
 
 
 @needs_compiler

@@ -32,20 +32,22 @@ def resources(capability: str, target: Path) -> dict[str, dict[str, int]]:
     assert answer.returncode == 0, answer.stderr
     assert "warning" not in answer.stderr, answer.stderr
     kernel = re.compile(
-        r"Function properties for _Z\w*?\d+(meta_step|sum_over_tasks)I([fd])(?:NS0_4PlanE(Lb[01])E|NS0_5Fixed\w*?"
-        r"ActivationE(\d)E\w*?((?:Li\d+E)+)\w*)?E\w+\s+"
+        r"Function properties for _Z\w*?\d+(meta_step|sum_over_tasks)I([fd])"
+        r"(?:NS0_(?:4Plan|(8Factored))E(Lb[01])E|NS0_5Fixed\w*?ActivationE(\d)E\w*?((?:Li\d+E)+)\w*)?E\w+\s+"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
         r"ptxas info\s+: Used (\d+) registers(.*)"
     )
     found = {}
     curves = {"": "", "Lb0": ", straight curves", "Lb1": ", smooth curves", "1": ", ReLU", "3": ", tanh"}
-    for name, kind, smooth, activation, widths, stack, stores, loads, registers, rest in kernel.findall(answer.stderr):
+    for one in kernel.findall(answer.stderr):
+        name, kind, factored, smooth, activation, widths, stack, stores, loads, registers, rest = one
         shared = re.search(r"(\d+) bytes smem", rest)
         network = " ".join(re.findall(r"\d+", widths))
         key = f"{name} {'float' if kind == 'f' else 'double'}{curves[smooth or activation]}{network and f' {network}'}"
+        key += ", factored" if factored else ""
         found[key] = {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
         found[key]["shared"] = int(shared[1]) if shared else 0
-    assert len(found) == 9, answer.stderr
+    assert len(found) == 11, answer.stderr
     return found
 
 
