@@ -23,6 +23,7 @@ from fastmeta.engine.objective import Objective
 
 COLLECT, IS_ONE = "_collect_all_valid_cia_ops", "_is_preservable_cia_op"  # PyTorch's own; later versions may lack them
 _TRACING = threading.Lock()  # a trace changes what is PyTorch's for a while, so one runs at a time
+BROADCAST = "aten.broadcast_tensors.default"
 
 
 class NotTraceable(Exception):
@@ -389,6 +390,11 @@ def _convert_call(graph: Graph, slots: dict[Any, Any], node: Any) -> None:
         raise NotTraceable(f"the trace holds {node.target}, which is not an ATen call")
     value = node.meta.get("val")
     if value is None:  # an assertion on metadata
+        return
+    if str(node.target) == BROADCAST and all(
+        a.meta["val"].shape == b.shape for a, b in zip(node.args[0], value, strict=True)
+    ):
+        slots[node] = [slots[a] for a in node.args[0]]  # F.mse_loss asks it of tensors that have one shape, too
         return
     args, kwargs = pytree.tree_map_only(torch.fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     results = value if isinstance(value, (list, tuple)) else [value]

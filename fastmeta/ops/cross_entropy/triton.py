@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta.core.triton_losses import cross_entropy, cross_entropy_dot, rows_that_count
 from fastmeta.core.triton_support import Shipped
 from fastmeta.ops.cross_entropy.reference import MEAN, Kept
 
@@ -30,29 +31,15 @@ def forward_kernel(
     c = tl.arange(0, BC)
     scale = 1.0
     if MEAN:
-        count = tl.zeros((BR,), tl.float32)
-        for start in range(0, R, BR):
-            r = start + tl.arange(0, BR)
-            y = tl.load(labels + task * R + r, r < R, 0)
-            count += tl.where((r < R) & (y != ignored), 1.0, 0.0)
-        scale = 1.0 / tl.sum(count, 0)
+        scale = 1.0 / rows_that_count(labels + task * R, R, ignored, BR)
     total = tl.zeros((BR,), tl.float32)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)
         y = tl.load(labels + task * R + r, r < R, 0)
         counted = (r < R) & (y != ignored)
-        inside = (c < C)[None, :]
-        mask = (r < R)[:, None] & inside
+        mask = (r < R)[:, None] & (c < C)[None, :]
         place = (task * R + r[:, None]) * C + c[None, :]
-        x = tl.load(z + place, mask, 0.0)
-        top = tl.max(tl.where(inside, x, -float("inf")), 1)
-        e = tl.where(inside, tl.exp(x - top[:, None]), 0.0)
-        whole = tl.sum(e, 1)
-        share = e / whole[:, None]
-        log_share = tl.where(inside, x - top[:, None] - tl.log(whole)[:, None], 0.0)
-        q = tl.where(c[None, :] == y[:, None], 1.0 - smoothing, 0.0) + smoothing / C
-        row = -tl.sum(q * log_share, 1)
-        row = tl.where((y < 0) | (y >= C), float("nan"), row)
+        row, share, q = cross_entropy(tl.load(z + place, mask, 0.0), y, c, C, smoothing)
         total += tl.where(counted, row, 0.0)
         factor = tl.where(counted, scale, 0.0)
         tl.store(g + place, factor[:, None] * (share - q), mask)
@@ -79,8 +66,7 @@ def tangent_kernel(
         share = tl.load(p + place, mask, 0.0)
         total += tl.sum(tl.load(g + place, mask, 0.0) * x_dot, 1)
         factor = tl.load(factors + task * R + r, r < R, 0.0)
-        mean = tl.sum(share * x_dot, 1)
-        tl.store(moved + place, factor[:, None] * share * (x_dot - mean[:, None]), mask)
+        tl.store(moved + place, cross_entropy_dot(x_dot, share, factor), mask)
     tl.store(loss_dot + task, tl.sum(total, 0))
 
 

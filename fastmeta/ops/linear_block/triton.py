@@ -21,16 +21,29 @@ from fastmeta.core.triton_support import Shipped, build_precision
 BLOCK_IN = 32  # of the contraction over a layer's inputs or outputs
 BLOCK_TWO = 16  # of any contraction, with two products: more does not fit the registers
 STAGES = 3
+LOSS = Curve(
+    "loss"
+)  # of cotangents: of a loss by its gradient g, where d_z = d_l g and d_z_dot = d_l_dot g + d_l g_dot
+TWICE = (*BENT, LOSS.kind)  # with a second derivative
 
 
 @triton.jit
 def _cotangents(
-    S, D, DD, ZD, place, mask, below, KIND: tl.constexpr, HAS_D: tl.constexpr, HAS_DD: tl.constexpr,
+    S, D, DD, ZD, task, place, mask, below, KIND: tl.constexpr, HAS_D: tl.constexpr, HAS_DD: tl.constexpr,
     HAS_ZD: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ``d_z`` (zero without ``HAS_D``) and ``d_z_dot``."""
     d = tl.zeros(place.shape, tl.float32)
     dd = tl.zeros(place.shape, tl.float32)
+    if KIND == "loss":
+        g = tl.load(S + place, mask, 0.0)
+        if HAS_D:
+            d = tl.load(D + task) * g
+        if HAS_DD:
+            dd = tl.load(DD + task) * g
+        if HAS_ZD:
+            dd += tl.load(D + task) * tl.load(ZD + place, mask, 0.0)
+        return d, dd
     if HAS_D:
         d = tl.load(D + place, mask, 0.0)
     if HAS_DD:
@@ -43,6 +56,29 @@ def _cotangents(
             dd += bend(s, KIND) * tl.load(ZD + place, mask, 0.0) * d
         d = d * steep
     return d, dd
+
+
+@triton.jit
+def affine(
+    A, V, A2, V2, task, r, o, v_task, v2_task, R, I, O, FIRST: tl.constexpr, SECOND: tl.constexpr, BR: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``A V^T + A2 V2^T``, or of one of them."""
+    i = tl.arange(0, BI)
+    A += task * R * I
+    A2 += task * R * I
+    V += task * v_task
+    V2 += task * v2_task
+    acc = tl.zeros((BR, BO), tl.float32)
+    for start in range(0, I, BI):
+        at = start + i
+        x_place, x_mask = r[:, None] * I + at[None, :], (r < R)[:, None] & (at < I)[None, :]
+        w_place, w_mask = o[None, :] * I + at[:, None], (o < O)[None, :] & (at < I)[:, None]
+        if FIRST:
+            acc = dot(tl.load(A + x_place, x_mask, 0.0), tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
+        if SECOND:
+            acc = dot(tl.load(A2 + x_place, x_mask, 0.0), tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -72,20 +108,7 @@ def rows_kernel(
     task = tl.program_id(2).to(tl.int64)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
-    i = tl.arange(0, BI)
-    A += task * R * I
-    A2 += task * R * I
-    V += task * v_task
-    V2 += task * v2_task
-    acc = tl.zeros((BR, BO), tl.float32)
-    for start in range(0, I, BI):
-        at = start + i
-        x_place, x_mask = r[:, None] * I + at[None, :], (r < R)[:, None] & (at < I)[None, :]
-        w_place, w_mask = o[None, :] * I + at[:, None], (o < O)[None, :] & (at < I)[:, None]
-        if FIRST:
-            acc = dot(tl.load(A + x_place, x_mask, 0.0), tl.load(V + w_place, w_mask, 0.0), acc, PRECISION)
-        if SECOND:
-            acc = dot(tl.load(A2 + x_place, x_mask, 0.0), tl.load(V2 + w_place, w_mask, 0.0), acc, PRECISION)
+    acc = affine(A, V, A2, V2, task, r, o, v_task, v2_task, R, I, O, FIRST, SECOND, BR, BO, BI, PRECISION)
     if BIAS:
         acc += tl.load(B + task * b_task + o, o < O, 0.0)[None, :]
     mask = (r < R)[:, None] & (o < O)[None, :]
@@ -117,7 +140,7 @@ def _columns(
         o = start + tl.arange(0, BO)
         d_mask = (r < R)[:, None] & (o < O)[None, :]
         d_place = task * R * O + r[:, None] * O + o[None, :]
-        d, dd = _cotangents(S, D, DD, ZD, d_place, d_mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
+        d, dd = _cotangents(S, D, DD, ZD, task, d_place, d_mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
         w_place, w_mask = o[:, None] * I + i[None, :], (o < O)[:, None] & (i < I)[None, :]
         if TANGENT:
             if HAS_DD or HAS_ZD:
@@ -147,7 +170,7 @@ def _weights(
         r = start + tl.arange(0, BR)
         d_mask = (o < O)[:, None] & (r < R)[None, :]
         d_place = task * R * O + r[None, :] * O + o[:, None]
-        d, dd = _cotangents(S, D, DD, ZD, d_place, d_mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
+        d, dd = _cotangents(S, D, DD, ZD, task, d_place, d_mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
         x_place, x_mask = r[:, None] * I + i[None, :], (r < R)[:, None] & (i < I)[None, :]
         if TANGENT:
             if HAS_DD or HAS_ZD:
@@ -166,7 +189,7 @@ def _weights(
 
 @triton.jit
 def cotangents_kernel(
-    S, D, DD, ZD,  # [T, R, O]: s, d_y, d_y_dot, z_dot
+    S, D, DD, ZD,  # [T, R, O]: s, d_y, d_y_dot, z_dot; for a loss g, d_l [T], d_l_dot [T], g_dot
     V,  # [T, O, I]: W
     V2,  # [T, O, I]: W_dot
     A,  # [T, R, I]: x
@@ -224,12 +247,11 @@ def rows(
     """``f(x W^T + x2 W2^T + b)``, or with ``s`` ``f'(s) (...)``; and, to keep, what stands in brackets."""
     some = _some(x, x2)
     tasks, count, wide = some.shape
-    matrix = _some(weight, weight2)
-    out = matrix.shape[-2]
+    out = _some(weight, weight2).shape[-2]
     y = some.new_empty(tasks, count, out)
     z = torch.empty_like(y) if keep else None
     a, a2 = _rows(x, some), _rows(x2, some)
-    (v, v_task), (v2, v2_task), (b, b_task) = _matrix(weight, some), _matrix(weight2, some), _vector(bias, some)
+    (v, v_task), (v2, v2_task), (b, b_task) = matrix(weight, some), matrix(weight2, some), vector(bias, some)
     block_rows, block_out = _block(count), _block(out)
     grid = (triton.cdiv(out, block_out), triton.cdiv(count, block_rows), tasks)
     rows_kernel[grid](
@@ -253,12 +275,12 @@ class Cotangents(NamedTuple):
 
 def cotangents(
     curve: Curve,
-    s: Tensor,  # [T, R, O]
-    d: Tensor | None,  # [T, R, O]: d_y
+    s: Tensor,  # [T, R, O]; of LOSS, g
+    d: Tensor | None,  # [T, R, O]: d_y; d_l [T]
     x: Tensor,  # [T, R, I]
     weight: Tensor,  # [T, O, I] or [O, I]
-    d_dot: Tensor | None = None,  # [T, R, O]: d_y_dot
-    z_dot: Tensor | None = None,  # [T, R, O]
+    d_dot: Tensor | None = None,  # [T, R, O]: d_y_dot; d_l_dot [T]
+    z_dot: Tensor | None = None,  # [T, R, O]; g_dot
     x_dot: Tensor | None = None,  # [T, R, I]
     weight_dot: Tensor | None = None,  # [T, O, I]
     *,
@@ -268,18 +290,17 @@ def cotangents(
     bias: bool = False,
 ) -> Cotangents:
     """The cotangents, or for a tangent theirs, that are wanted; the bias's comes with the weight's."""
-    some = _some(d, d_dot)
-    tasks, count, out = some.shape
+    tasks, count, out = s.shape
     wide = weight.shape[-1]
-    d_x = some.new_empty(tasks, count, wide) if of_x else None
-    d_w = some.new_empty(tasks, out, wide) if of_weight else None
-    d_b = some.new_empty(tasks, out) if of_weight and bias else None
-    (v, v_task), (v2, v2_task) = _matrix(weight, some), _matrix(weight_dot, some)
+    d_x = s.new_empty(tasks, count, wide) if of_x else None
+    d_w = s.new_empty(tasks, out, wide) if of_weight else None
+    d_b = s.new_empty(tasks, out) if of_weight and bias else None
+    (v, v_task), (v2, v2_task) = matrix(weight, s), matrix(weight_dot, s)
     tiles = _tiles(count, wide, out, tangent=tangent)
     programs = triton.cdiv(out, tiles["WO"]) * triton.cdiv(wide, tiles["WI"]) if of_weight else 0
     programs += triton.cdiv(count, tiles["XR"]) * triton.cdiv(wide, tiles["XI"]) if of_x else 0
     cotangents_kernel[(programs, tasks)](
-        *_each(some, s, d, d_dot, z_dot), v, v2, _rows(x, some), _rows(x_dot, some), *_each(some, d_x, d_w, d_b),
+        *_each(s, s, d, d_dot, z_dot), v, v2, _rows(x, s), _rows(x_dot, s), *_each(s, d_x, d_w, d_b),
         v_task, v2_task, count, wide, out, curve.below, **_flags(curve, d, d_dot, z_dot, tangent), OF_X=of_x,
         OF_W=of_weight, SECOND_X=weight_dot is not None and d is not None, SECOND_W=x_dot is not None and d is not None,
         BIAS=d_b is not None, **tiles, PRECISION=build_precision(), num_warps=4,
@@ -290,7 +311,7 @@ def cotangents(
 
 def _stages(kind: str, tangent: bool) -> int:
     """Of loads in the loops of cotangents: where a curve bends, tiles of four operands leave registers for one."""
-    return 1 if tangent and kind in BENT else STAGES
+    return 1 if tangent and kind in TWICE else STAGES
 
 
 def _tiles(count: int, wide: int, out: int, *, tangent: bool) -> dict[str, int]:
@@ -301,7 +322,7 @@ def _tiles(count: int, wide: int, out: int, *, tangent: bool) -> dict[str, int]:
 
 
 def _flags(curve: Curve, d: Tensor | None, d_dot: Tensor | None, z_dot: Tensor | None, tangent: bool) -> dict[str, Any]:
-    bent = z_dot is not None and d is not None and curve.kind in BENT
+    bent = z_dot is not None and d is not None and curve.kind in TWICE
     return {
         "KIND": curve.kind,
         "TANGENT": tangent,
@@ -331,7 +352,7 @@ def _each(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     return [like if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _matrix(weight: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
+def matrix(weight: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
     """A weight whose rows follow each other, and the distance between tasks."""
     if weight is None:
         return like, 0
@@ -340,7 +361,7 @@ def _matrix(weight: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
     return weight, weight.stride(0) if weight.dim() == 3 else 0
 
 
-def _vector(bias: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
+def vector(bias: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
     if bias is None:
         return like, 0
     if bias.stride(-1) != 1:
@@ -349,14 +370,14 @@ def _vector(bias: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
 
 
 def shipped() -> list[Shipped]:
-    """Builds of both kernels: the usual tiles of hidden layers, forward and tangent, for two curves."""
+    """Builds of both kernels: the usual tiles of hidden layers, forward and tangent, for two curves; and for a loss."""
     builds = []
     pointer, number = "*fp32", "i32"
-    for kind in ("relu", "gelu"):
+    for kind in ("relu", "gelu", LOSS.kind):
         for tangent in (False, True):
             name = f"linear_block {kind} {'tangent' if tangent else 'primal'}"
             common = {"KIND": kind, "TANGENT": tangent, "PRECISION": "tf32x3"}
-            bent = tangent and kind in BENT
+            bent = tangent and kind in TWICE
             rows_constants = common | {
                 "FIRST": True, "SECOND": tangent, "BIAS": True, "KEEP": bent or (kind in BY_INPUT and not tangent),
                 "BR": 32, "BO": 32, "BI": BLOCK_TWO if tangent else BLOCK_IN,
@@ -369,6 +390,8 @@ def shipped() -> list[Shipped]:
                 ("rows", rows_kernel, rows_constants, STAGES),
                 ("cotangents", cotangents_kernel, both_constants, _stages(kind, tangent)),
             ):
+                if kind == LOSS.kind and kernel is rows_kernel:  # which triton_head.py has
+                    continue
                 signature = {n: "constexpr" if n in constants else pointer for n in kernel.arg_names}
                 signature |= {n: number for n in ("v_task", "v2_task", "b_task", "R", "I", "O") if n in signature}
                 signature["below"] = "fp32"

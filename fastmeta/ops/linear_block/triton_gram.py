@@ -130,7 +130,7 @@ def summed_kernel(
         r = start + tl.arange(0, BR)
         mask = (r < R)[:, None] & (o < O)[None, :]
         place = task * R * O + r[:, None] * O + o[None, :]
-        d, dd = _cotangents(S, D, DD, ZD, place, mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
+        d, dd = _cotangents(S, D, DD, ZD, task, place, mask, below, KIND, HAS_D, HAS_DD, HAS_ZD)
         if TANGENT:
             d = dd
         tl.store(Out + place, d, mask)
