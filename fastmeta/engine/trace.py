@@ -230,7 +230,7 @@ def keeps_attention(tensors: Sequence[Any]) -> bool:
 
 
 def replays_dropout(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a call with dropout is one for the operation, as it must be to stay: on a GPU, in few bytes."""
+    """Whether attention with dropout is a call that the operation takes: nothing else draws it again in every map."""
     alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     return query.device.type == "cuda" and alike and key.shape[-2] > 0
 
