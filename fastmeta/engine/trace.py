@@ -112,7 +112,8 @@ def trace(objective: Objective, parameters: dict[str, Tensor], buffers: dict[str
                 exported = torch.export.export(root, arguments, strict=False)
             if root.notes.lost:
                 raise NotTraceable(root.notes.lost[0])
-            table = _decompositions(keeps_attention((*arguments[0], *leaves)))
+            keeps = keeps_attention((*arguments[0], *leaves))
+            table = _decompositions(keeps, keeps and not _learns_a_mask(exported, len(parameters)))
             with _composites_of(exported, table):
                 exported = exported.run_decompositions(table)
         except NotTraceable:
@@ -229,12 +230,32 @@ def keeps_attention(tensors: Sequence[Any]) -> bool:
     return not any(triton_support.missing_reason(*kind) for kind in kinds)
 
 
-def _decompositions(keeps: bool) -> dict[Any, Any]:
+def replays_dropout(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention with dropout is a call that the operation takes: nothing else draws it again in every map."""
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    return query.device.type == "cuda" and alike and key.shape[-2] > 0
+
+
+def _learns_a_mask(exported: torch.export.ExportedProgram, parameters: int) -> bool:
+    """Whether some attention adds a mask that a parameter, of which there are so many, reaches."""
+    own = set(exported.graph_signature.user_inputs[:parameters])
+    reached: set[Any] = set()
+    for node in exported.graph.nodes:
+        if node.name in own or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            if mask in reached and mask.meta["val"].is_floating_point():
+                return True
+    return False
+
+
+def _decompositions(keeps: bool, keeps_dropout: bool) -> dict[Any, Any]:
     """What is taken apart: attention, whose fused kernels have no second derivative, recurrent layers, group norm."""
     aten = torch.ops.aten
     recurrent = [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
     own = {
-        aten.scaled_dot_product_attention.default: partial(_attention, keeps=keeps),
+        aten.scaled_dot_product_attention.default: partial(_attention, keeps=keeps, keeps_dropout=keeps_dropout),
         aten.group_norm.default: _group_norm,
         aten.instance_norm.default: _instance_norm,
     }
@@ -312,9 +333,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     keeps: bool = False,
+    keeps_dropout: bool = False,
 ) -> Any:
     """Products and a softmax, or the call as it is where ``keeps`` and the operation for it say so."""
-    if keeps and dropout_p == 0 and not enable_gqa:
+    replayed = keeps_dropout and replays_dropout(query, key, value)
+    if keeps and not enable_gqa and (dropout_p == 0 or replayed):
         return NotImplemented
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)

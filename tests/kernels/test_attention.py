@@ -37,6 +37,7 @@ class Shape:
     causal: bool = False
     mask: tuple[int, ...] = ()
     boolean: bool = False
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         kind = "causal" if self.causal else "" if not self.mask else "boolean" if self.boolean else "added"
@@ -72,7 +73,7 @@ def draw(shape: Shape, layout: str = "packed") -> Operands:
         drawn = torch.randn(shape.mask, dtype=torch.float64, generator=generator)
         mask = (drawn > -0.3 if shape.boolean else drawn).expand(*leading, shape.heads, shape.queries, shape.keys)
     x, x_dot = ([heads(shape.queries), heads(shape.keys), heads(shape.keys)] for _ in range(2))
-    setting = Setting(shape.width**-0.5, shape.causal)
+    setting = Setting(shape.width**-0.5, shape.causal, shape.dropout)
     return Operands(setting, x, mask, list(x_dot), heads(shape.queries), heads(shape.queries))
 
 
@@ -92,6 +93,7 @@ def run(maps, operands: Operands, dtype: torch.dtype, device: torch.device, need
         for value in (*operands.x, operands.mask, *operands.x_dot, operands.d_o, operands.d_o_dot)
     )
     setting = operands.setting
+    torch.manual_seed(1)  # what dropout draws
     saved = maps.forward(q, k, v, mask, setting)
     dot = maps.tangent(saved, *dots, setting)
     d = maps.backward(saved, d_o, setting, need)
@@ -322,7 +324,9 @@ def test_every_build_has_a_name_of_its_own() -> None:
     builds = triton.shipped()
     assert len({build.name for build in builds}) == len(builds)
     for capability, values in ((80, 2), (90, 3)):  # of seven widths and precisions, some have values apart
-        assert sum(capability in build.capabilities for build in builds) == 7 * 6 + values
+        dropping = [build for build in builds if "dropout" in build.name and capability in build.capabilities]
+        assert len(dropping) == 5 * 7
+        assert sum(capability in build.capabilities for build in builds) == 7 * 6 + values + len(dropping)
     assert all(set(build.signature) == set(build.kernel.arg_names) for build in builds)
     alone = "tangent_backward_values", 64
     whole = {(kernel, width) for kernel in triton.KERNELS if kernel != alone[0] for width in (16, 32, 64, 128)}

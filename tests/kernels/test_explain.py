@@ -17,7 +17,7 @@ import fastmeta as fm
 from fastmeta.core import native
 from fastmeta.core.dispatch import Backend
 from fastmeta.core.task_op import registry
-from fastmeta.engine import explain, fuse, joined
+from fastmeta.engine import explain, fuse, joined, trace
 from fastmeta.engine.compiler import Fit
 from fastmeta.engine.explain import LIBRARIES, Row, backend_of
 from fastmeta.learner.models import conv_net
@@ -43,6 +43,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(kind, "_on_gpu", lambda self, x: x.dtype == torch.float32)
     monkeypatch.setattr(explain, "predicted", lambda *of, **more: Fit(1, False, 0))  # which runs meta-steps
     monkeypatch.setattr(attention, "backends", lambda *of: (Backend("triton", True, "interpreter"),))
+    monkeypatch.setattr(trace, "replays_dropout", lambda *operands: True)
 
 
 def workload(name: str) -> tuple[nn.Module, Any, fm.TaskBatch]:
@@ -51,7 +52,10 @@ def workload(name: str) -> tuple[nn.Module, Any, fm.TaskBatch]:
         sets = [(torch.randn(2, n, 2, 8, 8), torch.randint(WAYS, (2, n))) for n in (3, 4)]
         return conv_net(2, WAYS, filters=4, image_size=8, blocks=2), F.cross_entropy, fm.TaskBatch(*sets)
     case = CASES[name]
-    return case.model().float(), case.loss, fm.TaskBatch(*case.tasks(torch.float32))[:2]
+    model = case.model().float()
+    if name == "transformer":
+        model.encoder.self_attn.dropout = 0.1
+    return model, case.loss, fm.TaskBatch(*case.tasks(torch.float32))[:2]
 
 
 def rows(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
@@ -78,6 +82,7 @@ def test_every_node_has_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     # kernel of PyTorch's each
     others = {row.op for row in found if unnamed(row) and not row.reason.startswith("no task differs")}
     assert others <= ({"reduction", "sum"} if name == "transformer" else set())
+    assert ("attention" in {row.op for row in found}) == (name == "transformer")  # with its dropout
 
 
 def test_a_gpus_libraries_are_named() -> None:

@@ -92,7 +92,6 @@ ONES = torch.ones(2, 3, 4, 4)
 @pytest.mark.parametrize(
     ("args", "kwargs", "reason"),
     [
-        ((ONES, ONES, ONES, None, 0.1), {}, "dropout_p must be 0, got 0.1"),
         ((ONES, ONES[:, :1], ONES[:, :1]), {"enable_gqa": True}, "enable_gqa must be False"),
         ((ONES, ONES[:, :, :0], ONES[:, :, :0]), {}, "there must be a key, got none"),
         ((ONES, ONES[:1], ONES), {}, r"must agree in all but the last two axes, got \(2, 3, 4, 4\), \(1, 3, 4, 4\)"),
@@ -192,7 +191,7 @@ def test_a_cpu_keeps_it_whole():
 
 
 class Odd(nn.Module):
-    """Attention that is taken apart wherever it runs: dropout, fewer heads of keys than of queries, a learned mask."""
+    """Attention that is taken apart wherever it runs: fewer heads of keys than of queries, a learned mask."""
 
     def __init__(self) -> None:
         super().__init__()

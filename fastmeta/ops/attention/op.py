@@ -38,18 +38,21 @@ class Attention(TaskOp):
     """``softmax(c q k^T + mask) v``; saves operands, result and the logarithm of each query's sum of exponentials.
 
     Neither the scores nor their softmax are kept: every map forms them again. The kernels hold tiles of them alone.
+    Dropout is of the softmax, anew at every forward and for each task; the other maps replay it, by the kernels from a
+    seed.
     """
 
     name: ClassVar[str] = "attention"
     targets: ClassVar[tuple[str, ...]] = ("aten.scaled_dot_product_attention.default",)
     fixed: ClassVar[tuple[str, ...]] = ("attn_mask",)
-    saved_names: ClassVar[tuple[str, ...]] = ("queries", "keys", "values", "mask", "result", "logsumexp in two parts")
+    saved_names: ClassVar[tuple[str, ...]] = ("queries", "keys", "values", "mask", "result", "logsumexp", "dropout")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         q, k, v, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
-        if call["dropout_p"] > 0:
-            raise Unsupported(f"attention: dropout_p must be 0, got {call['dropout_p']}")
+        dropout = float(call["dropout_p"])
+        if not 0 <= dropout <= 1:
+            raise Unsupported(f"attention: dropout_p must be between 0 and 1, got {dropout}")
         if call["enable_gqa"]:
             raise Unsupported("attention: enable_gqa must be False")
         if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
@@ -70,7 +73,9 @@ class Attention(TaskOp):
         self.widths = q.shape[-1], v.shape[-1]
         self.mask = mask
         scale = call["scale"]
-        self.setting = Setting(q.shape[-1] ** -0.5 if scale is None else float(scale), bool(call["is_causal"]))
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        self.setting = Setting(scale, bool(call["is_causal"]), dropout)
+        self.random = dropout > 0  # type: ignore[misc]  # of this call, where the class can only say "maybe"
 
     def flops(self) -> int:
         return 2 * math.prod(self.scores) * sum(self.widths)

@@ -11,9 +11,13 @@ the logarithm of ``sum exp(S - peak)``: where a mask adds the least finite numbe
 would lose the second. A query that attends to nothing has ``peak = inf``, so that ``P`` and the result are zero, as in
 PyTorch.
 
+Dropout draws ``z`` in the forward map, of each weight: ``1 / (1 - p)`` with probability ``1 - p``, else 0. What
+multiplies ``v``, ``v_dot``, ``d_o`` and ``d_o_dot`` above is then ``z P``, ``z (P S_dot)`` or ``z P_dot``, and
+``z (d_o v^T)`` stands for ``d_o v^T``; ``l``, ``l_dot`` and ``delta = rowsum(d_o o)`` stay.
+
 Shapes: ``q`` ``[T, B, H, S_q, D]``, ``k`` ``[T, B, H, S_k, D]``, ``v`` ``[T, B, H, S_k, D_v]``, ``o`` as ``q`` with
 ``D_v``, ``peak``, ``log_sum`` and ``lse_dot`` (``l_dot``) ``[T, B, H, S_q]``, ``mask`` ``[T, B, H, S_q, S_k]``: boolean
-(``False`` attends not) or added.
+(``False`` attends not) or added; ``z`` as ``mask``.
 """
 
 from __future__ import annotations
@@ -25,14 +29,18 @@ from torch import Tensor
 
 
 class Setting(NamedTuple):
-    """What a call fixes: the factor ``c`` of the products, and whether a query attends to no later key."""
+    """What a call fixes: the factor ``c`` of the products, whether a query attends to no later key, dropout's ``p``."""
 
     scale: float
     causal: bool
+    dropout: float = 0.0
 
 
 class Saved(NamedTuple):
-    """What the forward map leaves for the others; the shapes are those of the module."""
+    """What the forward map leaves for the others; the shapes are those of the module.
+
+    ``drawn`` is dropout's ``z`` or, where kernels run, the seed ``[1]`` that they form it from; ``None`` without it.
+    """
 
     q: Tensor
     k: Tensor
@@ -41,6 +49,7 @@ class Saved(NamedTuple):
     o: Tensor
     peak: Tensor
     log_sum: Tensor
+    drawn: Tensor | None = None
 
 
 class SavedDot(NamedTuple):
@@ -58,25 +67,26 @@ Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
-    """``o``, ``peak`` and ``log_sum`` beside the operands."""
+    """``o``, ``peak``, ``log_sum`` and dropout's ``z``, drawn from PyTorch's generator, beside the operands."""
     scores = _scores(q, k, mask, setting)
     peak = scores.amax(-1, keepdim=True)
     peak = torch.where(peak == -torch.inf, torch.inf, peak)
     p = torch.exp(scores - peak)
     total = p.sum(-1, keepdim=True)
     total = torch.where(total > 0, total, 1.0)
-    o = torch.matmul(p / total, v)
-    return Saved(q, k, v, mask, o, peak.squeeze(-1), total.log().squeeze(-1))
+    z = _draw(scores, setting.dropout) if setting.dropout else None
+    o = torch.matmul(_dropped(p / total, z), v)
+    return Saved(q, k, v, mask, o, peak.squeeze(-1), total.log().squeeze(-1), z)
 
 
 def backward(saved: Saved, d_o: Tensor, setting: Setting, need: Need) -> Cotangents:
     """``d_q``, ``d_k``, ``d_v``."""
-    q, k, v, _, o, *_ = saved
+    q, k, v, _, o, *_, z = saved
     p = _probabilities(saved, setting)
-    d_s = p * (torch.matmul(d_o, v.mT) - _rowsum(d_o, o)) * setting.scale
+    d_s = p * (_dropped(torch.matmul(d_o, v.mT), z) - _rowsum(d_o, o)) * setting.scale
     d_q = torch.matmul(d_s, k) if need[0] else None
     d_k = torch.matmul(d_s.mT, q) if need[1] else None
-    return d_q, d_k, torch.matmul(p.mT, d_o) if need[2] else None
+    return d_q, d_k, torch.matmul(_dropped(p, z).mT, d_o) if need[2] else None
 
 
 def tangent(
@@ -90,9 +100,9 @@ def tangent(
     else:
         weighted = p * s_dot
         lse_dot = weighted.sum(-1)
-        o_dot = torch.matmul(weighted, saved.v) - lse_dot.unsqueeze(-1) * saved.o
+        o_dot = torch.matmul(_dropped(weighted, saved.drawn), saved.v) - lse_dot.unsqueeze(-1) * saved.o
     if v_dot is not None:
-        o_dot = o_dot + torch.matmul(p, v_dot)
+        o_dot = o_dot + torch.matmul(_dropped(p, saved.drawn), v_dot)
     return SavedDot(q_dot, k_dot, v_dot, o_dot, lse_dot)
 
 
@@ -100,17 +110,17 @@ def tangent_backward(
     saved: Saved, dot: SavedDot, d_o: Tensor, d_o_dot: Tensor | None, setting: Setting, need: Need
 ) -> Cotangents:
     """The tangents of ``d_q``, ``d_k``, ``d_v``; ``None`` for ``d_o_dot`` is zero."""
-    q, k, v, _, o, *_ = saved
+    q, k, v, _, o, *_, z = saved
     c = setting.scale
     p = _probabilities(saved, setting)
     s_dot = _scores_dot(saved, dot.q, dot.k, setting)
     p_dot = torch.zeros_like(p) if s_dot is None else p * (s_dot - dot.lse.unsqueeze(-1))
-    centred = torch.matmul(d_o, v.mT) - _rowsum(d_o, o)
+    centred = _dropped(torch.matmul(d_o, v.mT), z) - _rowsum(d_o, o)
     centred_dot = -_rowsum(d_o, dot.o)
     if d_o_dot is not None:
-        centred_dot = centred_dot + torch.matmul(d_o_dot, v.mT) - _rowsum(d_o_dot, o)
+        centred_dot = centred_dot + _dropped(torch.matmul(d_o_dot, v.mT), z) - _rowsum(d_o_dot, o)
     if dot.v is not None:
-        centred_dot = centred_dot + torch.matmul(d_o, dot.v.mT)
+        centred_dot = centred_dot + _dropped(torch.matmul(d_o, dot.v.mT), z)
     d_s, d_s_dot = p * centred, p_dot * centred + p * centred_dot
     d_q_dot = d_k_dot = d_v_dot = None
     if need[0]:
@@ -118,7 +128,7 @@ def tangent_backward(
     if need[1]:
         d_k_dot = c * _plus(torch.matmul(d_s_dot.mT, q), d_s.mT, dot.q)
     if need[2]:
-        d_v_dot = _plus(torch.matmul(p_dot.mT, d_o), p.mT, d_o_dot)
+        d_v_dot = _plus(torch.matmul(_dropped(p_dot, z).mT, d_o), _dropped(p, z).mT, d_o_dot)
     return d_q_dot, d_k_dot, d_v_dot
 
 
@@ -131,6 +141,17 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, setting: Setting) -> Tens
         earlier = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = torch.where(earlier, scores, -torch.inf)
     return scores
+
+
+def _draw(scores: Tensor, p: float) -> Tensor:
+    """``z``, like ``scores``: ``1 / (1 - p)`` with probability ``1 - p``, else 0."""
+    if p == 1:
+        return torch.zeros_like(scores)
+    return torch.empty_like(scores).bernoulli_(1 - p).div_(1 - p)
+
+
+def _dropped(value: Tensor, z: Tensor | None) -> Tensor:
+    return value if z is None else z * value
 
 
 def _probabilities(saved: Saved, setting: Setting) -> Tensor:

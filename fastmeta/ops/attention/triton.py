@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from fastmeta.ops.attention.reference import Cotangents, Need, Saved, SavedDot, 
 
 NARROWEST = 16  # columns of a tile that tensor cores multiply
 FARTHEST = 2**31  # elements from a head's first row to its last that 32 bits reach
+SEEDS = 2**63 - 1  # of dropout
+DROPOUT = ("seed", "share", "factor")  # arguments of the wide kernels, None where there is none
 KERNELS = {
     "forward": triton_kernels.forward,
     "backward_queries": triton_kernels.backward_queries,
@@ -109,8 +112,8 @@ TILES = {
 }
 
 
-# Of the wide kernels, by tf32 parts and by bfloat16 parts for Hopper's cores, and the columns that a product over them
-# takes at a time: more, or larger tiles, spill with a mask.
+# Of the wide kernels, before Hopper and for its cores, and the columns that a product over them takes at a time: more,
+# or larger tiles, spill with a mask.
 COLUMNS = 16
 WIDE_TILES = {
     "forward": (Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
@@ -123,25 +126,61 @@ WIDE_TILES = {
 }
 
 
-def kernel_of(name: str, width: int, precision: str) -> Any:
-    """The kernel for heads of ``width`` columns, a power of two."""
-    return (WIDE_KERNELS if _is_wide(precision, width) else KERNELS)[name]
+# Of the wide kernels with dropout, whatever the width: its generator takes registers, too. Shipped builds do not spill.
+DROPOUT_TILES = {
+    "forward": Tiles(*(Tile(32, 32, 8, 1),) * 2, *(Tile(64, 32, 8, 1),) * 2),
+    "backward_queries": Tiles(*(Tile(32, 32, 8, 1),) * 2, *(Tile(64, 32, 8, 1),) * 2),
+    "backward_keys": Tiles(*(Tile(32, 16, 8, 1),) * 2, *(Tile(16, 64, 8, 1),) * 2),
+    "tangent": Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), *(Tile(64, 16, 8, 1),) * 2),
+    "tangent_backward_queries": Tiles(Tile(16, 32, 8, 1), Tile(16, 64, 8, 1), *(Tile(64, 16, 8, 1),) * 2),
+    "tangent_backward_keys": Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), *(Tile(16, 64, 8, 1),) * 2),
+    "tangent_backward_values": Tiles(*(Tile(32, 32, 8, 1),) * 2, *(Tile(16, 64, 8, 1),) * 2),
+}
 
 
-def tile(kernel: str, width: int, precision: str, *, hopper: bool) -> Tile:
-    """The tile of a kernel for heads of ``width`` columns, a power of two."""
-    if _is_wide(precision, width):
-        return WIDE_TILES[kernel][hopper]
-    tiles = TILES[kernel, width]
-    if precision in ("bf16", "bf16 rounded"):
-        return tiles.bf16_hopper if hopper else tiles.bf16
-    return tiles.tf32_hopper if hopper else tiles.tf32
+class Kind(NamedTuple):
+    """What decides about a kernel's build: a head's width as a power of two, how products are made, by what cores."""
+
+    width: int
+    precision: str
+    hopper: bool
+    dropout: bool
+
+    @property
+    def wide(self) -> bool:
+        """Whether operands are read a few columns at a time, for in parts, as float32's accuracy takes them, none fits.
+
+        Dropout is in these kernels alone.
+        """
+        return self.dropout or (self.precision in ("tf32x3", "bf16x6", "ieee") and self.width == 128)
+
+    @property
+    def apart(self) -> bool:
+        """Whether keys and values have launches of their own: the sums of both do not fit the registers together."""
+        return self.wide or (self.precision in ("bf16x6", "tf32") and self.width == 64)
+
+    def kernel(self, name: str) -> Any:
+        """The kernel for one of the names of :data:`KERNELS`."""
+        return (WIDE_KERNELS if self.wide else KERNELS)[name]
+
+    def tile(self, name: str) -> Tile:
+        """What one of its programs takes."""
+        if self.wide and not self.dropout:
+            return WIDE_TILES[name][self.hopper]
+        tiles = DROPOUT_TILES[name] if self.dropout else TILES[name, self.width]
+        if self.precision in ("bf16", "bf16 rounded"):
+            return tiles.bf16_hopper if self.hopper else tiles.bf16
+        return tiles.tf32_hopper if self.hopper else tiles.tf32
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
-    """``o``, ``peak`` and ``log_sum`` beside the operands, as :func:`fastmeta.ops.attention.reference.forward`."""
+    """``o``, ``peak``, ``log_sum`` and dropout's seed, from PyTorch's generator of this device, beside the operands.
+
+    As :func:`fastmeta.ops.attention.reference.forward` but for the seed ``[1]`` of int64 in the place of ``z``.
+    """
     q, k, v = _readable(q), _readable(k), _readable(v)
-    saved = Saved(q, k, v, mask, _result(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1]))
+    seed = torch.randint(SEEDS, (1,), device=q.device) if setting.dropout else None
+    saved = Saved(q, k, v, mask, _result(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1]), seed)
     _Launch(saved, setting).over_queries("forward", _operands(saved))
     return saved
 
@@ -186,7 +225,7 @@ def tangent_backward(
     present = {**_present(dot), "D_O_DOT": d_o_dot is not None}
     launch.over_queries("tangent_backward_queries", {**read, "d_q_dot": d_q_dot}, WANTED=need[0], **present)
     written = {**read, "d_k_dot": d_k_dot, "d_v_dot": d_v_dot}
-    if need[1] and need[2] and launch.apart():
+    if need[1] and need[2] and launch.kind.apart:
         launch.over_keys("tangent_backward_keys", written, WANT_K=True, WANT_V=False, **present)
         launch.over_keys("tangent_backward_values", written, WANT_K=False, WANT_V=True, **present)
     elif need[1] or need[2]:
@@ -198,12 +237,13 @@ class _Launch:
     """The arguments that the kernels of one call share, and their launches."""
 
     def __init__(self, saved: Saved, setting: Setting) -> None:
-        q, k, v, mask, *_ = saved
+        q, k, v, mask, *_, seed = saved
         tasks, batch, heads, S_q, width = q.shape
         self.rows, self.lengths = tasks * batch * heads, (S_q, k.shape[-2])
         self.device = q.device
-        self.hopper = _is_hopper(q.device)
-        self.precision = _precision(build_precision(), hopper=self.hopper)
+        columns, hopper = max(NARROWEST, next_power_of_2(width)), _is_hopper(q.device)
+        precision = _precision(build_precision(), hopper=hopper)
+        self.kind = Kind(columns, precision, hopper, dropout=seed is not None)
         strides = {"q": _strides(q), "k": _strides(k), "v": _strides(v)}
         self.numbers = {f"{x}_{axis}": s for x in strides for axis, s in zip("tbhs", strides[x], strict=True)}
         aligned = width % 4 == 0 and all(s % 4 == 0 for s in self.numbers.values())
@@ -213,18 +253,19 @@ class _Launch:
         self.scale = setting.scale
         self.constants = {
             "D": width,
-            "WIDTH": max(NARROWEST, next_power_of_2(width)),
+            "WIDTH": columns,
             "MASK": "none" if mask is None else "boolean" if mask.dtype == torch.bool else "added",
             "CAUSAL": setting.causal,
             "ALIGNED": aligned,
-            "PRECISION": self.precision,
+            "PRECISION": precision,
         }
-        if _is_wide(self.precision, self.constants["WIDTH"]):
+        self.dropout: dict[str, Any] = {}
+        if self.kind.wide:
             self.constants["COLUMNS"] = COLUMNS
-
-    def apart(self) -> bool:
-        """Whether keys and values have launches of their own: the sums of both do not fit the registers together."""
-        return _is_apart(self.precision, self.constants["WIDTH"])
+            self.dropout = dict.fromkeys(DROPOUT)  # a build without dropout has no such arguments
+        if seed is not None:
+            share = 1 - setting.dropout
+            self.dropout = dict(zip(DROPOUT, (seed, share, 1 / share if share else 0.0), strict=True))
 
     def over_queries(self, name: str, tensors: dict[str, Tensor | None], **flags: bool) -> None:
         """One program for each block of queries."""
@@ -235,8 +276,7 @@ class _Launch:
         self._run(name, 1, tensors, flags)
 
     def _run(self, name: str, side: int, tensors: dict[str, Tensor | None], flags: dict[str, bool]) -> None:
-        kernel = kernel_of(name, self.constants["WIDTH"], self.precision)
-        sizes = tile(name, self.constants["WIDTH"], self.precision, hopper=self.hopper)
+        kernel, sizes = self.kind.kernel(name), self.kind.tile(name)
         programs = self.rows * -(-self.lengths[side] // (sizes.queries, sizes.keys)[side])
         if not programs:
             return
@@ -247,6 +287,7 @@ class _Launch:
                 **given,
                 **self.numbers,
                 scale=self.scale,
+                **self.dropout,
                 **flags,
                 **self.constants,
                 BLOCK_Q=sizes.queries,
@@ -259,41 +300,41 @@ class _Launch:
 
 def shipped() -> list[Shipped]:
     """Builds of every kernel for the usual widths of a head, all operands varying, without a mask."""
-    builds = [(32, "tf32x3"), (64, "tf32x3"), (64, "tf32"), (64, "bf16"), (128, "tf32x3"), (128, "tf32"), (128, "bf16")]
-    found = []
-    for name in KERNELS:
-        for width, asked in builds:
-            older, hopper = (_precision(asked, hopper=new) for new in (False, True))
-            if name == "tangent_backward_values":
-                for new, precision, capability in ((False, older, 80), (True, hopper, 90)):
-                    if _is_apart(precision, width):
-                        sizes = tile(name, width, precision, hopper=new)
-                        found.append(_build(name, width, precision, sizes, (capability,)))
-                continue
-            tiles = [tile(name, width, older, hopper=False), tile(name, width, hopper, hopper=True)]
-            if older == hopper and tiles[0] == tiles[1]:
-                found.append(_build(name, width, older, tiles[0], (80, 90)))
-            else:
-                found += [_build(name, width, older, tiles[0], (80,)), _build(name, width, hopper, tiles[1], (90,))]
-    return found
+    plain = [(32, "tf32x3"), (64, "tf32x3"), (64, "tf32"), (64, "bf16"), (128, "tf32x3"), (128, "tf32"), (128, "bf16")]
+    dropout = [(32, "tf32x3"), (64, "tf32x3"), (128, "tf32x3"), (128, "tf32"), (128, "bf16")]
+    asked = [(*build, False) for build in plain] + [(*build, True) for build in dropout]
+    return [build for name in KERNELS for one in asked for build in _builds(name, *one)]
 
 
-def _build(name: str, width: int, precision: str, sizes: Tile, capabilities: tuple[int, ...]) -> Shipped:
-    kernel = kernel_of(name, width, precision)
+def _builds(name: str, width: int, asked: str, dropout: bool) -> list[Shipped]:
+    """One build for both kinds of GPUs where they have the same, else one each."""
+    kinds = [Kind(width, _precision(asked, hopper=hopper), hopper, dropout) for hopper in (False, True)]
+    found = [
+        _build(name, kind, (90,) if kind.hopper else (80,))
+        for kind in kinds
+        if kind.apart or name != "tangent_backward_values"
+    ]
+    both = [replace(build, capabilities=(80, 90)) for build in found]
+    return both[:1] if both[1:] == both[:1] else found
+
+
+def _build(name: str, kind: Kind, capabilities: tuple[int, ...]) -> Shipped:
+    kernel, sizes = kind.kernel(name), kind.tile(name)
     flags = {"WANTED", "WANT_K", "WANT_V", "Q_DOT", "K_DOT", "V_DOT", "D_O_DOT"}
     constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
-    if KERNELS[name] is KERNELS["tangent_backward_values"] and _is_apart(precision, width):
+    if KERNELS[name] is KERNELS["tangent_backward_values"] and kind.apart:
         constants |= {"WANT_K": name != "tangent_backward_values", "WANT_V": name == "tangent_backward_values"}
-    constants |= {"D": width, "WIDTH": width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
-    constants |= {"MASK": "none", "CAUSAL": False, "ALIGNED": True, "PRECISION": precision}
-    if _is_wide(precision, width):
+    constants |= {"D": kind.width, "WIDTH": kind.width, "BLOCK_Q": sizes.queries, "BLOCK_K": sizes.keys}
+    constants |= {"MASK": "none", "CAUSAL": False, "ALIGNED": True, "PRECISION": kind.precision}
+    if kind.wide:
         constants["COLUMNS"] = COLUMNS
-    numbers = {*triton_kernels.INTEGERS, "scale"}
-    signature = {
-        n: "constexpr" if n in constants else "*fp32" if n not in numbers else "fp32" if n == "scale" else "i32"
-        for n in kernel.arg_names
-    }
-    label = f"attention {name}, {width} wide, {precision}, {sizes.queries} by {sizes.keys}, {sizes.warps} warps"
+    if kind.wide and not kind.dropout:
+        constants |= dict.fromkeys(DROPOUT)
+    types = dict.fromkeys(triton_kernels.INTEGERS, "i32") | dict.fromkeys(("scale", "share", "factor"), "fp32")
+    types |= {"seed": "*i64"} | dict.fromkeys(constants, "constexpr")
+    signature = {n: types.get(n, "*fp32") for n in kernel.arg_names}
+    label = f"attention {name}, {kind.width} wide, {kind.precision}, {sizes.queries} by {sizes.keys}, "
+    label += f"{sizes.warps} warps" + ", dropout" * kind.dropout
     return Shipped(label, kernel, signature, constants, sizes.warps, sizes.stages, True, capabilities)
 
 
@@ -356,15 +397,6 @@ def _result(x: Tensor) -> Tensor:
 def _precision(asked: str, *, hopper: bool) -> str:
     """Float32's accuracy by products of bfloat16 parts where tensor cores read them from shared memory either way."""
     return "bf16x6" if asked == "tf32x3" and hopper else asked
-
-
-def _is_apart(precision: str, width: int) -> bool:
-    return (precision in ("bf16x6", "tf32") and width == 64) or _is_wide(precision, width)
-
-
-def _is_wide(precision: str, width: int) -> bool:
-    """Whether operands are read a few columns at a time: in parts, as float32's accuracy takes them, none fits."""
-    return precision in ("tf32x3", "bf16x6", "ieee") and width == 128
 
 
 def _is_hopper(device: torch.device) -> bool:

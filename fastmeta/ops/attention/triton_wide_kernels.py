@@ -1,8 +1,9 @@
-"""Triton kernels of attention's maps for heads whose operands fit no registers whole, with float32's accuracy.
+"""Triton kernels of attention's maps where registers do not hold operands whole: wide heads, and dropout.
 
-They are those of ``triton_kernels.py`` and ``triton_tangent_kernels.py`` but for one thing: products over a head's
-columns are sums over ``COLUMNS`` of them at a time, whose operands are read anew for every tile of the scores. So a
-program holds its sums, one tile of the scores with what belongs to it, and no operand.
+They are those of ``triton_kernels.py`` and ``triton_tangent_kernels.py`` but for two things. Products over a head's
+columns are sums over ``COLUMNS`` of them at a time, whose operands are read anew for every tile of the scores: so a
+program holds its sums, one tile of the scores with what belongs to it, and no operand. And where there is a ``seed``
+they apply dropout, whose factors every kernel forms again from it; without one, a build has no trace of it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -61,11 +62,26 @@ def weighted(
     return product(operand(weights, PRECISION), tile, total, PRECISION)
 
 
+@triton.jit
+def dropout(seed, share, factor, row, queries, keys):
+    """Dropout's ``z`` of queries and keys that broadcast: ``factor`` for a ``share`` of them, else 0; 1 without a seed.
+
+    A number depends on the seed and on the places of head, query and key, which are words of the generator's counter,
+    and neither on the tile nor on the kernel. The seed is read for every tile: else the keys of ten rounds would stay
+    in registers.
+    """
+    z = 1.0
+    if seed is not None:
+        word, _, _, _ = tl.philox(tl.load(seed, volatile=True), keys, queries, row, 0)
+        z = tl.where(tl.uint_to_uniform_float(word) < share, factor, 0.0)
+    return z
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def forward(
     q, k, v, mask, o, peak, log_sum,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
-    batch, heads, S_q, S_k, scale,
+    batch, heads, S_q, S_k, scale, seed, share, factor,
     D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,6 +115,7 @@ def forward(
         fade = tl.exp(largest - level)
         norm = norm * fade + tl.sum(p, 1)
         total *= fade[:, None]
+        p *= dropout(seed, share, factor, row, queries[:, None], keys[None, :])
         total = weighted(p, v + of_v, keys, v_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
         largest = larger
     attends = norm > 0
@@ -112,7 +129,7 @@ def forward(
 def backward_queries(
     q, k, v, mask, o, peak, log_sum, d_o, delta, d_q,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
-    batch, heads, S_q, S_k, scale,
+    batch, heads, S_q, S_k, scale, seed, share, factor,
     WANTED: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,6 +166,7 @@ def backward_queries(
                 d_o + of_o, d_o + of_o, queries, heads * D, S_q, v + of_v, v + of_v, keys, v_s, S_k,
                 False, False, BLOCK_Q, BLOCK_K, D, COLUMNS, ALIGNED, PRECISION,
             )  # fmt: skip
+            d_p *= dropout(seed, share, factor, row, queries[:, None], keys[None, :])
             d_s = tl.exp(s - level[:, None] - spread[:, None]) * (d_p - shift[:, None])
             total = weighted(d_s, k + of_k, keys, k_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
         store(d_q + of_o, queries, heads * D, S_q, total * scale, D, WIDTH, ALIGNED)
@@ -158,7 +176,7 @@ def backward_queries(
 def backward_keys(
     q, k, v, mask, peak, log_sum, d_o, delta, d_k, d_v,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
-    batch, heads, S_q, S_k, scale,
+    batch, heads, S_q, S_k, scale, seed, share, factor,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,8 +207,9 @@ def backward_keys(
         )  # fmt: skip
         s = masked(s * scale, mask, queries[None, :], keys[:, None], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         p = tl.exp(s - level[None, :] - spread[None, :])
+        z = dropout(seed, share, factor, row, queries[None, :], keys[:, None])
         if WANT_V:
-            total_v = weighted(p, d_o + of_o, queries, heads * D, S_q, total_v, D, WIDTH, ALIGNED, PRECISION)
+            total_v = weighted(p * z, d_o + of_o, queries, heads * D, S_q, total_v, D, WIDTH, ALIGNED, PRECISION)
         if WANT_K:
             shift = tl.load(delta + of_rows + queries, mask=queries < S_q, other=0.0)
             d_p, _ = both(
@@ -198,7 +217,7 @@ def backward_keys(
                 False, False, BLOCK_K, BLOCK_Q, D, COLUMNS, ALIGNED, PRECISION,
             )  # fmt: skip
             total_k = weighted(
-                p * (d_p - shift[None, :]), q + of_q, queries, q_s, S_q, total_k, D, WIDTH, ALIGNED, PRECISION
+                p * (d_p * z - shift[None, :]), q + of_q, queries, q_s, S_q, total_k, D, WIDTH, ALIGNED, PRECISION
             )
     of_result = start_of_result(row, heads, S_k, D, ALIGNED)
     if WANT_K:
@@ -211,7 +230,7 @@ def backward_keys(
 def tangent(
     q, k, v, mask, o, peak, log_sum, q_dot, k_dot, v_dot, o_dot, lse_dot,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
-    batch, heads, S_q, S_k, scale,
+    batch, heads, S_q, S_k, scale, seed, share, factor,
     Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -242,12 +261,13 @@ def tangent(
         )  # fmt: skip
         s = masked(s * scale, mask, queries[:, None], keys[None, :], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         p = tl.exp(s - level[:, None] - spread[:, None])
+        z = dropout(seed, share, factor, row, queries[:, None], keys[None, :])
         if Q_DOT or K_DOT:
             p_s_dot = p * (s_dot * scale)
             drift += tl.sum(p_s_dot, 1)
-            total = weighted(p_s_dot, v + of_v, keys, v_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
+            total = weighted(p_s_dot * z, v + of_v, keys, v_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
         if V_DOT:
-            total = weighted(p, v_dot + of_v, keys, v_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
+            total = weighted(p * z, v_dot + of_v, keys, v_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
     o_tile = load(o + of_o, queries, heads * D, S_q, D, WIDTH, ALIGNED)
     store(o_dot + of_o, queries, heads * D, S_q, total - drift[:, None] * o_tile, D, WIDTH, ALIGNED)
     tl.store(lse_dot + of_rows + queries, drift, mask=queries < S_q)
@@ -257,7 +277,7 @@ def tangent(
 def tangent_backward_queries(
     q, k, v, mask, o, peak, log_sum, d_o, q_dot, k_dot, v_dot, o_dot, lse_dot, d_o_dot, delta, delta_dot, d_q_dot,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
-    batch, heads, S_q, S_k, scale,
+    batch, heads, S_q, S_k, scale, seed, share, factor,
     WANTED: tl.constexpr, Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr, D_O_DOT: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -302,8 +322,9 @@ def tangent_backward_queries(
                 d_o + of_o, d_o_dot + of_o, queries, heads * D, S_q, v + of_v, v_dot + of_v, keys, v_s, S_k,
                 D_O_DOT, V_DOT, BLOCK_Q, BLOCK_K, D, COLUMNS, ALIGNED, PRECISION,
             )  # fmt: skip
-            centred = d_p - shift[:, None]
-            d_s_dot = p_dot * centred + p * (d_p_dot - shift_dot[:, None])
+            z = dropout(seed, share, factor, row, queries[:, None], keys[None, :])
+            centred = d_p * z - shift[:, None]
+            d_s_dot = p_dot * centred + p * (d_p_dot * z - shift_dot[:, None])
             total = weighted(d_s_dot, k + of_k, keys, k_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
             if K_DOT:
                 total = weighted(p * centred, k_dot + of_k, keys, k_s, S_k, total, D, WIDTH, ALIGNED, PRECISION)
@@ -314,7 +335,7 @@ def tangent_backward_queries(
 def tangent_backward_keys(
     q, k, v, mask, peak, log_sum, d_o, q_dot, k_dot, v_dot, lse_dot, d_o_dot, delta, delta_dot, d_k_dot, d_v_dot,
     q_t, q_b, q_h, q_s, k_t, k_b, k_h, k_s, v_t, v_b, v_h, v_s, m_t, m_b, m_h, m_q, m_k,
-    batch, heads, S_q, S_k, scale,
+    batch, heads, S_q, S_k, scale, seed, share, factor,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     Q_DOT: tl.constexpr, K_DOT: tl.constexpr, V_DOT: tl.constexpr, D_O_DOT: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -348,11 +369,16 @@ def tangent_backward_keys(
         s = masked(s * scale, mask, queries[None, :], keys[:, None], m_q, m_k, S_q, S_k, MASK, CAUSAL)
         p = tl.exp(s - level[None, :] - spread[None, :])
         p_dot = p * (s_dot * scale - drift[None, :])
+        z = dropout(seed, share, factor, row, queries[None, :], keys[:, None])
         if WANT_V:
             if Q_DOT or K_DOT:
-                total_v = weighted(p_dot, d_o + of_o, queries, heads * D, S_q, total_v, D, WIDTH, ALIGNED, PRECISION)
+                total_v = weighted(
+                    p_dot * z, d_o + of_o, queries, heads * D, S_q, total_v, D, WIDTH, ALIGNED, PRECISION
+                )
             if D_O_DOT:
-                total_v = weighted(p, d_o_dot + of_o, queries, heads * D, S_q, total_v, D, WIDTH, ALIGNED, PRECISION)
+                total_v = weighted(
+                    p * z, d_o_dot + of_o, queries, heads * D, S_q, total_v, D, WIDTH, ALIGNED, PRECISION
+                )
         if WANT_K:
             shift = tl.load(delta + of_rows + queries, mask=queries < S_q, other=0.0)
             shift_dot = tl.load(delta_dot + of_rows + queries, mask=queries < S_q, other=0.0)
@@ -360,8 +386,8 @@ def tangent_backward_keys(
                 v + of_v, v_dot + of_v, keys, v_s, S_k, d_o + of_o, d_o_dot + of_o, queries, heads * D, S_q,
                 V_DOT, D_O_DOT, BLOCK_K, BLOCK_Q, D, COLUMNS, ALIGNED, PRECISION,
             )  # fmt: skip
-            centred = d_p - shift[None, :]
-            d_s_dot = p_dot * centred + p * (d_p_dot - shift_dot[None, :])
+            centred = d_p * z - shift[None, :]
+            d_s_dot = p_dot * centred + p * (d_p_dot * z - shift_dot[None, :])
             total_k = weighted(d_s_dot, q + of_q, queries, q_s, S_q, total_k, D, WIDTH, ALIGNED, PRECISION)
             if Q_DOT:
                 total_k = weighted(p * centred, q_dot + of_q, queries, q_s, S_q, total_k, D, WIDTH, ALIGNED, PRECISION)
