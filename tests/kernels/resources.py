@@ -44,7 +44,7 @@ def modules() -> list[str]:
 def sources() -> str:
     """Of the files that kernels are written in, and their tiles and constants."""
     folders = [path.parent for path in sorted((ROOT / "fastmeta" / "ops").glob("*/triton.py"))]
-    files = [path for folder in folders for path in folder.glob("*.py")]
+    files = [path for folder in folders for kind in ("*.py", "*.json") for path in folder.glob(kind)]
     files += (ROOT / "fastmeta" / "core").glob("triton_*.py")
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
 

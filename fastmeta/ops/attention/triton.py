@@ -1,9 +1,9 @@
-"""Attention's maps by the Triton kernels: layouts, the table of tiles, launches.
+"""Attention's maps by the Triton kernels: layouts, launches, builds.
 
 The maps are those of ``reference.py``, for float32 tensors of a GPU. A map is one launch a side: a kernel over blocks
 of queries and, where keys or values want a cotangent, one over blocks of keys, which reads the row sums that the first
 has left. Nothing grows with ``S_q S_k``, there are no atomics, and tiles depend on the head's width and on the
-precision alone, so that results do not change from run to run.
+precision alone (tiles.py), so that results do not change from run to run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from triton import next_power_of_2
 from fastmeta.core.triton_support import Shipped, build_precision
 from fastmeta.ops.attention import triton_kernels, triton_tangent_kernels, triton_wide_kernels
 from fastmeta.ops.attention.reference import Cotangents, Need, Saved, SavedDot, Setting
+from fastmeta.ops.attention.tiles import Kind
 
 NARROWEST = 16  # columns of a tile that tensor cores multiply
 FARTHEST = 2**31  # elements from a head's first row to its last that 32 bits reach
@@ -43,134 +44,13 @@ WIDE_KERNELS = {
     "tangent_backward_keys": triton_wide_kernels.tangent_backward_keys,
     "tangent_backward_values": triton_wide_kernels.tangent_backward_keys,
 }
-
-
-class Tile(NamedTuple):
-    """What one program of a kernel takes: queries, keys, warps, stages of its loop's loads."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class Tiles(NamedTuple):
-    """A kernel's tiles for float32 operands, in parts or rounded to tf32, and for bfloat16; then for Hopper's cores."""
-
-    tf32: Tile
-    bf16: Tile
-    tf32_hopper: Tile
-    bf16_hopper: Tile
-
-
-# By kernel and width of a head. Larger tiles spill registers, into which float32 operands are split where tensor cores
-# do not read them from shared memory (tests/kernels/resources.py); Hopper's do, 64 rows of a kernel's side at a time.
-TILES = {
-    **dict.fromkeys(
-        (("forward", 16), ("forward", 32)),
-        Tiles(Tile(64, 32, 4, 1), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
-    ),
-    ("forward", 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
-    ("forward", 128): Tiles(*(Tile(32, 32, 8, 2), Tile(64, 32, 4, 2)) * 2),
-    **dict.fromkeys(
-        (("backward_queries", 16), ("backward_queries", 32)),
-        Tiles(Tile(32, 16, 4, 1), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(64, 64, 8, 2)),
-    ),
-    ("backward_queries", 64): Tiles(Tile(32, 32, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
-    ("backward_queries", 128): Tiles(*(Tile(16, 32, 8, 1), Tile(64, 32, 8, 1)) * 2),
-    **dict.fromkeys(
-        (("backward_keys", 16), ("backward_keys", 32)),
-        Tiles(Tile(32, 16, 4, 1), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 2)),
-    ),
-    ("backward_keys", 64): Tiles(Tile(32, 32, 4, 1), Tile(64, 64, 4, 2), Tile(16, 64, 4, 1), Tile(64, 64, 4, 2)),
-    ("backward_keys", 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 64, 8, 1), Tile(32, 16, 4, 1), Tile(32, 64, 8, 1)),
-    **dict.fromkeys(
-        (("tangent", 16), ("tangent", 32)),
-        Tiles(Tile(32, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
-    ),
-    ("tangent", 64): Tiles(Tile(16, 32, 8, 1), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 64, 4, 2)),
-    ("tangent", 128): Tiles(Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(64, 32, 4, 1)),
-    **dict.fromkeys(
-        (("tangent_backward_queries", 16), ("tangent_backward_queries", 32)),
-        Tiles(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
-    ),
-    ("tangent_backward_queries", 64): Tiles(
-        Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)
-    ),
-    ("tangent_backward_queries", 128): Tiles(*(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)) * 2),
-    **dict.fromkeys(
-        (("tangent_backward_keys", 16), ("tangent_backward_keys", 32)),
-        Tiles(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
-    ),
-    ("tangent_backward_keys", 64): Tiles(
-        Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 64, 4, 1), Tile(32, 64, 4, 1)
-    ),
-    ("tangent_backward_keys", 128): Tiles(*(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)) * 2),
-    ("tangent_backward_values", 64): Tiles(
-        Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)
-    ),
-}
-
-
-# Of the wide kernels, before Hopper and for its cores, and the columns that a product over them takes at a time: more,
-# or larger tiles, spill with a mask.
+# Columns that a product of the wide kernels takes at a time: more spill with a mask.
 COLUMNS = 16
-WIDE_TILES = {
-    "forward": (Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
-    "backward_queries": (Tile(32, 16, 8, 1), Tile(64, 32, 8, 1)),
-    "backward_keys": (Tile(32, 16, 8, 1), Tile(16, 64, 8, 1)),
-    "tangent": (Tile(32, 32, 8, 1), Tile(64, 16, 8, 1)),
-    "tangent_backward_queries": (Tile(32, 16, 8, 1), Tile(64, 16, 8, 1)),
-    "tangent_backward_keys": (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
-    "tangent_backward_values": (Tile(32, 32, 8, 1), Tile(16, 64, 8, 1)),
-}
 
 
-# Of the wide kernels with dropout, whatever the width: its generator takes registers, too. Shipped builds do not spill.
-DROPOUT_TILES = {
-    "forward": Tiles(*(Tile(32, 32, 8, 1),) * 2, *(Tile(64, 32, 8, 1),) * 2),
-    "backward_queries": Tiles(*(Tile(32, 32, 8, 1),) * 2, *(Tile(64, 32, 8, 1),) * 2),
-    "backward_keys": Tiles(*(Tile(32, 16, 8, 1),) * 2, *(Tile(16, 64, 8, 1),) * 2),
-    "tangent": Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), *(Tile(64, 16, 8, 1),) * 2),
-    "tangent_backward_queries": Tiles(Tile(16, 32, 8, 1), Tile(16, 64, 8, 1), *(Tile(64, 16, 8, 1),) * 2),
-    "tangent_backward_keys": Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), *(Tile(16, 64, 8, 1),) * 2),
-    "tangent_backward_values": Tiles(*(Tile(32, 32, 8, 1),) * 2, *(Tile(16, 64, 8, 1),) * 2),
-}
-
-
-class Kind(NamedTuple):
-    """What decides about a kernel's build: a head's width as a power of two, how products are made, by what cores."""
-
-    width: int
-    precision: str
-    hopper: bool
-    dropout: bool
-
-    @property
-    def wide(self) -> bool:
-        """Whether operands are read a few columns at a time, for in parts, as float32's accuracy takes them, none fits.
-
-        Dropout is in these kernels alone.
-        """
-        return self.dropout or (self.precision in ("tf32x3", "bf16x6", "ieee") and self.width == 128)
-
-    @property
-    def apart(self) -> bool:
-        """Whether keys and values have launches of their own: the sums of both do not fit the registers together."""
-        return self.wide or (self.precision in ("bf16x6", "tf32") and self.width == 64)
-
-    def kernel(self, name: str) -> Any:
-        """The kernel for one of the names of :data:`KERNELS`."""
-        return (WIDE_KERNELS if self.wide else KERNELS)[name]
-
-    def tile(self, name: str) -> Tile:
-        """What one of its programs takes."""
-        if self.wide and not self.dropout:
-            return WIDE_TILES[name][self.hopper]
-        tiles = DROPOUT_TILES[name] if self.dropout else TILES[name, self.width]
-        if self.precision in ("bf16", "bf16 rounded"):
-            return tiles.bf16_hopper if self.hopper else tiles.bf16
-        return tiles.tf32_hopper if self.hopper else tiles.tf32
+def kernel_of(kind: Kind, name: str) -> Any:
+    """The kernel for one of the names of :data:`KERNELS`."""
+    return (WIDE_KERNELS if kind.wide else KERNELS)[name]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, setting: Setting) -> Saved:
@@ -242,7 +122,7 @@ class _Launch:
         self.rows, self.lengths = tasks * batch * heads, (S_q, k.shape[-2])
         self.device = q.device
         columns, hopper = max(NARROWEST, next_power_of_2(width)), _is_hopper(q.device)
-        precision = _precision(build_precision(), hopper=hopper)
+        precision = precision_of(build_precision(), hopper=hopper)
         self.kind = Kind(columns, precision, hopper, dropout=seed is not None)
         strides = {"q": _strides(q), "k": _strides(k), "v": _strides(v)}
         self.numbers = {f"{x}_{axis}": s for x in strides for axis, s in zip("tbhs", strides[x], strict=True)}
@@ -276,7 +156,7 @@ class _Launch:
         self._run(name, 1, tensors, flags)
 
     def _run(self, name: str, side: int, tensors: dict[str, Tensor | None], flags: dict[str, bool]) -> None:
-        kernel, sizes = self.kind.kernel(name), self.kind.tile(name)
+        kernel, sizes = kernel_of(self.kind, name), self.kind.tile(name)
         programs = self.rows * -(-self.lengths[side] // (sizes.queries, sizes.keys)[side])
         if not programs:
             return
@@ -302,24 +182,25 @@ def shipped() -> list[Shipped]:
     """Builds of every kernel for the usual widths of a head, all operands varying, without a mask."""
     plain = [(32, "tf32x3"), (64, "tf32x3"), (64, "tf32"), (64, "bf16"), (128, "tf32x3"), (128, "tf32"), (128, "bf16")]
     dropout = [(32, "tf32x3"), (64, "tf32x3"), (128, "tf32x3"), (128, "tf32"), (128, "bf16")]
-    asked = [(*build, False) for build in plain] + [(*build, True) for build in dropout]
-    return [build for name in KERNELS for one in asked for build in _builds(name, *one)]
+    asked = [(*kind, False) for kind in plain] + [(*kind, True) for kind in dropout]
+    return [found for name in KERNELS for one in asked for found in _builds(name, *one)]
 
 
 def _builds(name: str, width: int, asked: str, dropout: bool) -> list[Shipped]:
     """One build for both kinds of GPUs where they have the same, else one each."""
-    kinds = [Kind(width, _precision(asked, hopper=hopper), hopper, dropout) for hopper in (False, True)]
+    kinds = [Kind(width, precision_of(asked, hopper=hopper), hopper, dropout) for hopper in (False, True)]
     found = [
-        _build(name, kind, (90,) if kind.hopper else (80,))
+        build(name, kind, (90,) if kind.hopper else (80,))
         for kind in kinds
         if kind.apart or name != "tangent_backward_values"
     ]
-    both = [replace(build, capabilities=(80, 90)) for build in found]
+    both = [replace(one, capabilities=(80, 90)) for one in found]
     return both[:1] if both[1:] == both[:1] else found
 
 
-def _build(name: str, kind: Kind, capabilities: tuple[int, ...]) -> Shipped:
-    kernel, sizes = kind.kernel(name), kind.tile(name)
+def build(name: str, kind: Kind, capabilities: tuple[int, ...]) -> Shipped:
+    """The build of a kernel with all operands varying, without a mask."""
+    kernel, sizes = kernel_of(kind, name), kind.tile(name)
     flags = {"WANTED", "WANT_K", "WANT_V", "Q_DOT", "K_DOT", "V_DOT", "D_O_DOT"}
     constants: dict[str, Any] = {n: True for n in kernel.arg_names if n in flags}
     if KERNELS[name] is KERNELS["tangent_backward_values"] and kind.apart:
@@ -394,7 +275,7 @@ def _result(x: Tensor) -> Tensor:
     return x.new_empty(tasks, batch, rows, heads, width).transpose(2, 3)
 
 
-def _precision(asked: str, *, hopper: bool) -> str:
+def precision_of(asked: str, *, hopper: bool) -> str:
     """Float32's accuracy by products of bfloat16 parts where tensor cores read them from shared memory either way."""
     return "bf16x6" if asked == "tf32x3" and hopper else asked
 
