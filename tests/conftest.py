@@ -64,6 +64,15 @@ def _default_rates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for what tests compile; processes that share the tests share it, the parent of each one's own."""
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTMETA_TEST_BUILDS", str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

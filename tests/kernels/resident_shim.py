@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,25 +41,33 @@ def build(
     return target
 
 
+def built(name: str, *, flags: Sequence[str] = ()) -> Path:
+    """A library of this tree, which the processes of one run of tests have in common: the first to ask compiles it."""
+    import fcntl  # where there is a compiler there is this
+
+    folder = Path(os.environ["FASTMETA_TEST_BUILDS"])
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        target = folder / f"{name}.so"
+        return target if target.exists() else build(folder, name=name, flags=flags)
+
+
 @functools.cache
 def extension() -> ModuleType:
     """The extension module ``_cuda`` of this tree, whose kernels run on tensors of the CPU."""
     flags = ["-fvisibility=hidden", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    with tempfile.TemporaryDirectory() as folder:
-        library = build(Path(folder), name="cuda_module_shim", flags=flags)
-        spec = importlib.util.spec_from_file_location("_cuda", library)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    spec = importlib.util.spec_from_file_location("_cuda", built("cuda_module_shim", flags=flags))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library of this tree."""
-    with tempfile.TemporaryDirectory() as folder:
-        return ctypes.CDLL(str(build(Path(folder))))
+    return ctypes.CDLL(str(built("resident_shim")))
 
 
 def compiler() -> bool:

@@ -5,7 +5,7 @@ with another version of Triton than the one that file is of, only what no build 
 process of its own: kernels that were made for the interpreter cannot be compiled.
 
 One version of Triton makes the same of the same intermediate code, so ``resources.json`` keeps a digest of that beside
-what was found, and one of the sources that it all comes from. The first build of each kernel for the newest GPU is
+what was found, and one of the sources that it all comes from. The first build of each module for the newest GPU is
 compiled every time. Where the sources are others, so is every build whose code is not the one that was read; ``--all``
 compiles all.
 """
@@ -174,7 +174,7 @@ def main() -> None:
     version = importlib.metadata.version("triton")
     golden = kept["builds"] if kept["triton"] == version else {}
     newest = [build for build in wanted if build.capability == CAPABILITIES[-1]]
-    first = {id(build.shipped.kernel): build for build in reversed(newest)}
+    first = {build.shipped.kernel.__module__: build for build in reversed(newest)}
     always = {build.name for build in (wanted if arguments.all else first.values())}
     found = gather(wanted, golden, always, unchanged=kept.get("sources") == sources())
     wrong = [

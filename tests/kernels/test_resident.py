@@ -289,15 +289,69 @@ def test_no_row_that_counts() -> None:
     assert truth.run().losses.isnan().tolist() == [True, False]  # as PyTorch has it
 
 
-def changed(tmp_path: Path, name: str, old: str, new: str) -> ctypes.CDLL:
-    """The library with one place of its source changed."""
-    for folder in ("csrc", "tests/csrc"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    path = tmp_path / "csrc" / "resident" / name
-    text = path.read_text()
-    assert text.count(old) == 1, text.count(old)
-    path.write_text(text.replace(old, new))
-    return ctypes.CDLL(str(resident_shim.build(tmp_path, tmp_path, "-O0")))
+FACTORED = Net((50, 40, 40, 3), ("tanh", "tanh", "identity"), (True, True, True))
+BARRIER, WARP = "__syncthreads();\n", "__syncwarp();\n"
+STEP = f"    pass<smooth>(plan, io, block, k);\n    {BARRIER}"
+ADJOINT = f"    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n    {BARRIER}"
+KEPT = f"  if (!plan.kept) return;\n  {BARRIER}"
+STAGING = f"  if (block.warp < 2) stage_labels(plan, io, block);\n  {BARRIER}"
+BEHIND = f"    put_behind<P>(a, l.a_stride, l.out, one_behind<R>(plan, i), rows.lane);\n    {WARP}"
+DIVERGENT = {
+    "threads of a block at different barriers": f"    if (block.warp == 0) {BARRIER}",
+    "part of a warp at an operation of warps": f"    if (block.lane < 7) {WARP}",
+}
+# Of each fault, the file and the place that it is made in, and what is there with it.
+FAULTS = {
+    "no barrier before the step": ("kernel.cuh", STEP, STEP.replace(BARRIER, ";\n")),
+    "no barrier before the adjoint's step": ("kernel.cuh", ADJOINT, ADJOINT.replace(BARRIER, ";\n")),
+    "no barrier before the adjoint": ("kernel.cuh", KEPT, KEPT.replace(BARRIER, ";\n")),
+    "no barrier after the staging": ("kernel.cuh", STAGING, STAGING.replace(BARRIER, ";\n")),
+    "no wait of a warp": ("passes.cuh", BEHIND, BEHIND.replace(WARP, ";\n")),
+    **{
+        name: ("kernel.cuh", STEP, STEP.replace(BARRIER, f";\n{more}    {BARRIER}")) for name, more in DIVERGENT.items()
+    },
+}
+
+
+class Changed:
+    """The library without kernels for layers that are known, and with the one of ``FAULTS`` that is chosen, or none."""
+
+    def __init__(self, folder: Path) -> None:
+        for part in ("csrc", "tests/csrc"):
+            shutil.copytree(ROOT / part, folder / part)
+        resident = folder / "csrc" / "resident"
+        text = (resident / "cuda.cu").read_text()
+        begin = text.index("using Common = ")
+        known = text[begin : text.index(";", begin) + 1]
+        assert known.count("Regressor<") == len(COMMON)
+        (resident / "cuda.cu").write_text(text.replace(known, "using Common = Kinds<>;"))
+        places = dict.fromkeys((file, place) for file, place, _ in FAULTS.values())
+        for file, place in places:
+            text = (resident / file).read_text()
+            assert text.count(place) == 1, text.count(place)
+            chosen = [
+                f"if (chosen == {i}) {{\n{with_fault}}} else "
+                for i, (*where, with_fault) in enumerate(FAULTS.values(), 1)
+                if (file, place) == tuple(where)
+            ]
+            (resident / file).write_text(text.replace(place, f"{''.join(chosen)}{{\n{place}}}\n"))
+        shim = folder / "tests" / "csrc" / "cuda_shim.h"
+        text = shim.read_text()
+        assert text.count("namespace shim {\n") == 1
+        shim.write_text(
+            text.replace("namespace shim {\n", 'extern "C" int chosen;\nint chosen = 0;\nnamespace shim {\n')
+        )
+        self.path = resident_shim.build(folder, folder, "-O0")
+        self.library = ctypes.CDLL(str(self.path))
+
+    def with_fault(self, name: str | None) -> ctypes.CDLL:
+        ctypes.c_int.in_dll(self.library, "chosen").value = [None, *FAULTS].index(name)
+        return self.library
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Changed:
+    return Changed(tmp_path_factory.mktemp("changed"))
 
 
 COMMON = {
@@ -307,22 +361,11 @@ COMMON = {
 }
 
 
-@pytest.fixture(scope="module")
-def any_layers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library without kernels for layers that are known."""
-    text = (ROOT / "csrc" / "resident" / "cuda.cu").read_text()
-    begin = text.index("using Common = ")
-    old = text[begin : text.index(";", begin) + 1]
-    assert old.count("Regressor<") == len(COMMON)
-    return changed(tmp_path_factory.mktemp("any"), "cuda.cu", old, "using Common = Kinds<>;")
-
-
 @needs_compiler
 @pytest.mark.parametrize("options", [{}, {"rates": "tensor"}, {"second_order": False}], ids=str)
 @pytest.mark.parametrize("name", COMMON)
-def test_kernels_for_known_layers_give_the_same_numbers(
-    name: str, options: dict[str, Any], any_layers: ctypes.CDLL
-) -> None:
+def test_kernels_for_known_layers_give_the_same_numbers(name: str, options: dict[str, Any], changed: Changed) -> None:
+    any_layers = changed.with_fault(None)
     truth = Truth(COMMON[name], 2, **options)
     little = (40 if name.startswith("40") else 80) << 10  # bytes of shared memory that hold no step but the present one
     spilled = []
@@ -336,69 +379,32 @@ def test_kernels_for_known_layers_give_the_same_numbers(
     assert relative_error(truth.run(torch.float32).loss, truth.loss.detach()) < 64 * EPS32
 
 
-FACTORED = Net((50, 40, 40, 3), ("tanh", "tanh", "identity"), (True, True, True))
-BARRIERS = {
-    "before the step": (
-        "    pass<smooth>(plan, io, block, k);\n    __syncthreads();\n",
-        "    pass<smooth>(plan, io, block, k);\n",
-    ),
-    "before the adjoint's step": (
-        "    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n    __syncthreads();\n",
-        "    if (plan.second_order) tangent_pass<smooth>(plan, block, k);\n",
-    ),
-    "before the adjoint": (
-        "  if (!plan.kept) return;\n  __syncthreads();\n",
-        "  if (!plan.kept) return;\n",
-    ),
-    "after the staging": (
-        "  if (block.warp < 2) stage_labels(plan, io, block);\n  __syncthreads();\n",
-        "  if (block.warp < 2) stage_labels(plan, io, block);\n",
-    ),
-}
-
-
 @needs_compiler
-@pytest.mark.parametrize("place", BARRIERS)
-def test_a_missing_barrier_is_found(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in DIVERGENT])
+def test_a_missing_barrier_is_found(fault: str, changed: Changed) -> None:
     """Without it some order of threads gives another result."""
-    library = changed(tmp_path, "kernel.cuh", *BARRIERS[place])
+    threads = 128 if "barrier" in fault else 0
     for net, factored in ((SINUSOID, False), (FACTORED, True)):
         truth = Truth(net, 2)
-        given: list[dict[str, Any]] = [{"seed": s, "threads": 128, "factored": factored} for s in range(3)]
-        errors = [relative_error(truth.run(of=library, **one).gradient, truth.gradient) for one in given]
-        assert not max(errors) < FLOAT64_BOUND
+
+        def error(library: ctypes.CDLL, seed: int, truth: Truth = truth, factored: bool = factored) -> float:
+            result = truth.run(of=library, seed=seed, threads=threads, factored=factored)
+            return float(relative_error(result.gradient, truth.gradient))
+
+        assert error(changed.with_fault(None), 0) < FLOAT64_BOUND
+        library = changed.with_fault(fault)
+        assert not max(error(library, seed) for seed in range(3)) < FLOAT64_BOUND
 
 
 @needs_compiler
-def test_a_missing_wait_of_a_warp_is_found(tmp_path: Path) -> None:
-    truth = Truth(SINUSOID, 2)
-    old = "    put_behind<P>(a, l.a_stride, l.out, one_behind<R>(plan, i), rows.lane);\n    __syncwarp();\n"
-    library = changed(tmp_path, "passes.cuh", old, old.replace("    __syncwarp();\n", ""))
-    errors = [relative_error(truth.run(of=library, seed=s).gradient, truth.gradient) for s in range(3)]
-    assert not max(errors) < FLOAT64_BOUND
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("new", "message"),
-    [
-        ("    if (block.warp == 0) __syncthreads();\n", "threads of a block at different barriers"),
-        ("    if (block.lane < 7) __syncwarp();\n    __syncthreads();\n", "part of a warp at an operation of warps"),
-    ],
-)
-def test_a_divergent_barrier_aborts(tmp_path: Path, new: str, message: str) -> None:
-    old = "    pass<smooth>(plan, io, block, k);\n    __syncthreads();\n"
-    for folder in ("csrc", "tests/csrc"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    path = tmp_path / "csrc" / "resident" / "kernel.cuh"
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, f"    pass<smooth>(plan, io, block, k);\n{new}"))
-    library = resident_shim.build(tmp_path, tmp_path, "-O0")
+@pytest.mark.parametrize("fault", DIVERGENT)
+def test_a_divergent_barrier_aborts(fault: str, changed: Changed) -> None:
     code = (
-        "import ctypes\nfrom tests.kernels.test_resident import SINUSOID, Truth\n"
-        f"Truth(SINUSOID, 1).run(of=ctypes.CDLL({str(library)!r}))\n"
+        "import ctypes\nfrom tests.kernels.test_resident import FAULTS, SINUSOID, Truth\n"
+        f"library = ctypes.CDLL({str(changed.path)!r})\n"
+        f"ctypes.c_int.in_dll(library, 'chosen').value = {[None, *FAULTS].index(fault)}\n"
+        "Truth(SINUSOID, 1).run(of=library)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert f"cuda shim: {message}" in done.stderr
+    assert f"cuda shim: {fault}" in done.stderr
