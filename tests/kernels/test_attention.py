@@ -319,7 +319,7 @@ def test_a_graph_replays_every_map() -> None:
 
 def test_every_build_has_a_name_of_its_own() -> None:
     running.device()
-    from fastmeta.ops.attention import triton
+    from fastmeta.ops.attention import tiles, triton
 
     builds = triton.shipped()
     assert len({build.name for build in builds}) == len(builds)
@@ -328,7 +328,4 @@ def test_every_build_has_a_name_of_its_own() -> None:
         assert len(dropping) == 5 * 7
         assert sum(capability in build.capabilities for build in builds) == 7 * 6 + values + len(dropping)
     assert all(set(build.signature) == set(build.kernel.arg_names) for build in builds)
-    alone = "tangent_backward_values", 64
-    whole = {(kernel, width) for kernel in triton.KERNELS if kernel != alone[0] for width in (16, 32, 64, 128)}
-    assert set(triton.TILES) == whole | {alone}
-    assert set(triton.WIDE_TILES) == set(triton.WIDE_KERNELS) == set(triton.KERNELS)
+    assert tiles.read().keys() == triton.WIDE_KERNELS.keys() == triton.KERNELS.keys()
