@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -111,6 +112,9 @@ def encoder(width: int = 8, heads: int = 2, dtype: torch.dtype = torch.float64, 
     return Encoder(width, heads, **options).to(dtype)
 
 
+shared = functools.cache(encoder)  # for tests that change none of its weights: its trace is then one as well
+
+
 def sentences(tasks: int = 3, sizes: tuple[int, int] = (3, 4), length: int = 6, seed: int = 1) -> fm.TaskBatch:
     torch.manual_seed(seed)
     made = []
@@ -155,7 +159,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     ],
 )
 def test_the_gradient_is_exact(choice: str, pool: str, mask: str, width: int, heads: int) -> None:
-    model, tasks = encoder(width, heads, pool=pool, mask=mask), sentences()
+    model, tasks = shared(width, heads, pool=pool, mask=mask), sentences()
     options = dict(CHOICES[choice])
     rate = nn.Parameter(torch.tensor(0.05, dtype=torch.float64)) if options.pop("learn_lr", False) else 0.05
     maml = fm.MAML(model, F.cross_entropy, lr=rate, steps=2, executor="native", **options)
@@ -182,7 +186,7 @@ def test_any_lengths(lengths: list[list[int]], pool: str, mask: str) -> None:
     kept = torch.tensor(lengths).clamp(min=shortest).unsqueeze(-1)
     tokens[torch.arange(5) >= kept] = 0
     batch = tokens, torch.randint(WAYS, (len(lengths), 2))
-    tasks, model = fm.TaskBatch(batch, batch), encoder(8, 2, pool=pool, mask=mask)
+    tasks, model = fm.TaskBatch(batch, batch), shared(8, 2, pool=pool, mask=mask)
     found = fm.MAML(model, F.cross_entropy, lr=0.05, executor="native").value_and_grad(tasks)[1]
     assert relative_error(found, loop(model, tasks, 0.05, 1)[3]) <= EXACT
 

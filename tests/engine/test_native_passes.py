@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -46,9 +47,10 @@ def normed() -> nn.Module:
     return model
 
 
+# Made once each: no rule changes a model, and so one trace serves all.
 PROBLEMS: dict[str, Callable[[], tuple[nn.Module, fm.TaskBatch]]] = {
-    "linear layers": lambda: network_and_tasks(4, 5, 3),
-    "convolutions": images,
+    "linear layers": functools.cache(lambda: network_and_tasks(4, 5, 3)),
+    "convolutions": functools.cache(images),
 }
 RULES: dict[str, Callable[[], Any]] = {
     "plain": lambda: fm.inner.SGD(0.1),
@@ -94,7 +96,7 @@ def torch_rule(rule: Any, parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, momentum=rule.momentum, weight_decay=rule.weight_decay)
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("always", "traced_once")
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_any_rule_takes_its_steps(problem: str, name: str) -> None:
@@ -109,7 +111,7 @@ def test_any_rule_takes_its_steps(problem: str, name: str) -> None:
     assert relative_error(single.parameters, {n: p[1] for n, p in wanted.items()}) <= EXACT
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("always", "traced_once")
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_reptile_by_either_executor(problem: str) -> None:
     """With a query set and without, losses and outputs; ``explain`` says who."""

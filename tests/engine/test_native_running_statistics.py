@@ -125,8 +125,10 @@ def alone(activation: str, affine: bool) -> nn.Module:
     return trained(Alone(ACTIVATIONS[activation](), affine))
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "no affine"])
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+# Without weights of its own a norm reads ones and zeros in their place: a straight curve and a bent one show that.
+@pytest.mark.parametrize(
+    ("activation", "affine"), [*((name, True) for name in ACTIVATIONS), ("relu", False), ("silu", False)]
+)
 def test_norms_that_no_convolution_takes_along(activation: str, affine: bool) -> None:
     assert error(alone(activation, affine), episodes(2, 9)) <= EXACT
 

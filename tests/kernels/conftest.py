@@ -27,8 +27,8 @@ def _quick_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         _patch_language_once(interpreter, patch)
         _share_types(interpreter, patch)
-        semantic = type(interpreter.interpreter_semantic)
-        patch.setattr(semantic, "binary_op_sanitize_overflow_impl", lambda self, *operands: no_overflow(*operands))
+        semantic = type(interpreter.interpreter_semantic)  # of which some versions make more than this one
+        patch.setattr(semantic, "binary_op_sanitize_overflow_impl", staticmethod(no_overflow))
         yield
 
 

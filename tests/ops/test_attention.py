@@ -167,6 +167,7 @@ def kept_whole(monkeypatch):
     monkeypatch.setattr(trace, "keeps_attention", lambda tensors: True)
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("adapted", [None, ["head.weight", "head.bias", "mixed.weight"]], ids=["all", "some"])
 def test_a_transformer_that_keeps_it_whole(kept_whole, steps, adapted):
