@@ -108,7 +108,7 @@ def test_tiles_that_spill_are_found() -> None:
         "from benchmarks.gpu import tune\n"
         "from fastmeta.ops.attention.tiles import Tile\n"
         "kind = tune.kinds(hopper=True)['64 bf16 hopper'][0]\n"
-        "found = tune.wrong(90)('forward', kind, [Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)])\n"
+        "found = tune.wrong(90)('forward', kind, [Tile(64, 64, 4, 2), Tile(128, 128, 4, 2)])\n"
         "assert found[0] == [] and 'spills' in found[1][0], found\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
