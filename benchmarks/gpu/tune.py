@@ -127,7 +127,7 @@ def tune(
         fit = [tile for tile in fit if not reasons[tile]]
         for tile in reasons.keys() - fit:
             say(f"  passed over: {reasons[tile][0]}")
-    if times is None or len(fit) < 2:
+    if times is None or fit in ([], [present]):
         say(f"{kernel}, {row}: {len(fit)} fit: {', '.join(map(str, map(tuple, fit)))}")
         return present
     found = times(kernel, readers[0], fit)

@@ -124,8 +124,10 @@ FASTMETA_DEVICE void stage(const P& plan, const Tensors<R>& io, const Block<R>& 
     R* to = block.memory + plan.phi + l.w;
     const R* bias = l.bias ? io.parameter[i][1] : nullptr;
     if constexpr (P::factors) {
-      if (i == 0) stage_rows<R, true>(block, to, l.stride, whole(l.out, 4), nullptr, l.out, l.in, bias, R(0));
-      if (i == 0) continue;
+      if (i == 0) {
+        stage_rows<R, true>(block, to, l.stride, whole(l.out, 4), nullptr, l.out, l.in, bias, R(0));
+        continue;
+      }
     }
     stage_rows<R>(block, to, l.stride, whole(l.out, 4), io.parameter[i][0], l.out, l.in, bias, R(0));
   }
@@ -197,7 +199,7 @@ FASTMETA_DEVICE void add_outer(const P& plan, Outer<R>& sums, const Place<P>& at
 }
 
 // A tile of a set's gradient. A factored first layer's has the cotangents of the support set's rows for coefficients, none
-// of the query set's, which put_coefficients hands over, and its bias behind them.
+// of the query set's, which begin_factors hands over, and its bias behind them.
 template <class R, class P>
 FASTMETA_DEVICE void add_gradient(const P& plan, Outer<R>& sums, const Place<P>& at, int which, const R* d_pass,
                                   const R* a_pass, const R* x) {

@@ -66,8 +66,7 @@ FASTMETA_DEVICE R one_behind(const P& plan, Index layer) {
 // What a factored first layer adds to one element of its product.
 template <class P, class R>
 FASTMETA_DEVICE R base_of(const P& plan, const Set<R>& set, int layer, int row, int feature) {
-  if constexpr (P::factors) return layer == 0 ? set.base[row * plan.first().d_stride + feature] : R(0);
-  else return R(0);
+  return layer == 0 ? set.base[row * plan.first().d_stride + feature] : R(0);
 }
 
 template <bool smooth, class P, class R>

@@ -13,12 +13,12 @@ from fastmeta.core import triton_support
 from fastmeta.core.task_op import Call, Need, TaskOp, Unsupported
 from fastmeta.engine.program import Instruction, Program, Route
 from fastmeta.ops.linear_block import GramBlock, HeadBlock, LinearBlock
+from fastmeta.ops.linear_block.head import LOSSES
 from fastmeta.ops.sum_block import SumBlock
 
 # Beyond these a library's batched product is at its best, and a launch more does not show.
 MOST_WEIGHTS = 1 << 19
 MOST_ROWS = 256
-LOSSES = ("cross_entropy", "mse")  # that a last layer is joined with
 IN_INTERPRETER = False  # whether to join on a CPU too, where kernels run in Triton's interpreter: for tests
 
 
@@ -59,7 +59,7 @@ def _with_heads(program: Program, held: set[int]) -> Program:
     heads: dict[int, Instruction] = {}  # by the slot of the loss
     within: set[int] = set()  # results of the layers that they have
     for loss in program.instructions:
-        layer = linear.get(loss.inputs[0]) if loss.op.name in LOSSES else None
+        layer = linear.get(loss.inputs[0]) if str(loss.op.call.target) in LOSSES else None
         head = None if layer is None or readers[layer.outputs[0]] > 1 else _head(layer, loss)
         if head is not None:
             heads[loss.outputs[0]] = head

@@ -54,6 +54,7 @@ def test_candidates_are_near() -> None:
         (0.9, ("tf32",), PRESENT),  # it is not for all who read the row
         (0.98, ("present",), Tile(32, 32, 8, 1)),
         (0.9, ("every",), PRESENT),
+        (0.9, ("all others",), Tile(32, 32, 8, 1)),  # the present one, too
     ],
     ids=str,
 )
@@ -64,6 +65,7 @@ def test_what_is_chosen(best: float, spilling: tuple[str, ...], chosen: Tile) ->
         return [
             ["spills"]
             if "every" in spilling
+            or ("all others" in spilling and tile != Tile(32, 32, 8, 1))
             or (kind.precision in spilling and tile.warps == 8)
             or ("present" in spilling and tile == PRESENT)
             else []
